@@ -1,0 +1,46 @@
+"""Visual token pruning for any Hugging Face vision-language model."""
+
+from tokenprune import cost, strategies
+from tokenprune.adapters import Adapter, register_adapter, visual_mask
+from tokenprune.engine import Handle, Trace, attach, prune
+from tokenprune.published import published
+from tokenprune.schedule import Schedule, Stage
+from tokenprune.strategy import (
+    AttentionRows,
+    AttentionStrategy,
+    Published,
+    PruningStrategy,
+    ScoreStrategy,
+    Selection,
+    TokenView,
+    available,
+    build_strategy,
+    register,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AttentionRows",
+    "AttentionStrategy",
+    "Handle",
+    "Published",
+    "PruningStrategy",
+    "Schedule",
+    "ScoreStrategy",
+    "Selection",
+    "Stage",
+    "TokenView",
+    "Trace",
+    "attach",
+    "available",
+    "build_strategy",
+    "cost",
+    "prune",
+    "published",
+    "register",
+    "register_adapter",
+    "strategies",
+    "visual_mask",
+]

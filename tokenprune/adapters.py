@@ -1,0 +1,280 @@
+"""What the engine must know of a model: one small entry per family, often none.
+
+A family needs an entry only where it departs from the ordinary layout: `model.get_decoder()` has
+`layers`, a layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, and the config
+names the placeholder ids of visual tokens.
+
+Shape suffixes: B batch rows, T sequence positions, Q query rows, H query heads, G key heads,
+E head dimension, V visual tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.tensors import take
+
+#: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
+Places = Tensor
+#: (model config, call arguments, visual tokens per row) -> places per row, or None if unknown.
+Layout = Callable[[Any, Mapping[str, Any], Sequence[int]], "list[Places] | None"]
+#: (layer, hidden (B, T, D), asked rows (B, Q), position embeddings) -> queries (B, H, Q, E), keys
+#: (B, G, T, E), factor on the logits.
+Project = Callable[[nn.Module, Tensor, Tensor, Any], tuple[Tensor, Tensor, float]]
+
+
+def project_llama(
+    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, position_embeddings: Any
+) -> tuple[Tensor, Tensor, float]:
+    """Rotated queries of the asked rows, and keys of all, as the layer's own attention makes them.
+
+    Modules are called, never their weights read: sharded and offloaded weights are whole only so.
+    """
+    attention: Any = layer.self_attn
+    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+    width = attention.head_dim
+
+    def heads(projected: Tensor, norm: str) -> Tensor:  # (B, T, H * E) -> (B, H, T, E)
+        split = projected.unflatten(-1, (-1, width))
+        if getattr(attention, norm, None) is not None:
+            split = getattr(attention, norm)(split)
+        return split.transpose(1, 2)
+
+    queries = heads(attention.q_proj(take(normed, rows_BQ)), "q_norm")
+    keys = heads(attention.k_proj(normed), "k_norm")
+    if position_embeddings is not None:
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        cos, sin = position_embeddings
+        _, keys = rotate(keys, keys, cos, sin)
+        queries, _ = rotate(queries, queries, take(cos, rows_BQ), take(sin, rows_BQ))
+    return queries, keys, getattr(attention, "scaling", width**-0.5)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one model family departs from the ordinary layout.
+
+    Attributes:
+        placeholder_ids: Names of the config entries that hold the ids of visual placeholders.
+        layout: Where each visual token sits in its image.
+        project: Queries and keys of a decoder layer, for attention rows.
+        first_layer: First decoder layer before which tokens can be pruned.
+        refusal: Why the family cannot be pruned at all, if so.
+    """
+
+    placeholder_ids: tuple[str, ...] = (
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+        "video_token_index",
+    )
+    layout: Layout = lambda config, inputs, num_visual: None
+    project: Project = project_llama
+    first_layer: int = 0
+    refusal: str | None = None
+
+
+def _grid(image: int, grid: int, rows: int, columns: int) -> Places:
+    """Places of a raster-ordered grid, (rows * columns, 4)."""
+    places = torch.empty(rows, columns, 4, dtype=torch.int64)
+    places[..., 0], places[..., 1] = image, grid
+    places[..., 2] = torch.arange(rows)[:, None]
+    places[..., 3] = torch.arange(columns)
+    return places.flatten(0, 1)
+
+
+def _layout_llava(
+    config: Any, inputs: Mapping[str, Any], num_visual: Sequence[int]
+) -> list[Places] | None:
+    vision = config.vision_config
+    if not isinstance(getattr(vision, "image_size", None), int):
+        return None
+    side = vision.image_size // vision.patch_size
+    rows = []
+    for count in num_visual:
+        images, rest = divmod(count, side * side)
+        if rest:
+            return None
+        grids = [_grid(image, 0, side, side) for image in range(images)]
+        rows.append(torch.cat(grids) if grids else torch.empty(0, 4, dtype=torch.int64))
+    return rows
+
+
+def _layout_llava_next(
+    config: Any, inputs: Mapping[str, Any], num_visual: Sequence[int]
+) -> list[Places] | None:
+    """Base grid first, then the unpadded mosaic of tiles with a newline token per row.
+
+    The mosaic's size follows Liu et al., 2024 (LLaVA-NeXT, "spatial_unpad").
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return None
+    tile = config.vision_config.image_size
+    side = tile // config.vision_config.patch_size
+    images: list[list[Places]] = []
+    for height, width in sizes.tolist():
+        tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+        rows, columns = side * (tall // tile), side * (wide // tile)
+        if width / height > columns / rows:
+            rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
+        else:
+            columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
+        images.append([_grid(0, 0, side, side), _grid(0, 1, rows, columns + 1)])
+    return _number_images(images, num_visual)
+
+
+def _number_images(
+    images: Sequence[list[Places]], num_visual: Sequence[int]
+) -> list[Places] | None:
+    """Hands the images of a batch, in order, to its rows, and numbers them within the row."""
+    rows, queue = [], [torch.cat(grids) for grids in images]
+    for count in num_visual:
+        row: list[Places] = []
+        while sum(map(len, row)) < count and queue:
+            places = queue.pop(0)
+            places[:, 0] = len(row)
+            row.append(places)
+        rows.append(torch.cat(row) if row else torch.empty(0, 4, dtype=torch.int64))
+    fits = not queue and [len(row) for row in rows] == list(num_visual)
+    return rows if fits else None
+
+
+ORDINARY = Adapter()
+_CROSS = (
+    "its decoder reads the image through cross-attention, so no visual tokens sit in the decoder's "
+    "stream"
+)
+_ADAPTERS: dict[str, Adapter] = {
+    "llava": Adapter(layout=_layout_llava),
+    "llava_next": Adapter(layout=_layout_llava_next),
+    "mllama": Adapter(refusal=_CROSS),
+    "blip": Adapter(refusal=_CROSS),
+    "florence2": Adapter(refusal=_CROSS),
+    "pix2struct": Adapter(refusal=_CROSS),
+    "vision-encoder-decoder": Adapter(refusal=_CROSS),
+}
+
+
+def register_adapter(model_type: str, adapter: Adapter) -> None:
+    """Teaches the engine a family, by its config's `model_type`.
+
+    Raises:
+        ValueError: If the family has an entry already.
+    """
+    if model_type in _ADAPTERS:
+        raise ValueError(
+            f"register_adapter: expected a new model type, got {model_type!r}. "
+            "Subclass the config with a model_type of your own."
+        )
+    _ADAPTERS[model_type] = adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """Where the parts of one model are.
+
+    Attributes:
+        entries: Modules from the outermost to the one just above the decoder.
+        decoder: Module whose forward runs the layers.
+        layers: The decoder layers, in order.
+        config: The model's config.
+        text_config: The decoder's part of it.
+        visual_ids: Placeholder ids of visual tokens; empty for a plain language model.
+        adapter: What its family does differently.
+    """
+
+    entries: tuple[nn.Module, ...]
+    decoder: nn.Module
+    layers: tuple[nn.Module, ...]
+    config: Any
+    text_config: Any
+    visual_ids: tuple[int, ...]
+    adapter: Adapter
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """Finds the decoder of a model, and what is known of its family.
+
+    Raises:
+        ValueError: If the model has no decoder layers, or its family cannot be pruned.
+    """
+    name = type(model).__name__
+    inner: Any = next((m for m in model.modules() if hasattr(m, "get_decoder")), None)
+    config = getattr(inner, "config", None)
+    if inner is None or config is None:
+        raise ValueError(
+            f"prune: expected a Hugging Face model, got {name}. "
+            "Pass a model loaded by transformers, or a module that wraps one."
+        )
+    adapter = _ADAPTERS.get(config.model_type, ORDINARY)
+    if adapter.refusal:
+        raise ValueError(
+            f"prune: expected visual tokens in the decoder's stream, got {name} "
+            f"({config.model_type}): {adapter.refusal}. Choose another model."
+        )
+    decoder = inner.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):
+        raise ValueError(
+            f"prune: expected a decoder with attention layers in `.layers`, got "
+            f"{type(decoder).__name__} in {name} ({config.model_type}). "
+            "Describe the model with register_adapter."
+        )
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    entries = [model]
+    for part in path.split(".")[:-1] if path else []:
+        entries.append(getattr(entries[-1], part))
+    ids = {getattr(config, key, None) for key in adapter.placeholder_ids}
+    text_config = config.get_text_config(decoder=True)
+    return Anatomy(
+        entries=tuple(entries) if path else (),
+        decoder=decoder,
+        layers=tuple(layers[: text_config.num_hidden_layers]),
+        config=config,
+        text_config=text_config,
+        visual_ids=tuple(sorted(i for i in ids if isinstance(i, int))),
+        adapter=adapter,
+    )
+
+
+def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Which prompt tokens are visual, by the model's own placeholder ids: bool (B, T)."""
+    return mark_visual(examine(model).visual_ids, input_ids)
+
+
+def mark_visual(visual_ids: Sequence[int], input_ids: Tensor) -> Tensor:
+    """Bool (B, T): positions whose id is one of `visual_ids`."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for visual_id in visual_ids:
+        mask |= input_ids == visual_id
+    return mask
+
+
+def places(
+    anatomy: Anatomy, inputs: Mapping[str, Any], visual_BT: Tensor, num_visual: Sequence[int]
+) -> list[Places]:
+    """Place of every visual token in its image, one (V, 4) tensor per row.
+
+    Where the family's grid is unknown, a run of visual tokens counts as an image, and grid, row and
+    column are -1.
+    """
+    known = anatomy.adapter.layout(anatomy.config, inputs, num_visual)
+    if known is not None:
+        return known
+    starts_BT = visual_BT & ~nn.functional.pad(visual_BT, (1, 0))[:, :-1]
+    image_BT = (starts_BT.cumsum(1) - 1).cpu()
+    rows = []
+    for row, mask in enumerate(visual_BT.cpu()):
+        place = torch.full((num_visual[row], 4), -1, dtype=torch.int64)
+        place[:, 0] = image_BT[row][mask]
+        rows.append(place)
+    return rows

@@ -1,0 +1,24 @@
+"""A method exactly as its paper's released code runs it."""
+
+from __future__ import annotations
+
+from tokenprune.schedule import Schedule
+from tokenprune.strategy import PruningStrategy, strategy_class
+
+
+def published(name: str, num_layers: int) -> tuple[PruningStrategy, Schedule, str]:
+    """Strategy, schedule and position policy of a published method.
+
+    Args:
+        name: A registered strategy. Baselines without a paper run on PyramidDrop's schedule.
+        num_layers: Decoder layers of the model.
+
+    Raises:
+        KeyError: If the name is unknown.
+        ValueError: If the strategy has no published run, or it does not fit `num_layers`.
+    """
+    cls = strategy_class(name)
+    run = cls.published(num_layers)
+    schedule = getattr(Schedule, run.schedule)(**run.options)
+    schedule.check_depth(num_layers)
+    return cls(), schedule, run.positions

@@ -1,0 +1,74 @@
+"""Uniform: the baseline that looks at no content at all.
+
+With a known grid, tokens fall in the order of a Bayer matrix (Bayer, 1973): a quarter of a grid is
+every second row and column, a half its checkerboard, and every later cut is as even. Without a
+grid, an even stride over the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune.strategy import PruningStrategy, Published, Selection, TokenView, register
+from tokenprune.tensors import split_budget
+
+_BITS = 10  # grids up to 1024 x 1024
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class Uniform(PruningStrategy):
+    """Keeps an even stride over each image's grid; images share the budget by size."""
+
+    keeps_exactly: ClassVar[bool] = True
+
+    def select(self, view: TokenView, keep: Tensor) -> Selection:
+        unit_BV = _units(view.places)
+        # Entries that do not exist form a last unit of size 0, which gets no budget.
+        unit_BV = unit_BV.masked_fill(~view.valid, view.valid.shape[1])
+        sizes_BU = torch.zeros_like(unit_BV[:, :1]).repeat(1, view.valid.shape[1] + 1)
+        sizes_BU = sizes_BU.scatter_add(1, unit_BV, view.valid.long())
+        quota_BV = split_budget(keep, sizes_BU).gather(1, unit_BV)
+        size_BV = sizes_BU.gather(1, unit_BV).clamp_min(1)
+        start_BV = (sizes_BU.cumsum(1) - sizes_BU).gather(1, unit_BV)
+        # In a grid the emptiest spot comes first; in a sequence the order is its own.
+        threshold_BV = _bayer(view.places[..., 2], view.places[..., 3])
+        in_grid_BV = view.places[..., 2] >= 0
+        order_BV = torch.where(
+            in_grid_BV, threshold_BV, torch.arange(unit_BV.shape[1], device=keep.device)
+        )
+        rank_BV = (unit_BV * 4**_BITS + order_BV).argsort(1, stable=True).argsort(1) - start_BV
+        strided_BV = _stride(rank_BV + 1, quota_BV, size_BV) > _stride(rank_BV, quota_BV, size_BV)
+        kept_BV = torch.where(in_grid_BV, rank_BV < quota_BV, strided_BV)
+        return Selection(kept=kept_BV & view.valid)
+
+    @classmethod
+    def published(cls, num_layers: int) -> Published:
+        """No paper: PyramidDrop's default schedule, so that the baseline has the same budget."""
+        options = {"num_layers": num_layers, "num_stages": 4, "lam": 0.5}
+        return Published("pyramid", options, positions="original")
+
+
+def _units(places: Tensor) -> Tensor:
+    """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit."""
+    grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
+    changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
+    return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
+
+
+def _bayer(row: Tensor, column: Tensor) -> Tensor:
+    """Entry of the infinite Bayer matrix, as an integer below 4**_BITS."""
+    value = torch.zeros_like(row)
+    for bit in range(_BITS):
+        odd = ((row ^ column) >> bit & 1) * 2 + (row >> bit & 1)
+        value = value + odd * 4 ** (_BITS - 1 - bit)
+    return value
+
+
+def _stride(rank: Tensor, quota: Tensor, size: Tensor) -> Tensor:
+    """Tokens that an even stride has kept before the token of this rank."""
+    return (rank * quota + size // 2) // size

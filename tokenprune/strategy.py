@@ -1,0 +1,265 @@
+"""What a pruning strategy is: a rule that says which visual tokens survive a cut.
+
+A strategy sees a `TokenView`, never the model and never the schedule. Most methods score tokens and
+subclass `ScoreStrategy`; a joint choice (diversity, clustering) subclasses `PruningStrategy`.
+
+Shape suffixes: B batch rows, V visual tokens alive, D hidden size, H attention heads.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from tokenprune.tensors import top_k
+
+SOURCES = ("next", "previous")
+QUERIES = ("last", "all")
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Attention that a strategy will ask for, declared before the run.
+
+    Args:
+        queries: `"last"`, the last prompt token (with labels: the tokens that predict an answer's
+            first token), or `"all"`, every real position.
+        source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
+    """
+
+    queries: str = "last"
+    source: str = "next"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("queries", self.queries, QUERIES),
+            ("source", self.source, SOURCES),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"AttentionRows.{name}: expected one of {list(choices)}, got {value!r}. "
+                    "Say which attention the strategy reads."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenView:
+    """What a strategy may know of the visual tokens alive at a cut. Read-only.
+
+    Rows of a batch may have different numbers of visual tokens: `valid` says which entries exist.
+
+    Attributes:
+        layer: Layer before which the cut happens.
+        num_layers: Decoder layers of the model.
+        valid: Bool (B, V).
+        num_original: int64 (B,), visual tokens of each row before any cut.
+        positions: int64 (B, V), positions in the unpruned conversation.
+        places: int64 (B, V, 4): image, grid, row, column of each token, -1 where unknown. An image
+            of tiles has several grids.
+    """
+
+    layer: int
+    num_layers: int
+    valid: Tensor
+    num_original: Tensor
+    positions: Tensor
+    places: Tensor
+    _hidden: Callable[[], Tensor] = field(repr=False)
+    _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
+    _random: Callable[[int], Tensor] = field(repr=False)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states (B, V, D) that enter the layer, detached."""
+        return self._hidden()
+
+    def attend(self, queries: str = "last", source: str = "next") -> Tensor:
+        """Attention that the asked query rows pay each visual token, averaged over those rows.
+
+        The softmax runs over all keys, text included, in float32.
+
+        Returns:
+            float32 (B, H, V).
+
+        Raises:
+            ValueError: If the strategy did not declare these rows in `attention_rows`.
+        """
+        return self._attend(AttentionRows(queries, source))
+
+    def random(self, seed: int) -> Tensor:
+        """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
+
+        A row gets the same numbers alone and in a batch; no global generator is touched.
+        """
+        return self._random(seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which tokens survive a cut.
+
+    Attributes:
+        kept: Bool (B, V).
+        scores: float32 (B, V) for the trace, or None for joint choices.
+    """
+
+    kept: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a method's released code runs it, as plain data.
+
+    Attributes:
+        schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
+        options: Its keyword arguments.
+        positions: `"original"` or `"renumbered"`.
+    """
+
+    schedule: str
+    options: Mapping[str, Any]
+    positions: str
+
+
+class PruningStrategy(ABC):
+    """Chooses the survivors of a cut. Subclasses are frozen dataclasses and pure functions."""
+
+    name: ClassVar[str]
+    #: True if `select` always keeps exactly min(keep, alive) tokens; spares the engine a count.
+    keeps_exactly: ClassVar[bool] = False
+
+    def attention_rows(self) -> tuple[AttentionRows, ...]:
+        """Rows that `select` will ask of `view.attend`; the engine computes them in time."""
+        return ()
+
+    @abstractmethod
+    def select(self, view: TokenView, keep: Tensor) -> Selection:
+        """Chooses at most `keep` (int64, (B,)) of the valid tokens of each row."""
+
+    @classmethod
+    def published(cls, num_layers: int) -> Published:
+        """How the paper's released code runs the method on a decoder of `num_layers` layers."""
+        raise ValueError(
+            f"published: expected a strategy with a published run, got {cls.__name__}. "
+            "Give it a classmethod `published`, or build strategy and schedule yourself."
+        )
+
+
+class ScoreStrategy(PruningStrategy):
+    """Keeps the tokens with the highest scores; ties go to the lower index."""
+
+    keeps_exactly: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, view: TokenView) -> Tensor:
+        """Scores (B, V): the higher, the longer a token lives."""
+
+    def select(self, view: TokenView, keep: Tensor) -> Selection:
+        scores = self.score(view).float()
+        return Selection(kept=top_k(scores, view.valid, keep), scores=scores)
+
+
+@dataclass(frozen=True)
+class AttentionStrategy(ScoreStrategy):
+    """A score that reads the decoder's own attention.
+
+    Args:
+        queries: Rows that ask: `"last"`, the last prompt token, or `"all"`, every real position.
+        source: Layer that answers: `"next"`, about to run, or `"previous"`, before the cut.
+    """
+
+    queries: str = "last"
+    source: str = "next"
+
+    def __post_init__(self) -> None:
+        AttentionRows(self.queries, self.source)  # refuses bad values here, not at the first cut
+
+    def attention_rows(self) -> tuple[AttentionRows, ...]:
+        return (AttentionRows(self.queries, self.source),)
+
+
+_REGISTRY: dict[str, type[PruningStrategy]] = {}
+StrategyClass = TypeVar("StrategyClass", bound=type[PruningStrategy])
+
+
+def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
+    """Class decorator: makes a strategy buildable by `name`, in Python and in configs.
+
+    Raises:
+        ValueError: If the name is taken or malformed, or the class is no frozen dataclass of a
+            `PruningStrategy`.
+    """
+
+    def add(cls: StrategyClass) -> StrategyClass:
+        if not name.isidentifier() or name != name.lower() or name == "none":
+            raise ValueError(
+                f"register: expected a lower-case identifier other than 'none', got {name!r}. "
+                "The name is used in configs and file names."
+            )
+        if name in _REGISTRY:
+            raise ValueError(
+                f"register: expected a new name, got {name!r}, which is "
+                f"{_REGISTRY[name].__qualname__}. Choose another name."
+            )
+        if not (isinstance(cls, type) and issubclass(cls, PruningStrategy)):
+            raise ValueError(
+                f"register: expected a subclass of PruningStrategy, got {cls!r}. "
+                "Subclass ScoreStrategy, or PruningStrategy for a joint choice."
+            )
+        if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"register: expected a frozen dataclass, got {cls.__qualname__}. "
+                "Put @dataclass(frozen=True) below @register."
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> list[str]:
+    """Names of all registered strategies, sorted."""
+    return sorted(_REGISTRY)
+
+
+def strategy_class(name: str) -> type[PruningStrategy]:
+    """The registered class of that name.
+
+    Raises:
+        KeyError: If there is none; names the choices and the nearest.
+    """
+    if name not in _REGISTRY:
+        raise unknown_name("strategy", name, available())
+    return _REGISTRY[name]
+
+
+def build_strategy(name: str, **fields: Any) -> PruningStrategy:
+    """Builds a registered strategy; keyword arguments are the strategy's own fields.
+
+    Raises:
+        KeyError: If the name is unknown.
+        ValueError: If a field is unknown or its value is refused by the strategy.
+    """
+    cls = strategy_class(name)
+    known = list(getattr(cls, "__dataclass_fields__", {}))
+    for key in fields:
+        if key not in known:
+            raise ValueError(
+                f"build_strategy({name!r}): expected fields among {known}, got {key!r}. "
+                "See the strategy's docstring."
+            )
+    return cls(**fields)
+
+
+def unknown_name(what: str, name: object, choices: list[str]) -> KeyError:
+    """The error for a name that is not among `choices`: lists them and names the nearest."""
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return KeyError(f"{what}: expected one of {choices}, got {name!r}.{hint}")

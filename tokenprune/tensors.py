@@ -1,0 +1,148 @@
+"""Pure functions on tensors: choose tokens, take tokens, attention rows from queries and keys.
+
+Shape suffixes: B batch rows, T sequence positions, N kept positions, V visual tokens, H query heads,
+G key heads, Q query rows, K keys, E head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores_BV: Tensor, valid_BV: Tensor, keep_B: Tensor) -> Tensor:
+    """Marks the `keep` highest-scoring valid tokens of each row; the lower index wins ties.
+
+    Args:
+        scores_BV: Scores, compared in float32.
+        valid_BV: False where a row has no such token; never marked.
+        keep_B: int64, tokens to keep per row; more than a row has keeps them all.
+
+    Returns:
+        Bool mask (B, V) with min(keep, number valid) True entries per row.
+    """
+    low = torch.finfo(torch.float32).min
+    # NaN would sort first; it means "no evidence" and goes last among the valid tokens.
+    scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
+    scores_BV = scores_BV.masked_fill(~valid_BV, -torch.inf)
+    order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
+    rank_BV = torch.empty_like(order_BV).scatter_(
+        1, order_BV, torch.arange(order_BV.shape[1], device=order_BV.device).expand_as(order_BV)
+    )
+    return (rank_BV < keep_B[:, None]) & valid_BV
+
+
+def ascending(mask_BT: Tensor, length: int, *, left: bool) -> Tensor:
+    """Positions of the True entries of each row, ascending, padded to `length`.
+
+    Pads repeat position 0 of the row's unmarked ones; they stand on the left or the right.
+    Works without a device synchronisation: `length` must be the largest count.
+
+    Returns:
+        int64 (B, length).
+    """
+    order_BT = (~mask_BT if not left else mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
+    return order_BT[:, -length:] if left and length else order_BT[:, :length]
+
+
+def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> Tensor:
+    """Gathers positions `index_BN` along `dim`, row by row along dimension `batch`.
+
+    A batch dimension of 1 is expanded to that of the index.
+    (B|1, T, ...) -> (B, N, ...) with the default dimensions.
+    """
+    num_rows, num_kept = index_BN.shape
+    if num_rows == 1:
+        return values.index_select(dim, index_BN[0])
+    target = list(values.shape)
+    target[batch] = num_rows
+    values = values.expand(target)
+    target[dim] = num_kept
+    shape = [1] * values.dim()
+    shape[batch], shape[dim] = num_rows, num_kept
+    return values.gather(dim, index_BN.view(shape).expand(target))
+
+
+def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
+    """Splits each row's budget over units by size, largest remainder first (ties: lower unit).
+
+    Args:
+        budget_B: int64, tokens to hand out.
+        sizes_BU: int64, size of each unit (image, grid); 0 for absent units.
+
+    Returns:
+        int64 (B, U) that sums to min(budget, total size) per row.
+    """
+    total_B1 = sizes_BU.sum(1, keepdim=True)
+    budget_B1 = torch.minimum(budget_B[:, None], total_B1)
+    quota_BU = budget_B1 * sizes_BU // total_B1.clamp_min(1)
+    remainder_BU = budget_B1 * sizes_BU - quota_BU * total_B1
+    left_B = (budget_B1 - quota_BU.sum(1, keepdim=True)).squeeze(1)
+    share_BU = remainder_BU / total_B1.clamp_min(1)
+    return quota_BU + top_k(share_BU, sizes_BU > 0, left_B).long()
+
+
+def attention_rows(
+    queries_BHQE: Tensor, keys_BGKE: Tensor, allowed: Tensor, scaling: float
+) -> Tensor:
+    """Softmax over all keys, in float32, for the asked query rows only.
+
+    Args:
+        queries_BHQE: Rotated queries of the asked rows.
+        keys_BGKE: Rotated keys of the whole sequence; H is a multiple of G (grouped queries).
+        allowed: Bool (B, 1, Q, K), or an additive float mask of that shape.
+        scaling: Factor on the logits, usually E ** -0.5.
+
+    Returns:
+        Attention weights (B, H, Q, K), float32. A row that may attend to nothing is all zero.
+    """
+    num_rows, num_heads, num_queries, _ = queries_BHQE.shape
+    num_groups = keys_BGKE.shape[1]
+    grouped = queries_BHQE.float().reshape(  # (B, G, H/G * Q, E): no key head is copied
+        num_rows, num_groups, num_heads // num_groups * num_queries, -1
+    )
+    logits = grouped @ keys_BGKE.float().transpose(2, 3) * scaling
+    logits_BHQK = logits.view(num_rows, num_heads, num_queries, -1)
+    if allowed.dtype == torch.bool:
+        logits_BHQK = logits_BHQK.masked_fill(~allowed, -torch.inf)
+    else:
+        logits_BHQK = logits_BHQK + allowed.float()
+    return torch.nan_to_num(logits_BHQK.softmax(-1))
+
+
+def known_keys(
+    real: Tensor | None,
+    num_rows: int,
+    length: int,
+    held_real: Tensor | None,
+    before: int,
+    device: torch.device,
+) -> Tensor:
+    """Which keys are real, bool (B, K): those held from before, then the new ones."""
+    parts = [
+        torch.ones(num_rows, size, dtype=torch.bool, device=device) if part is None else part
+        for part, size in ((held_real, before), (real, length))
+    ]
+    return torch.cat(parts, 1)
+
+
+def causal(
+    rows_BQ: Tensor, length: int, real: Tensor | None, before: int, held_real: Tensor | None
+) -> Tensor:
+    """Bool (B, 1, Q, K): asked rows see all real tokens held, and new ones up to themselves."""
+    order = torch.arange(before + length, device=rows_BQ.device)
+    allowed = order <= rows_BQ[:, None, :, None] + before
+    if real is None and held_real is None:
+        return allowed
+    known = known_keys(real, rows_BQ.shape[0], length, held_real, before, rows_BQ.device)
+    return allowed & known[:, None, None]
+
+
+def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:
+    """Forbids the keys that are not real; a pad's own row stays open, so that none is empty."""
+    hidden = ~known_BK[:, None, None]
+    if real_BN is not None:
+        hidden = hidden & real_BN[:, None, :, None]
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
