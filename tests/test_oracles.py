@@ -97,11 +97,11 @@ def test_identity(family, strategy, attention, side, policy) -> None:
 
 
 @contextmanager
-def masked(model, padding: Tensor, visual: Tensor, trace: tp.Trace):
+def masked(model, padding: Tensor, visual: Tensor, trace: tp.Trace, extra: int = STEPS + 1):
     """The unmodified model whose layers are given masks that hide what the trace dropped."""
     decoder = model.get_decoder()
     num_rows, prompt = visual.shape
-    hidden_BLK = torch.zeros(num_rows, NUM_LAYERS, prompt + STEPS + 1, dtype=torch.bool)
+    hidden_BLK = torch.zeros(num_rows, NUM_LAYERS, prompt + extra, dtype=torch.bool)
     for stage in trace.stages:
         for row, kept in enumerate(stage.kept):
             columns = visual[row].nonzero()[:, 0]
@@ -117,7 +117,7 @@ def masked(model, padding: Tensor, visual: Tensor, trace: tp.Trace):
             offset = cache.get_seq_length(index) if cache is not None else 0
             offsets[index] = offset
             total = offset + length
-            real = torch.nn.functional.pad(padding.bool(), (0, STEPS + 1), value=True)[:, :total]
+            real = torch.nn.functional.pad(padding.bool(), (0, extra), value=True)[:, :total]
             causal = torch.arange(total) <= torch.arange(offset, total)[:, None]
             allowed = causal & (real & ~hidden_BLK[:, index, :total])[:, None, None]
             allowed = allowed | torch.eye(total, dtype=torch.bool)[offset:]
@@ -204,7 +204,9 @@ def test_batch_is_alone(family, strategy, attention, side, policy) -> None:
                 for ours, theirs in zip(trace.stages, alone_trace.stages, strict=True):
                     assert torch.equal(ours.kept[row], theirs.kept[0])
             assert trace.lengths[:, row].tolist() == alone_trace.lengths[:, 0].tolist()
-            assert trace.visual_lengths[:, row].tolist() == alone_trace.visual_lengths[:, 0].tolist()
+            assert (
+                trace.visual_lengths[:, row].tolist() == alone_trace.visual_lengths[:, 0].tolist()
+            )
             length = alone.logits.shape[1]
             in_batch = together.logits[row]
             ours = in_batch[-length:] if side == "left" else in_batch[:length]

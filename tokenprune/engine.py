@@ -993,7 +993,7 @@ class Handle:
             shifted = shifted.flatten()[chosen][None]
             labels = shifted
         for tensor, is_shifted in run.call.late_labels:
-            tensor.data = (shifted if is_shifted else labels).to(tensor.device)
+            tensor.data = (shifted if is_shifted else labels).to(tensor.device).contiguous()
         return output if self._supervised else None
 
 
