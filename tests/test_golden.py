@@ -118,7 +118,9 @@ def test_pyramiddrop_prefill(name: str, run: str, attention: str) -> None:
         expected = case[f"{run}.layer{layer}.position_ids"]
         assert_positions(spy, model, layer, 0, expected, torch.ones_like(expected).bool())
         if f"{run}.layer{layer}.input" in case.tensors:
-            torch.testing.assert_close(spy.hidden[layer][0], case[f"{run}.layer{layer}.input"], **CLOSE)
+            torch.testing.assert_close(
+                spy.hidden[layer][0], case[f"{run}.layer{layer}.input"], **CLOSE
+            )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -177,9 +179,7 @@ def test_pyramiddrop_training(run: str, train: bool, attention: str) -> None:
     attention_mask = case.tensors.get(f"{run}.attention_mask")
     schedule = tp.Schedule.pyramid(num_layers=8, num_stages=4, lam=0.5)
     strategy = tp.build_strategy("pyramiddrop")
-    with tp.prune(
-        model, strategy, schedule, positions="renumbered", visual_mask=mask
-    ) as trace:
+    with tp.prune(model, strategy, schedule, positions="renumbered", visual_mask=mask) as trace:
         output = model(
             inputs_embeds=embeds, attention_mask=attention_mask, labels=case[f"{run}.labels_in"]
         )
@@ -227,9 +227,7 @@ def test_pyramiddrop_decode(run: str, attention: str) -> None:
     schedule = tp.Schedule.pyramid(num_layers=8, num_stages=4, lam=LAMS[run])
     strategy = tp.build_strategy("pyramiddrop")
     with (
-        tp.prune(
-            case.model, strategy, schedule, positions="renumbered", visual_mask=mask
-        ) as trace,
+        tp.prune(case.model, strategy, schedule, positions="renumbered", visual_mask=mask) as trace,
         torch.no_grad(),
     ):
         logits, tokens, lengths, spy, past = decode(case, 6, True, mask)

@@ -587,7 +587,7 @@ class Handle:
         run: _Pass | None = getattr(self._thread, "run", None)
         if run is None:  # recomputed during the backward pass
             return cast("_Pass | None", self._passes.get(key)) if key is not None else None
-        if key is not None and torch.is_grad_enabled():
+        if key is not None and self._anatomy.decoder.training:
             self._passes[key] = run
         return run
 
