@@ -472,7 +472,7 @@ def test_a_language_model_needs_a_visual_mask() -> None:
     inputs = batch(model, ROWS)
     mask = inputs.pop("visual_mask")
     with (
-        pytest.raises(ValueError, match="LlamaForCausalLM has no placeholder ids"),
+        pytest.raises(ValueError, match="LlamaConfig names no placeholder ids"),
         tp.prune(model, PDROP, SCHEDULE),
     ):
         model(**inputs)

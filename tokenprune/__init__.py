@@ -8,8 +8,8 @@ from tokenprune.schedule import Schedule, Stage
 from tokenprune.strategy import (
     AttentionRows,
     AttentionStrategy,
-    Published,
     PruningStrategy,
+    Published,
     ScoreStrategy,
     Selection,
     TokenView,

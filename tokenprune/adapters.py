@@ -41,7 +41,7 @@ def project_llama(
     width = attention.head_dim
 
     def heads(projected: Tensor, norm: str) -> Tensor:  # (B, T, H * E) -> (B, H, T, E)
-        split = projected.unflatten(-1, (-1, width))
+        split = projected.view(*projected.shape[:-1], -1, width)
         if getattr(attention, norm, None) is not None:
             split = getattr(attention, norm)(split)
         return split.transpose(1, 2)
@@ -49,7 +49,7 @@ def project_llama(
     queries = heads(attention.q_proj(take(normed, rows_BQ)), "q_norm")
     keys = heads(attention.k_proj(normed), "k_norm")
     if position_embeddings is not None:
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         cos, sin = position_embeddings
         _, keys = rotate(keys, keys, cos, sin)
         queries, _ = rotate(queries, queries, take(cos, rows_BQ), take(sin, rows_BQ))
@@ -199,6 +199,12 @@ class Anatomy:
     text_config: Any
     visual_ids: tuple[int, ...]
     adapter: Adapter
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that the decoder is set to now."""
+        decoder: Any = self.decoder
+        return str(decoder.config._attn_implementation)
 
 
 def examine(model: nn.Module) -> Anatomy:

@@ -3,14 +3,15 @@
 The only part that touches a model. A call goes through three kinds of hook:
 
 * on the modules above the decoder, which see `input_ids`, `labels` and `visual_mask`;
-* on the decoder: a pass begins (`_Pass`) and ends;
-* on each decoder layer from the first cut on: tokens are cut, side tensors replaced.
+* on the decoder: a pass over its layers begins (`_Pass`) and ends;
+* on each decoder layer from the one before the first cut on: tokens are cut, and side tensors
+  (mask, rotary embeddings, positions) replaced by those of the tokens that are left.
 
-A cut divides a pass into levels: level 0 runs on all tokens, level s on what cut s left. What the
-layers of each level hold in the key-value cache is written in a `_Record` on the cache object.
+Nothing of a run is stored on the model, the strategy or the schedule: a pass lives in a
+thread-local variable, and what the cache holds is a `Record` on the cache object.
 
 Shape suffixes: B batch rows, T positions of a call, N positions at a level, V visual tokens alive,
-Q query rows, K keys, H heads, D hidden size.
+Q query rows, K keys, H heads, D hidden size, S cuts.
 """
 
 from __future__ import annotations
@@ -21,166 +22,43 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tokenprune import record as records
 from tokenprune.adapters import Anatomy, examine, mark_visual, places
+from tokenprune.levels import Level
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
 from tokenprune.tensors import ascending, attention_rows, causal, hide_pads, known_keys, take
+from tokenprune.trace import Trace, TracedStage
 
 POSITIONS = ("original", "renumbered")
 LOGITS = ("all", "supervised")
-_RECORD = "_tokenprune_record"
-_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 #: Bytes of float32 attention weights that one chunk of query rows may take.
 _CHUNK_BYTES = 2**27
 
 
-# ------------------------------------------------------------------------------------- the trace
-
-
-@dataclass(frozen=True, eq=False)
-class TracedStage:
-    """One cut of the latest call that had visual tokens.
-
-    Attributes:
-        layer: The cut happened before this layer.
-        kept: Per row, int64 ascending: surviving tokens in the sample's own visual coordinates.
-        scores: Per row, float32: scores of the tokens alive before the cut, or None.
-    """
-
-    layer: int
-    kept: list[Tensor]
-    scores: list[Tensor] | None
-
-
-@dataclass(eq=False)
-class Trace:
-    """What a run did.
-
-    Attributes:
-        stages: One entry per cut of the latest call that had visual tokens.
-        lengths: int64 (num_layers, B): real tokens, without pads, that each layer processed.
-        visual_lengths: int64 (num_layers, B): visual tokens among them.
-        places: Per row, int64 (V, 4): image, grid, row and column of each visual token of that
-            call, -1 where unknown.
-    """
-
-    stages: list[TracedStage] = field(default_factory=list)
-    lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    visual_lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    places: list[Tensor] = field(default_factory=list)
-
-
-# --------------------------------------------------------------------- what a cache remembers
-
-
-@dataclass(eq=False)
-class _Held:
-    """Tokens that the layers of one level hold in the cache, but for the record's tail.
-
-    Attributes:
-        columns: int64 (B, N), their columns in the unpruned conversation.
-        real: Bool (B, N), or None if none is a pad.
-        shift: int64 (B, 1), the model's position minus the layer's, or None if they agree.
-    """
-
-    columns: Tensor
-    real: Tensor | None
-    shift: Tensor | None
-
-
-@dataclass(eq=False)
-class _Record:
-    """What a cache holds at each level.
-
-    Attributes:
-        cuts: Layers of the schedule that wrote it.
-        num_columns: Columns of the conversation so far.
-        num_visual: Visual tokens so far, per row.
-        held: One entry per level.
-        tail: Latest columns, text without pads, that every level holds besides.
-    """
-
-    cuts: tuple[int, ...]
-    num_columns: int
-    num_visual: list[int]
-    held: list[_Held]
-    tail: int = 0
-
-    def length(self, level: int) -> int:
-        return self.held[level].columns.shape[1] + self.tail
-
-    def columns(self, level: int) -> Tensor:
-        columns = self.held[level].columns
-        new = torch.arange(self.num_columns - self.tail, self.num_columns, device=columns.device)
-        return torch.cat([columns, new.expand(columns.shape[0], -1)], 1)
-
-    def real(self, level: int) -> Tensor | None:
-        real = self.held[level].real
-        return None if real is None else nn.functional.pad(real, (0, self.tail), value=True)
-
-    def crop(self, num_columns: int) -> None:
-        """Forgets the latest columns, as `cache.crop` did (assisted decoding)."""
-        dropped = self.num_columns - num_columns
-        if dropped > self.tail:
-            raise ValueError(
-                f"prune: expected a cache cropped by at most {self.tail} columns, the text after "
-                f"the pruned prompt, got {dropped}. Start from a copy of the cache instead."
-            )
-        self.tail -= dropped
-        self.num_columns = num_columns
-
-
-# ------------------------------------------------------------------------- one pass, its levels
-
-
-@dataclass(eq=False)
-class _Level:
-    """The tokens of one pass between two cuts.
-
-    Attributes:
-        index: int64 (B, N), where they stood at the level before; None if nothing was removed.
-        columns: int64 (B, N), columns in the unpruned conversation.
-        real: Bool (B, N), or None if none is a pad.
-        num_real: Real tokens per row.
-        visual: Bool (B, N).
-        num_visual: Visual tokens alive per row.
-        coordinate: int64 (B, N), a visual token's number within its sample.
-        queries: float32 (B, N), weight of each position among the `"last"` query rows.
-        positions: int64 (B, N), positions that the model gave; set at the first hooked layer.
-        moved: int64 (B, N), positions that the layers of this level use instead, if others.
-        shift: int64 (B, 1), the model's next position minus the layer's, if not 0.
-        side: Side tensors of this level, by name and identity of the original.
-    """
-
-    index: Tensor | None
-    columns: Tensor
-    real: Tensor | None
-    num_real: list[int]
-    visual: Tensor
-    num_visual: list[int]
-    coordinate: Tensor
-    queries: Tensor
-    positions: Tensor | None = None
-    moved: Tensor | None = None
-    shift: Tensor | None = None
-    side: dict[tuple[str, int], Any] = field(default_factory=dict)
-
-
 @dataclass(eq=False)
 class _Call:
-    """What the modules above the decoder were called with."""
+    """What the modules above the decoder were called with.
+
+    Attributes:
+        inputs: Arguments by name; the outermost module's win.
+        depth: Modules entered and not yet left.
+        late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
+            known, and whether they are shifted ones.
+    """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     depth: int = 0
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
-    hide_logits: bool = False
 
 
 @dataclass(eq=False)
@@ -189,31 +67,40 @@ class _Pass:
 
     Attributes:
         call: The call that it belongs to.
-        offset: Columns of the conversation before it.
         record: What the cache holds from before, or None.
         cache: The cache, once a layer has shown it.
         levels: Level 0, and one more per cut done.
-        prunes: Whether it has visual tokens.
+        prunes: Whether there are visual tokens and cuts.
         max_queries: Largest number of `"last"` query rows in a batch row.
-        unpruned: Rows that keep everything: labels, but none that follows an unlabelled token.
-        places: Places of the visual tokens, once asked for.
-        rows: Attention computed for a cut, by its layer and request.
+        budgets: Per cut, tokens that each row may keep.
+        budgets_SB: The same, int64 (S, B), on the device.
+        places: Finds the places of the visual tokens.
+        rows: Attention computed for a cut, by the cut's layer and request.
         stages: The trace of the cuts done.
     """
 
     call: _Call
-    offset: int
-    record: _Record | None
+    record: records.Record | None
     cache: Any
-    levels: list[_Level]
+    levels: list[Level]
     prunes: bool
     max_queries: int
-    unpruned: list[bool]
-    original: list[int]
-    places: list[Tensor]
-    ids: Tensor | None
+    budgets: list[list[int]]
+    budgets_SB: Tensor | None
+    places: Callable[[], list[Tensor]]
     rows: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
     stages: list[TracedStage] = field(default_factory=list)
+
+    @property
+    def offset(self) -> int:
+        """Columns of the conversation before this pass."""
+        return 0 if self.record is None else self.record.num_columns
+
+    def held(self, level: int) -> tuple[int, Tensor | None]:
+        """Keys that a layer of a level holds from before: how many, and which are real."""
+        if self.record is None:
+            return 0, None
+        return self.record.length(level), self.record.real(level)
 
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Handle]
@@ -244,6 +131,8 @@ class Handle:
         self._supervised = logits == "supervised"
         self._visual_mask = visual_mask
         self._cuts = tuple(stage.layer for stage in schedule.stages)
+        #: Level that each layer runs on.
+        self._level_of = [sum(c <= i for c in self._cuts) for i in range(len(anatomy.layers))]
         self._requests = strategy.attention_rows()
         self._thread = threading.local()
         # A layer recomputed by gradient checkpointing finds its pass by the tensors handed to it.
@@ -251,7 +140,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
 
-    # -- hooking ---------------------------------------------------------------------------------
+    # -- hooks -----------------------------------------------------------------------------------
 
     def _hook(self) -> None:
         for entry in self._anatomy.entries:
@@ -265,14 +154,12 @@ class Handle:
     def _register(
         self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
     ) -> None:
-        names = list(inspect.signature(module.forward).parameters)
-        self._parameters[module] = names
+        self._parameters[module] = list(inspect.signature(module.forward).parameters)
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             # Also after an exception, so that no pass outlives its call.
-            self._hooks.append(
-                module.register_forward_hook(after, with_kwargs=True, always_call=True)
-            )
+            hook = module.register_forward_hook(after, with_kwargs=True, always_call=True)
+            self._hooks.append(hook)
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
@@ -282,191 +169,149 @@ class Handle:
         if _attached.get(self._anatomy.decoder) is self:
             del _attached[self._anatomy.decoder]
 
-    def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict:
+    def _named(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(zip(self._parameters[module], args, strict=False)) | dict(kwargs)
 
     # -- above the decoder -----------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        call = self._current_call()
-        if call is None or call.depth == 0:
+        call = self._open_call()
+        if call is None:
             call = self._thread.call = _Call()
         call.depth += 1
         named = self._named(module, args, kwargs)
-        mask = named.pop("visual_mask", None)
-        given = {k: v for k, v in named.items() if v is not None}
-        call.inputs = given | call.inputs | ({} if mask is None else {"visual_mask": mask})
+        call.inputs = {k: v for k, v in named.items() if v is not None} | call.inputs
+        takes_mask = named.pop("visual_mask", None) is not None
         labels = named.get("labels")
-        if labels is None or not self._cuts:
-            return (args, kwargs) if mask is None else ((), named)
-        # The model's own loss runs on the labels of the survivors, which are known only after the
-        # decoder: it gets tensors that `_end` fills.
+        if labels is not None and self._cuts:
+            self._promise_labels(call, named, labels)
+            return (), named
+        return ((), named) if takes_mask else None
+
+    def _promise_labels(self, call: _Call, named: dict[str, Any], labels: Tensor) -> None:
+        """Hands the model's own loss label tensors that are filled when the survivors are known."""
         if isinstance(named.get("logits_to_keep"), Tensor):
             raise ValueError(
                 "prune: expected an integer logits_to_keep together with labels, got a tensor. "
                 "Its indices would point into the unpruned sequence."
+            )
+        if self._supervised and named.get("return_dict") is False:
+            raise ValueError(
+                'prune: expected return_dict=True with logits="supervised", got False. '
+                "Leave return_dict out."
             )
         named["labels"] = labels.clone()
         call.late_labels.append((named["labels"], False))
         if self._supervised or named.get("shift_labels") is not None:
             named["shift_labels"] = labels.clone()
             call.late_labels.append((named["shift_labels"], True))
-        call.hide_logits = self._supervised
-        return (), named
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = self._current_call()
+        call = self._open_call()
         if call is None:
             return None
         call.depth -= 1
-        if call.depth > 0 or not call.hide_logits or output is None:
+        if call.depth or not self._supervised or not call.late_labels or output is None:
             return None
-        if isinstance(output, tuple):
-            raise ValueError(
-                'prune: expected return_dict=True with logits="supervised", got a tuple. '
-                "Leave return_dict out."
-            )
         return type(output)(**{key: output[key] for key in output if key != "logits"})
 
-    def _current_call(self) -> _Call | None:
-        return getattr(self._thread, "call", None)
+    def _open_call(self) -> _Call | None:
+        call: _Call | None = getattr(self._thread, "call", None)
+        return call if call is not None and call.depth else None
 
-    # -- the decoder -----------------------------------------------------------------------------
+    # -- the decoder: a pass begins --------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = self._open_call() or _Call()
         named = self._named(module, args, kwargs)
-        call = self._current_call()
-        if call is None or call.depth == 0:
-            call = _Call()
-        mask = named.pop("visual_mask", None)
-        given = {key: value for key, value in named.items() if value is not None}
-        inputs = given | call.inputs | ({} if mask is None else {"visual_mask": mask})
-        tokens = given["inputs_embeds"] if "inputs_embeds" in given else given["input_ids"]
+        inputs = {k: v for k, v in named.items() if v is not None} | call.inputs
+        named.pop("visual_mask", None)
+        tokens = named["inputs_embeds"] if named.get("inputs_embeds") is not None else None
+        tokens = named["input_ids"] if tokens is None else tokens
         run = self._thread.run = self._plan(call, inputs, tokens)
-        if run.record is not None and given.get("position_ids") is None:
+        if run.record is not None and named.get("position_ids") is None:
             # The model would count on from its first layer, which a cut at layer 0 has shortened.
             step = torch.arange(tokens.shape[1], device=tokens.device) + run.offset
             named["position_ids"] = step[None]
         return (), named
 
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        run: _Pass | None = getattr(self._thread, "run", None)
-        self._thread.run = None
-        if run is None or output is None:  # output is None after an exception
-            return None
-        cache = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
-        if cache is not None:
-            setattr(cache, _RECORD, self._recorded(run))
-        if any(run.original) or run.offset == 0:
-            self._write_trace(run)
-        return self._fill_labels(run, output)
-
     def _plan(self, call: _Call, inputs: dict[str, Any], tokens: Tensor) -> _Pass:
         num_rows, length = tokens.shape[:2]
         device = tokens.device
-        cache = inputs.get("past_key_values")
-        record = self._find_record(cache, num_rows, inputs.get("attention_mask"))
-        offset = record.num_columns if record is not None else 0
-        visual = self._find_visual(inputs, num_rows, length, offset, device)
         padding = inputs.get("attention_mask")
-        real: Tensor | None = None
-        if isinstance(padding, Tensor) and padding.dim() == 2 and (length > 1 or offset == 0):
+        if not (isinstance(padding, Tensor) and padding.dim() == 2):
+            padding = None
+        past = inputs.get("past_key_values")
+        record = records.read(past, self._cuts, len(self._anatomy.layers), num_rows, padding)
+        offset = 0 if record is None else record.num_columns
+        visual = self._find_visual(inputs, num_rows, length, offset)
+        real = None
+        if padding is not None and (length > 1 or offset == 0):  # a decoded token is no pad
             real = padding[:, offset : offset + length].to(device=device, dtype=torch.bool)
-        queries, labelled = self._query_weights(inputs, real, num_rows, length, device)
-        facts: list[list[int]]
-        if visual is None and real is None:  # a decoding step: nothing to ask the device
-            facts = [[0, length, 1]] * num_rows
-        else:
-            shown = torch.zeros(num_rows, dtype=torch.int64, device=device)
-            facts = torch.stack(
+        blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
+        labels = self._labels(inputs, device)
+        asks = blank if visual is None else self._asking(blank, real, labels)
+        facts = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
+        if visual is not None or real is not None:
+            ones = torch.ones_like(blank)
+            known = ones if real is None else real
+            facts = torch.stack(  # the only synchronisation of a prefill
                 [
-                    shown if visual is None else visual.sum(1),
-                    shown + length if real is None else real.sum(1),
-                    (queries > 0).sum(1),
+                    (blank if visual is None else visual).sum(1),
+                    known.sum(1),
+                    asks.sum(1),
+                    (blank if visual is None else _turns_back(inputs, known)).sum(1),
+                    known[:, -1].long(),
                 ],
                 1,
             ).tolist()
-        num_visual = [fact[0] for fact in facts]
-        num_real = [fact[1] for fact in facts]
+        num_visual, num_real, num_asking, turns_back, ends_real = map(
+            list, zip(*facts, strict=True)
+        )
         prunes = any(num_visual) and bool(self._cuts)
-        if visual is None:
-            visual = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
-        seen = record.num_visual if record is not None else [0] * num_rows
-        start = torch.tensor(seen, device=device)[:, None] if any(seen) else 0
-        level = _Level(
+        if prunes:
+            self._check_positions(inputs, any(turns_back))
+        budgets = [
+            [
+                count if labels is not None and not asking else self._schedule.count(stage, count)
+                for count, asking in zip(num_visual, num_asking, strict=True)
+            ]
+            for stage in range(len(self._cuts) if prunes else 0)
+        ]
+        counts_SB = torch.tensor([num_visual, *budgets], device=device) if prunes else None
+        visual = blank if visual is None else visual
+        coordinate = visual.cumsum(1) - 1 if prunes else blank
+        if prunes and record is not None:
+            coordinate = coordinate + torch.tensor(record.num_visual, device=device)[:, None]
+        level = Level(
             index=None,
             columns=(torch.arange(length, device=device) + offset).expand(num_rows, -1),
             real=None if all(n == length for n in num_real) else real,
             num_real=num_real,
             visual=visual,
             num_visual=num_visual,
-            coordinate=visual.cumsum(1) - 1 + start if prunes else visual.long(),
-            queries=queries,
+            alive=blank if counts_SB is None else counts_SB[0],
+            coordinate=coordinate,
+            queries=asks / asks.sum(1, keepdim=True).clamp_min(1) if prunes else blank,
+            # Generation reads the last column: pad on the left unless the batch is on the right.
+            pads_left=all(ends_real),
         )
-        run = _Pass(
+        return _Pass(
             call=call,
-            offset=offset,
             record=record,
-            cache=cache,
+            cache=past,
             levels=[level],
             prunes=prunes,
-            max_queries=max(fact[2] for fact in facts),
-            unpruned=[labelled and fact[2] == 0 for fact in facts],
-            original=num_visual,
-            places=places(self._anatomy, inputs, visual, num_visual) if any(num_visual) else [],
-            ids=inputs.get("input_ids"),
+            max_queries=max(num_asking),
+            budgets=budgets,
+            budgets_SB=None if counts_SB is None else counts_SB[1:],
+            places=cache(self._place_finder(inputs, visual, num_visual)),
         )
-        if prunes:
-            self._check_packed(inputs, run)
-        return run
-
-    def _find_record(self, cache: Any, num_rows: int, padding: Any) -> _Record | None:
-        if cache is None or not hasattr(cache, "get_seq_length"):
-            return None
-        if getattr(cache, "is_compileable", False):
-            raise ValueError(
-                f"prune: expected a cache that grows, got {type(cache).__name__}. "
-                "Leave cache_implementation out."
-            )
-        first = int(cache.get_seq_length())
-        if first == 0:
-            return None
-        levels = [sum(cut <= i for cut in self._cuts) for i in range(len(self._anatomy.layers))]
-        held = [int(cache.get_seq_length(index)) for index in range(len(levels))]
-        record: _Record | None = getattr(cache, _RECORD, None)
-        if record is None:
-            if len(set(held)) > 1:
-                raise ValueError(
-                    f"prune: expected a cache that this engine filled, got one whose layers hold "
-                    f"{sorted(set(held), reverse=True)} tokens and no record of which. "
-                    "Start again from an empty cache."
-                )
-            device = cache.layers[0].keys.device
-            columns = torch.arange(first, device=device).expand(num_rows, -1)
-            real = None
-            if isinstance(padding, Tensor) and padding.dim() == 2 and not padding[:, :first].all():
-                real = padding[:, :first].to(device=device, dtype=torch.bool)
-            held_by_all = [_Held(columns, real, None)] * (len(self._cuts) + 1)
-            return _Record(self._cuts, first, [0] * num_rows, held_by_all)
-        if record.cuts != self._cuts:
-            raise ValueError(
-                f"prune: expected a cache pruned at layers {list(self._cuts)}, got one pruned at "
-                f"{list(record.cuts)}. Continue a conversation with the schedule it began with."
-            )
-        dropped = {record.length(s) - n for s, n in zip(levels, held, strict=True)}
-        if len(dropped) > 1:
-            raise ValueError(
-                f"prune: expected layers that hold {[record.length(s) for s in levels]} tokens, "
-                f"got {held}. Something else changed this cache."
-            )
-        (shorter,) = dropped
-        if shorter:
-            record.crop(record.num_columns - shorter)
-        return record
 
     def _find_visual(
-        self, inputs: dict[str, Any], num_rows: int, length: int, offset: int, device: Any
+        self, inputs: Mapping[str, Any], num_rows: int, length: int, offset: int
     ) -> Tensor | None:
+        """Which of the call's tokens are visual, bool (B, T); None if there can be none."""
         mask = inputs.get("visual_mask", self._visual_mask)
         if mask is not None:
             if mask.dim() != 2 or mask.dtype != torch.bool or num_rows % mask.shape[0]:
@@ -474,22 +319,19 @@ class Handle:
                     f"prune: expected visual_mask of dtype bool and shape ({num_rows}, T), got "
                     f"{mask.dtype} and {tuple(mask.shape)}. Mark the visual columns with True."
                 )
-            part = mask[:, offset : offset + length].to(device)
+            part = mask[:, offset : offset + length]
             if part.shape[1] == 0:
                 return None
             part = nn.functional.pad(part, (0, length - part.shape[1]))
             return part.repeat_interleave(num_rows // mask.shape[0], 0)
         # A generated id is text, whatever its number: later calls show images only with pixels.
-        if offset > 0 and not any("pixel" in key for key in inputs):
+        if offset > 0 and not any("pixel" in key or key.startswith("mm_enc") for key in inputs):
             return None
         if not self._anatomy.visual_ids:
             raise ValueError(
-                f"prune: expected visual_mask, because {type(self._anatomy.entries[0]).__name__} "
-                "has no placeholder ids for visual tokens. Pass it to prune or to the call, bool "
+                f"prune: expected visual_mask, because {type(self._anatomy.config).__name__} names "
+                "no placeholder ids for visual tokens. Pass it to prune or to the call, bool "
                 "(B, T)."
-                if self._anatomy.entries
-                else "prune: expected visual_mask with a bare decoder. Pass it to prune or to the "
-                "call, bool (B, T)."
             )
         ids = inputs.get("input_ids")
         if ids is None:
@@ -497,85 +339,75 @@ class Handle:
                 "prune: expected input_ids or visual_mask, got inputs_embeds alone. Pass "
                 "visual_mask, bool (B, T), to say which columns are visual."
             )
-        return mark_visual(self._anatomy.visual_ids, ids).to(device)
+        return mark_visual(self._anatomy.visual_ids, ids)
 
     @staticmethod
-    def _query_weights(
-        inputs: dict[str, Any], real: Tensor | None, num_rows: int, length: int, device: Any
-    ) -> tuple[Tensor, bool]:
-        """Weights (B, T) of the `"last"` query rows, and whether labels decided them."""
+    def _labels(inputs: Mapping[str, Any], device: torch.device) -> Tensor | None:
         labels = inputs.get("labels")
         if labels is None and inputs.get("shift_labels") is not None:
             labels = nn.functional.pad(inputs["shift_labels"], (1, 0), value=-100)[:, :-1]
-        if labels is not None:
-            labelled = labels.to(device) != -100
-            asks = ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:]
-            if real is not None:
-                asks &= real
-        elif real is None:
-            asks = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
-            asks[:, -1] = True
-        else:
-            last = (real * torch.arange(1, length + 1, device=device)).argmax(1)
-            asks = torch.arange(length, device=device) == last[:, None]
-        weights = asks / asks.sum(1, keepdim=True).clamp_min(1)
-        return weights, labels is not None
+        return None if labels is None else cast(Tensor, labels.to(device))
 
-    def _check_packed(self, inputs: dict[str, Any], run: _Pass) -> None:
+    @staticmethod
+    def _asking(blank: Tensor, real: Tensor | None, labels: Tensor | None) -> Tensor:
+        """The `"last"` query rows, bool (B, T)."""
+        known = torch.ones_like(blank) if real is None else real
+        if labels is None:
+            order = torch.arange(1, blank.shape[1] + 1, device=blank.device)
+            return order - 1 == (known * order).argmax(1, keepdim=True)
+        labelled = labels != -100
+        return ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:] & known
+
+    def _check_positions(self, inputs: Mapping[str, Any], turns_back: bool) -> None:
         position_ids = inputs.get("position_ids")
-        if position_ids is None:
-            return
-        if position_ids.dim() > 2:
-            if self._renumber:
-                raise ValueError(
-                    'prune: expected one-dimensional positions with positions="renumbered", got '
-                    f'{position_ids.shape[0]}-dimensional ones. Use positions="original".'
-                )
-            return
-        back = position_ids[:, 1:] <= position_ids[:, :-1]
-        real = run.levels[0].real
-        if real is not None:
-            back = back & real[:, 1:] & real[:, :-1]
-        if back.any():
+        if self._renumber and position_ids is not None and position_ids.dim() > 2:
+            raise ValueError(
+                'prune: expected one-dimensional positions with positions="renumbered", got '
+                f'{position_ids.shape[0]}-dimensional ones. Use positions="original".'
+            )
+        if turns_back:
             raise ValueError(
                 "prune: expected position_ids that rise along each row, got a row that starts "
                 "anew: several sequences packed into one. Pass them as rows of a batch."
             )
 
+    def _place_finder(
+        self, inputs: Mapping[str, Any], visual: Tensor, num_visual: list[int]
+    ) -> Callable[[], list[Tensor]]:
+        # Sizes and counts only: a trace must not keep pixels alive.
+        small = {
+            key: value
+            for key, value in inputs.items()
+            if isinstance(value, Tensor) and not value.is_floating_point()
+        }
+        return lambda: places(self._anatomy, small, visual, num_visual)
+
     # -- the layers ------------------------------------------------------------------------------
 
     def _layer_hook(self, index: int) -> Callable[..., Any]:
-        before = sum(cut < index for cut in self._cuts)  # cuts done when the layer is reached
-        stage = self._cuts.index(index) if index in self._cuts else None
-        ahead = self._cuts.index(index + 1) if index + 1 in self._cuts else None
-        requests = [request for request in self._requests if request.source == "previous"]
+        number = self._level_of[index]
+        cuts_here, cuts_next = index in self._cuts, index + 1 in self._cuts
+        ahead = [request for request in self._requests if request.source == "previous"]
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             named = self._named(module, args, kwargs)
-            hidden = named.pop("hidden_states", None)
-            if hidden is None:
-                hidden = named.pop(self._parameters[module][0])
+            hidden = named.pop("hidden_states")
             run = self._find_run(named)
             if run is None:
                 return None
             run.cache = named.get("past_key_values", run.cache)
-            level_number = before
             if run.levels[0].positions is None and (run.prunes or self._renumber):
                 self._set_positions(run, named)
-            if stage is not None:
-                if len(run.levels) == stage + 1:
-                    run.levels.append(self._cut(run, stage, module, hidden, named))
-                    if self._renumber:
-                        self._renumber_level(run, stage + 1)
-                level = run.levels[stage + 1]
-                if level.index is not None:
-                    hidden = take(hidden, level.index)
-                level_number = stage + 1
-            named = self._side_tensors(run, level_number, hidden, named)
-            if ahead is not None and run.prunes and len(run.levels) == ahead + 1:
-                for request in requests:
+            if cuts_here:
+                if len(run.levels) == number:
+                    self._cut(run, number, module, hidden, named)
+                index_BN = run.levels[number].index
+                hidden = hidden if index_BN is None else take(hidden, index_BN)
+            self._replace_side_tensors(run, number, hidden, named)
+            if cuts_next and run.prunes and len(run.levels) == number + 1:
+                for request in ahead:
                     run.rows[index + 1, request] = self._attend(
-                        run, level_number, module, hidden, named, request, index
+                        run, number, module, hidden, named, request, index
                     )
             return (hidden,), named
 
@@ -586,67 +418,44 @@ class Handle:
         key = embeddings[0] if isinstance(embeddings, tuple) else named.get("position_ids")
         run: _Pass | None = getattr(self._thread, "run", None)
         if run is None:  # recomputed during the backward pass
-            return cast("_Pass | None", self._passes.get(key)) if key is not None else None
+            return None if key is None else cast("_Pass | None", self._passes.get(key))  # type: ignore[no-untyped-call]
         if key is not None and self._anatomy.decoder.training:
             self._passes[key] = run
         return run
 
-    def _set_positions(self, run: _Pass, named: Mapping[str, Any]) -> None:
+    @staticmethod
+    def _set_positions(run: _Pass, named: Mapping[str, Any]) -> None:
         level = run.levels[0]
         given = named.get("position_ids")
-        if given is not None and given.dim() > 2:
-            given = given[0]
-        if given is None:
-            given = level.columns
+        given = level.columns if given is None else given
+        given = given[0] if given.dim() > 2 else given
         # A clone: a view would keep alive the tensor by which a recomputed layer finds its pass.
         level.positions = given.expand(level.columns.shape).clone()
 
     def _cut(
-        self, run: _Pass, stage: int, module: nn.Module, hidden: Tensor, named: Mapping[str, Any]
-    ) -> _Level:
-        """Level after cut number `stage`: asks the strategy, keeps what it chose."""
-        level = run.levels[stage]
-        layer = self._cuts[stage]
-        if not run.prunes:
-            return replace(level, index=None, side={})
-        budgets = [
-            alive if skip else min(alive, self._schedule.count(stage, original))
-            for alive, skip, original in zip(
-                level.num_visual, run.unpruned, run.original, strict=True
-            )
-        ]
-        width = max(level.num_visual)
-        seats_BV = ascending(level.visual, width, left=False)
-        alive_B = torch.tensor(level.num_visual, device=hidden.device)
-        valid_BV = torch.arange(width, device=hidden.device) < alive_B[:, None]
-        view = self._view(run, stage, module, hidden, named, seats_BV, valid_BV)
-        with torch.no_grad():
-            keep_B = torch.tensor(budgets, device=hidden.device)
-            selection = self._strategy.select(view, keep_B)
-        kept_BV = self._checked(selection, valid_BV)
-        if not self._strategy.keeps_exactly:
-            budgets = self._counted(kept_BV, budgets)
-        order_BN = ascending(kept_BV, max(budgets), left=False)
-        coordinates = take(take(level.coordinate, seats_BV), order_BN)
-        scores = selection.scores
-        run.stages.append(
-            TracedStage(
-                layer=layer,
-                kept=[row[:n] for row, n in zip(coordinates, budgets, strict=True)],
-                scores=None
-                if scores is None
-                else [row[:n] for row, n in zip(scores, level.num_visual, strict=True)],
-            )
-        )
-        if budgets == level.num_visual:
-            return replace(level, index=None, side={})
-        seat_BN = (level.visual.cumsum(1) - 1).clamp_min(0)
-        stays_BN = torch.where(level.visual, kept_BV.gather(1, seat_BN), True)
-        if level.real is not None:
-            stays_BN = stays_BN & level.real
-        return self._shortened(level, stays_BN, budgets)
+        self, run: _Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
+    ) -> None:
+        """Adds the level after cut `number`: asks the strategy, keeps what it chose."""
+        level = run.levels[-1]
+        new = level.unchanged()
+        if run.prunes:
+            assert run.budgets_SB is not None
+            seats_BV, valid_BV = level.seats()
+            view = self._view(run, number, module, hidden, named, seats_BV, valid_BV)
+            with torch.no_grad():
+                selection = self._strategy.select(view, run.budgets_SB[number - 1])
+            kept_BV, num_kept = self._checked(selection, valid_BV, level, run.budgets[number - 1])
+            run.stages.append(_traced(view.layer, selection, kept_BV, num_kept, level, seats_BV))
+            new = level.after(kept_BV, num_kept, kept_BV.sum(1))
+        run.levels.append(new)
+        if self._renumber:
+            shift = None if run.record is None else run.record.held[number].shift
+            new.renumber(run.levels[0], shift, continues=run.record is not None)
 
-    def _checked(self, selection: Selection, valid_BV: Tensor) -> Tensor:
+    def _checked(
+        self, selection: Selection, valid_BV: Tensor, level: Level, budget: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """The survivors that a strategy chose, and how many per row."""
         kept = selection.kept
         if kept.dtype != torch.bool or kept.shape != valid_BV.shape:
             raise ValueError(
@@ -654,89 +463,32 @@ class Handle:
                 f"{tuple(valid_BV.shape)}, got {kept.dtype} of shape {tuple(kept.shape)}. "
                 "Return Selection(kept=mask)."
             )
-        return kept & valid_BV
-
-    def _counted(self, kept_BV: Tensor, budgets: list[int]) -> list[int]:
-        counts: list[int] = kept_BV.sum(1).tolist()
-        if any(count > budget for count, budget in zip(counts, budgets, strict=True)):
+        most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
+        if self._strategy.keeps_exactly:
+            return kept, most
+        kept = kept & valid_BV
+        counts: list[int] = kept.sum(1).tolist()
+        if any(count > keep for count, keep in zip(counts, most, strict=True)):
             raise ValueError(
-                f"{type(self._strategy).__name__}.select: expected at most {budgets} tokens per "
+                f"{type(self._strategy).__name__}.select: expected at most {most} tokens per "
                 f"row, got {counts}. Respect `keep`."
             )
-        return counts
-
-    @staticmethod
-    def _shortened(level: _Level, stays_BN: Tensor, budgets: list[int]) -> _Level:
-        """The level on which only the marked positions are left."""
-        num_real = [
-            real - alive + kept
-            for real, alive, kept in zip(level.num_real, level.num_visual, budgets, strict=True)
-        ]
-        length = max(num_real)
-        # Generation reads the last column: pad on the left unless the batch is padded on the right.
-        left = level.real is None or bool(level.real[:, -1].all())
-        index = ascending(stays_BN, length, left=left)
-        real = None
-        if any(n < length for n in num_real):
-            real = take(stays_BN, index)
-        assert level.positions is not None
-        positions = take(level.positions, index)
-        queries = take(level.queries, index)
-        visual = take(level.visual, index)
-        return _Level(
-            index=index,
-            columns=take(level.columns, index),
-            real=real,
-            num_real=num_real,
-            visual=visual if real is None else visual & real,
-            num_visual=budgets,
-            coordinate=take(level.coordinate, index),
-            queries=queries if real is None else queries * real,
-            positions=positions,
-        )
-
-    def _renumber_level(self, run: _Pass, number: int) -> None:
-        """Positions of a level whose rows lost tokens: 0, 1, ..., or on from what it holds."""
-        level, first = run.levels[number], run.levels[0]
-        assert level.positions is not None and first.positions is not None
-        held = run.record.held[number].shift if run.record is not None else None
-        removed = [a != b for a, b in zip(level.num_visual, run.original, strict=True)]
-        level.shift = held
-        level.moved = None if held is None else level.positions - held
-        if not any(removed):
-            return
-        real, all_real = level.real, first.real
-        known = first.positions if all_real is None else first.positions.masked_fill(~all_real, -1)
-        next_B1 = known.max(1, keepdim=True).values + 1
-        start_B1 = torch.zeros_like(next_B1)
-        if run.offset:
-            num_B1 = torch.tensor(first.num_real, device=known.device)[:, None]
-            start_B1 = next_B1 - num_B1 - (0 if held is None else held)
-        ones = torch.ones_like(level.columns) if real is None else real.long()
-        count_BN = ones.cumsum(1)
-        removed_B1 = torch.tensor(removed, device=known.device)[:, None]
-        order_BN = (count_BN - 1).clamp_min(0) + start_B1
-        level.moved = torch.where(
-            removed_B1, order_BN, level.positions if level.moved is None else level.moved
-        )
-        shift_B1 = next_B1 - start_B1 - count_BN[:, -1:]
-        level.shift = torch.where(removed_B1, shift_B1, 0 if held is None else held)
+        return kept, counts
 
     # -- what a strategy sees --------------------------------------------------------------------
 
     def _view(
         self,
         run: _Pass,
-        stage: int,
+        number: int,
         module: nn.Module,
         hidden: Tensor,
-        named: Mapping[str, Any],
+        named: dict[str, Any],
         seats_BV: Tensor,
         valid_BV: Tensor,
     ) -> TokenView:
-        level = run.levels[stage]
-        layer = self._cuts[stage]
-        assert level.positions is not None
+        level, layer, device = run.levels[number - 1], self._cuts[number - 1], hidden.device
+        assert level.positions is not None and run.budgets_SB is not None
 
         def attend(request: AttentionRows) -> Tensor:
             if request not in self._requests:
@@ -746,55 +498,37 @@ class Handle:
                 )
             if (layer, request) not in run.rows:
                 assert request.source == "next", "rows of the previous layer are computed in it"
-                prepared = self._side_tensors(run, stage, hidden, named)
+                before_cut = dict(named)
+                self._replace_side_tensors(run, number - 1, hidden, before_cut)
                 run.rows[layer, request] = self._attend(
-                    run, stage, module, hidden, prepared, request, layer
+                    run, number - 1, module, hidden, before_cut, request, layer
                 )
             return run.rows[layer, request]
 
-        own_BV = take(level.coordinate, seats_BV)
-        if run.record is not None:
-            own_BV = own_BV - torch.tensor(run.record.num_visual, device=hidden.device)[:, None]
+        def find_places() -> Tensor:
+            table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+            own_BV = take(level.coordinate, seats_BV)
+            if run.record is not None:
+                own_BV = own_BV - torch.tensor(run.record.num_visual, device=device)[:, None]
+            return take(table.to(device), own_BV.masked_fill(~valid_BV, 0))
+
         return TokenView(
             layer=layer,
             num_layers=len(self._anatomy.layers),
             valid=valid_BV,
-            num_original=torch.tensor(run.original, device=hidden.device),
+            num_original=run.levels[0].alive,
             positions=take(level.positions, seats_BV),
-            places=take(self._padded_places(run, hidden.device), own_BV.masked_fill(~valid_BV, 0)),
             _hidden=lambda: take(hidden, seats_BV).detach(),
+            _places=find_places,
             _attend=attend,
-            _random=lambda seed: self._random(run, seed, layer, level.num_visual, hidden.device),
+            _random=lambda seed: _random(run, level.num_visual, seed, layer).to(device),
         )
-
-    @staticmethod
-    def _padded_places(run: _Pass, device: torch.device) -> Tensor:
-        return nn.utils.rnn.pad_sequence(run.places, batch_first=True, padding_value=-1).to(device)
-
-    @staticmethod
-    def _random(
-        run: _Pass, seed: int, layer: int, num_visual: list[int], device: torch.device
-    ) -> Tensor:
-        """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
-        level = run.levels[0]
-        ids = run.ids.cpu() if run.ids is not None else None
-        real = level.real.cpu() if level.real is not None else None
-        numbers = torch.zeros(len(num_visual), max(num_visual))
-        for row, count in enumerate(num_visual):
-            if ids is None:
-                own = [level.num_real[row], level.num_visual[row]]
-            else:
-                own = (ids[row] if real is None else ids[row][real[row]]).tolist()
-            digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            numbers[row, :count] = torch.rand(count, generator=generator)
-        return numbers.to(device)
 
     @torch.no_grad()
     def _attend(
         self,
         run: _Pass,
-        level_number: int,
+        number: int,
         module: nn.Module,
         hidden: Tensor,
         named: Mapping[str, Any],
@@ -802,10 +536,11 @@ class Handle:
         layer: int,
     ) -> Tensor:
         """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows."""
-        level = run.levels[level_number]
+        level = run.levels[number]
         num_rows, length = level.columns.shape
         if request.queries == "all":
-            weights = torch.ones_like(level.queries) if level.real is None else level.real.float()
+            weights = level.queries.new_ones(1).expand(num_rows, length)
+            weights = weights if level.real is None else weights * level.real
             weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
             rows_BQ = torch.arange(length, device=hidden.device).expand(num_rows, -1)
         else:
@@ -815,50 +550,46 @@ class Handle:
         queries, keys, scaling = self._anatomy.adapter.project(
             module, hidden, rows_BQ, named.get("position_embeddings")
         )
-        before, held_real, mask = 0, None, named.get("attention_mask")
-        if run.record is not None:
-            holds = sum(
-                cut <= layer for cut in self._cuts
-            )  # the level that this layer's cache holds
-            before, held_real = run.record.length(holds), run.record.real(holds)
+        mask = named.get("attention_mask")
+        holding = self._level_of[layer]  # at a cut, the layer's cache is one level further
+        before, held_real = run.held(holding)
+        if before:
             keys = torch.cat([run.cache.layers[layer].keys.to(keys.dtype), keys], 2)
-            mask = mask if holds == level_number else None
-        seats_BV = ascending(level.visual, max(level.num_visual), left=False) + before
+            mask = mask if holding == number else None
+        known = None
+        if level.real is not None or held_real is not None:
+            known = known_keys(level.columns, level.real, before, held_real)
         total: Tensor | None = None
         chunk = max(1, _CHUNK_BYTES // (4 * num_rows * queries.shape[1] * keys.shape[2]))
         for start in range(0, rows_BQ.shape[1], chunk):
             part_BQ = rows_BQ[:, start : start + chunk]
             if isinstance(mask, Tensor) and mask.dim() == 4:
-                rows_mask = mask.expand(num_rows, -1, -1, -1)
-                allowed = take(rows_mask, part_BQ, dim=2)
+                allowed = take(mask.expand(num_rows, -1, -1, -1), part_BQ, dim=2)
             else:
-                allowed = causal(part_BQ, length, level.real, before, held_real)
-            attention = attention_rows(queries[:, :, start : start + chunk], keys, allowed, scaling)
-            part = torch.einsum("bhqk,bq->bhk", attention, weights_BQ[:, start : start + chunk])
+                allowed = causal(part_BQ, keys.shape[2], before, known)
+            rows = attention_rows(queries[:, :, start : start + chunk], keys, allowed, scaling)
+            part = torch.einsum("bhqk,bq->bhk", rows, weights_BQ[:, start : start + chunk])
             total = part if total is None else total + part
         assert total is not None
-        return take(total, seats_BV, dim=2)
+        return take(total, level.seats()[0] + before, dim=2)
 
     # -- side tensors ----------------------------------------------------------------------------
 
-    def _side_tensors(
-        self, run: _Pass, level_number: int, hidden: Tensor, named: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The layer's other arguments, for the tokens of a level."""
-        named = dict(named)
-        level = run.levels[level_number]
+    def _replace_side_tensors(
+        self, run: _Pass, number: int, hidden: Tensor, named: dict[str, Any]
+    ) -> None:
+        """Puts the layer's other arguments in place of those of tokens that are gone."""
+        level = run.levels[number]
         cut = level.columns is not run.levels[0].columns
-        if cut or (
-            run.record is not None and run.record.held[level_number] is not run.record.held[0]
-        ):
+        if cut or (run.record is not None and run.record.differs(number)):
             named["attention_mask"] = self._once(
                 level,
                 "attention_mask",
                 named.get("attention_mask"),
-                lambda mask: self._mask(run, level_number, mask, hidden.dtype),
+                lambda mask: self._mask(run, number, mask, hidden.dtype),
             )
         if not cut and level.moved is None:
-            return named
+            return
         if named.get("position_embeddings") is not None:
             named["position_embeddings"] = self._once(
                 level,
@@ -870,118 +601,83 @@ class Handle:
             named["position_ids"] = None
         elif named.get("position_ids") is not None:
             named["position_ids"] = level.positions if level.moved is None else level.moved
-        return named
 
     @staticmethod
-    def _once(level: _Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
+    def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
         """A side tensor is made once per level, for every layer that was handed the same one."""
-        marker = original[0] if isinstance(original, tuple) else original
-        key = (name, id(marker))
+        key = (name, id(original[0] if isinstance(original, tuple) else original))
         if key not in level.side:
             level.side[key] = make(original)
         return level.side[key]
 
-    def _embeddings(self, run: _Pass, level: _Level, hidden: Tensor, pair: Any) -> Any:
+    def _embeddings(self, run: _Pass, level: Level, hidden: Tensor, pair: Any) -> Any:
         if level.moved is not None:
             rotary: Any = self._anatomy.decoder.rotary_emb
             return rotary(hidden, position_ids=level.moved)
         index = level.columns - run.offset
         return tuple(take(part, index, batch=part.dim() - 3, dim=part.dim() - 2) for part in pair)
 
-    def _mask(self, run: _Pass, level_number: int, mask: Any, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, run: _Pass, number: int, mask: Any, dtype: torch.dtype) -> Tensor | None:
         """The attention mask of a level, in the form that the attention implementation reads."""
-        level = run.levels[level_number]
-        record = run.record
+        level = run.levels[number]
         num_rows, length = level.columns.shape
-        before = record.length(level_number) if record is not None else 0
-        held_real = record.real(level_number) if record is not None else None
-        everything_real = level.real is None and held_real is None
-        if self._attention().startswith("flash"):
-            if everything_real:
-                return None
-            return known_keys(level.real, num_rows, length, held_real, before, level.columns.device)
-        if mask is None and everything_real and (length == 1 or before == 0):
-            return None
-        if length == 1 and everything_real and self._attention() == "sdpa":
-            return None
-        columns = level.columns
-        if record is not None:
-            columns = torch.cat([record.columns(level_number), columns], 1)
-        uncut = run.offset + run.levels[0].columns.shape[1]
-        rows_BN = level.columns - run.offset
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == uncut:
+        before, held_real = run.held(number)
+        attention = self._anatomy.attention
+        padded = level.real is not None or held_real is not None
+        if not padded and (
+            attention.startswith("flash")
+            or (mask is None and (length == 1 or before == 0))
+            or (attention == "sdpa" and length == 1)
+        ):
+            return None  # keeps the fast kernel
+        known = known_keys(level.columns, level.real, before, held_real)
+        if attention.startswith("flash"):
+            return known
+        if (
+            isinstance(mask, Tensor)
+            and mask.dim() == 4
+            and mask.shape[-1] == run.offset + run.levels[0].columns.shape[1]
+        ):
+            columns = level.columns
+            if run.record is not None:
+                columns = torch.cat([run.record.columns(number), columns], 1)
             mask = mask.expand(num_rows, -1, -1, -1)
-            mask = take(take(mask, rows_BN, dim=2), columns, dim=3)
-            known = known_keys(level.real, num_rows, length, held_real, before, columns.device)
-            return mask if everything_real else hide_pads(mask, known, level.real)
-        order = torch.arange(length, device=columns.device).expand(num_rows, -1)
-        allowed = causal(order, length, level.real, before, held_real)
-        if level.real is not None:
-            allowed = allowed | ~level.real[:, None, :, None]  # a pad's row must not be empty
-        if self._attention() == "sdpa":
+            mask = take(take(mask, level.columns - run.offset, dim=2), columns, dim=3)
+            return hide_pads(mask, known, level.real) if padded else mask
+        order = torch.arange(length, device=known.device).expand(num_rows, -1)
+        allowed = causal(order, known.shape[1], before, None).expand(num_rows, -1, -1, -1)
+        allowed = hide_pads(allowed, known, level.real)
+        if attention == "sdpa":
             return allowed
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
-    def _attention(self) -> str:
-        return str(self._anatomy.decoder.config._attn_implementation)  # type: ignore[union-attr]
+    # -- the decoder: a pass ends ----------------------------------------------------------------
 
-    # -- the end of a pass -----------------------------------------------------------------------
-
-    def _recorded(self, run: _Pass) -> _Record:
-        """What the cache holds after this pass."""
-        levels = run.levels + [run.levels[-1]] * (len(self._cuts) + 1 - len(run.levels))
-        record = run.record
-        length = levels[0].columns.shape[1]
-        if record is not None and not run.prunes and levels[0].real is None:
-            record.num_columns += length
-            record.tail += length
-            return record
-        held: list[_Held] = []
-        for number, level in enumerate(levels):
-            columns, real, shift = level.columns, level.real, level.shift
-            if record is not None:
-                before = record.length(number)
-                old_real = record.real(number)
-                real = (
-                    None
-                    if real is None and old_real is None
-                    else known_keys(real, *columns.shape, old_real, before, columns.device)
-                )
-                columns = torch.cat([record.columns(number), columns], 1)
-            below = levels[number - 1]
-            same = (
-                number > 0
-                and level.columns is below.columns
-                and level.shift is below.shift
-                and (record is None or record.held[number] is record.held[number - 1])
-            )
-            held.append(held[-1] if same else _Held(columns, real, shift))
-        seen = record.num_visual if record is not None else [0] * len(run.original)
-        return _Record(
-            cuts=self._cuts,
-            num_columns=run.offset + length,
-            num_visual=[a + b for a, b in zip(seen, run.original, strict=True)],
-            held=held,
-        )
-
-    def _write_trace(self, run: _Pass) -> None:
-        num_layers = len(self._anatomy.layers)
-        levels = run.levels + [run.levels[-1]] * (len(self._cuts) + 1 - len(run.levels))
-        per_layer = [levels[sum(cut <= i for cut in self._cuts)] for i in range(num_layers)]
-        self.trace.stages = run.stages
-        self.trace.lengths = torch.tensor([level.num_real for level in per_layer])
-        self.trace.visual_lengths = torch.tensor([level.num_visual for level in per_layer])
-        self.trace.places = run.places
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        run: _Pass | None = getattr(self._thread, "run", None)
+        self._thread.run = None
+        if run is None or output is None:  # output is None after an exception
+            return None
+        # A text-only pass whose cache no hooked layer has shown still has one level per cut.
+        run.levels += [run.levels[-1]] * (len(self._cuts) + 1 - len(run.levels))
+        past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
+        if past is not None:
+            records.write(past, self._cuts, run.record, run.levels, run.prunes)
+        if any(run.levels[0].num_visual) or run.record is None:
+            levels = [run.levels[number] for number in self._level_of]
+            self.trace.stages = run.stages
+            self.trace.lengths = torch.tensor([level.num_real for level in levels])
+            self.trace.visual_lengths = torch.tensor([level.num_visual for level in levels])
+            self.trace._find_places = run.places
+        return self._fill_labels(run, output) if run.call.late_labels else None
 
     def _fill_labels(self, run: _Pass, output: Any) -> Any:
-        """Gives the model's loss the labels of the survivors; keeps only their supervised rows."""
-        if not run.call.late_labels:
-            return None
-        labels = run.call.inputs["labels"]
+        """Keeps the promise of `_promise_labels`; `"supervised"` drops rows without a label."""
         level = run.levels[-1]
-        columns = level.columns - run.offset
-        labels = take(labels.to(columns.device), columns)
-        if level.real is not None and level.columns is not run.levels[0].columns:
+        labels = take(
+            run.call.inputs["labels"].to(level.columns.device), level.columns - run.offset
+        )
+        if level.columns is not run.levels[0].columns and level.real is not None:
             labels = labels.masked_fill(~level.real, -100)
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         if self._supervised:
@@ -990,14 +686,57 @@ class Handle:
             if len(chosen) == 0:  # the loss of nothing is the model's own affair
                 chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
             output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]
-            shifted = shifted.flatten()[chosen][None]
-            labels = shifted
+            labels = shifted = shifted.flatten()[chosen][None]
         for tensor, is_shifted in run.call.late_labels:
             tensor.data = (shifted if is_shifted else labels).to(tensor.device).contiguous()
         return output if self._supervised else None
 
 
-# ------------------------------------------------------------------------------------- public API
+def _turns_back(inputs: Mapping[str, Any], real: Tensor) -> Tensor:
+    """Where given positions do not rise from one real token to the next: bool (B, T - 1)."""
+    given = inputs.get("position_ids")
+    if given is None or given.dim() > 2:
+        return real.new_zeros(real.shape[0], 1)
+    back = given[:, 1:] <= given[:, :-1]
+    return cast(Tensor, back & real[:, 1:] & real[:, :-1])
+
+
+def _traced(
+    layer: int,
+    selection: Selection,
+    kept_BV: Tensor,
+    num_kept: list[int],
+    level: Level,
+    seats_BV: Tensor,
+) -> TracedStage:
+    own_BV = take(level.coordinate, seats_BV)
+    kept = take(own_BV, ascending(kept_BV, max(num_kept), left=False))
+    scores = selection.scores
+    return TracedStage(
+        layer=layer,
+        kept=[row[:count] for row, count in zip(kept, num_kept, strict=True)],
+        scores=None
+        if scores is None
+        else [row[:count] for row, count in zip(scores, level.num_visual, strict=True)],
+    )
+
+
+def _random(run: _Pass, num_alive: list[int], seed: int, layer: int) -> Tensor:
+    """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
+    level = run.levels[0]
+    ids = run.call.inputs.get("input_ids")
+    ids = None if ids is None else ids.cpu()
+    real = None if level.real is None else level.real.cpu()
+    numbers = torch.zeros(len(num_alive), max(num_alive))
+    for row, count in enumerate(num_alive):
+        if ids is None:
+            own = [level.num_real[row], level.num_visual[row]]
+        else:
+            own = (ids[row] if real is None else ids[row][real[row]]).tolist()
+        digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        numbers[row, :count] = torch.rand(count, generator=generator)
+    return numbers
 
 
 def attach(
@@ -1045,15 +784,13 @@ def attach(
         )
     anatomy = examine(model)
     schedule.check_depth(len(anatomy.layers))
-    attention = str(anatomy.decoder.config._attn_implementation)  # type: ignore[union-attr]
-    if attention not in _ATTENTIONS:
+    if anatomy.attention not in ATTENTIONS:
         raise ValueError(
-            f"prune: expected attn_implementation to be one of {list(_ATTENTIONS)}, got "
-            f"{attention!r}. Load the model with another one."
+            f"prune: expected attn_implementation to be one of {list(ATTENTIONS)}, got "
+            f"{anatomy.attention!r}. Load the model with another one."
         )
-    first = anatomy.adapter.first_layer
-    if any(request.source == "previous" for request in strategy.attention_rows()):
-        first = max(first, 1)
+    reads_previous = any(request.source == "previous" for request in strategy.attention_rows())
+    first = max(anatomy.adapter.first_layer, int(reads_previous))
     early = [stage.layer for stage in schedule.stages if stage.layer < first]
     if early:
         raise ValueError(
@@ -1080,7 +817,11 @@ def prune(
     logits: str = "all",
     visual_mask: Tensor | None = None,
 ) -> Iterator[Trace]:
-    """Prunes every call of `model` inside the `with`; yields the trace. Arguments as in `attach`."""
+    """Prunes every call of `model` inside the `with`, and yields the trace.
+
+    Arguments and errors are those of `attach`. Leaving the context, also by an exception, leaves
+    the model as it was found.
+    """
     handle = attach(model, strategy, schedule, positions, logits, visual_mask)
     try:
         yield handle.trace

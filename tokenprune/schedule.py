@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 ROUNDINGS = ("floor", "nearest")
 
@@ -91,7 +90,7 @@ class Schedule:
         layers: Sequence[int] | None = None,
         rounding: str = "floor",
     ) -> Schedule:
-        """Keeps the fraction lam**s after the s-th cut: PyramidDrop's shape (arXiv 2410.17247, §3.2).
+        """Keeps lam**s after the s-th cut: PyramidDrop's shape (arXiv 2410.17247, §3.2).
 
         Args:
             num_layers: Decoder layers of the model. Cuts fall at `num_layers * s // num_stages`
@@ -138,7 +137,7 @@ class Schedule:
 
     @classmethod
     def one_shot(cls, layer: int, keep: float, rounding: str = "nearest") -> Schedule:
-        """Cuts once, before `layer`, to the fraction `keep`: FastV's shape (arXiv 2403.06764, §4)."""
+        """Cuts once, before `layer`, to `keep`: FastV's shape (arXiv 2403.06764, §4)."""
         return cls(stages=(Stage(layer, keep),), rounding=rounding)
 
     def count(self, stage: int, num_visual: int) -> int:
@@ -177,8 +176,10 @@ class Schedule:
 
 
 def _check_fraction(where: str, value: object, *, allow_zero: bool) -> None:
-    inside = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-    if not (inside and (0 < float(value) <= 1 or (allow_zero and value == 0))):  # type: ignore[arg-type]
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    if not (0 < number <= 1 or (allow_zero and number == 0)):
         interval = "[0, 1]" if allow_zero else "(0, 1]"
         raise ValueError(
             f"{where}: expected a number in {interval}, got {value!r}. "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -59,8 +59,6 @@ class TokenView:
         valid: Bool (B, V).
         num_original: int64 (B,), visual tokens of each row before any cut.
         positions: int64 (B, V), positions in the unpruned conversation.
-        places: int64 (B, V, 4): image, grid, row, column of each token, -1 where unknown. An image
-            of tiles has several grids.
     """
 
     layer: int
@@ -68,8 +66,8 @@ class TokenView:
     valid: Tensor
     num_original: Tensor
     positions: Tensor
-    places: Tensor
     _hidden: Callable[[], Tensor] = field(repr=False)
+    _places: Callable[[], Tensor] = field(repr=False)
     _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
     _random: Callable[[int], Tensor] = field(repr=False)
 
@@ -77,6 +75,14 @@ class TokenView:
     def hidden(self) -> Tensor:
         """Hidden states (B, V, D) that enter the layer, detached."""
         return self._hidden()
+
+    @property
+    def places(self) -> Tensor:
+        """Image, grid, row and column of each token, int64 (B, V, 4), -1 where unknown.
+
+        An image cut into tiles has two grids: the whole image, and the mosaic of its tiles.
+        """
+        return self._places()
 
     def attend(self, queries: str = "last", source: str = "next") -> Tensor:
         """Attention that the asked query rows pay each visual token, averaged over those rows.
@@ -207,12 +213,14 @@ def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
                 f"register: expected a new name, got {name!r}, which is "
                 f"{_REGISTRY[name].__qualname__}. Choose another name."
             )
-        if not (isinstance(cls, type) and issubclass(cls, PruningStrategy)):
+        candidate: Any = cls  # what users decorate is not always what the annotation asks for
+        if not (isinstance(candidate, type) and issubclass(candidate, PruningStrategy)):
             raise ValueError(
                 f"register: expected a subclass of PruningStrategy, got {cls!r}. "
                 "Subclass ScoreStrategy, or PruningStrategy for a joint choice."
             )
-        if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        parameters: Any = getattr(cls, "__dataclass_params__", None)
+        if "__dataclass_params__" not in vars(cls) or not parameters.frozen:
             raise ValueError(
                 f"register: expected a frozen dataclass, got {cls.__qualname__}. "
                 "Put @dataclass(frozen=True) below @register."

@@ -1,7 +1,7 @@
 """Pure functions on tensors: choose tokens, take tokens, attention rows from queries and keys.
 
-Shape suffixes: B batch rows, T sequence positions, N kept positions, V visual tokens, H query heads,
-G key heads, Q query rows, K keys, E head dimension.
+Shape suffixes: B batch rows, T sequence positions, N kept positions, V visual tokens, U units,
+H query heads, G key heads, Q query rows, K keys, E head dimension.
 """
 
 from __future__ import annotations
@@ -111,31 +111,24 @@ def attention_rows(
 
 
 def known_keys(
-    real: Tensor | None,
-    num_rows: int,
-    length: int,
-    held_real: Tensor | None,
-    before: int,
-    device: torch.device,
+    columns_BN: Tensor, real_BN: Tensor | None, before: int, held_real: Tensor | None
 ) -> Tensor:
-    """Which keys are real, bool (B, K): those held from before, then the new ones."""
+    """Which keys are real, bool (B, before + N): those held from before, then the new ones."""
+    num_rows, length = columns_BN.shape
     parts = [
-        torch.ones(num_rows, size, dtype=torch.bool, device=device) if part is None else part
-        for part, size in ((held_real, before), (real, length))
+        part
+        if part is not None
+        else torch.ones(num_rows, size, dtype=torch.bool, device=columns_BN.device)
+        for part, size in ((held_real, before), (real_BN, length))
     ]
     return torch.cat(parts, 1)
 
 
-def causal(
-    rows_BQ: Tensor, length: int, real: Tensor | None, before: int, held_real: Tensor | None
-) -> Tensor:
-    """Bool (B, 1, Q, K): asked rows see all real tokens held, and new ones up to themselves."""
-    order = torch.arange(before + length, device=rows_BQ.device)
+def causal(rows_BQ: Tensor, num_keys: int, before: int, known_BK: Tensor | None) -> Tensor:
+    """Bool (B, 1, Q, K): asked rows see all keys held before, and new ones up to themselves."""
+    order = torch.arange(num_keys, device=rows_BQ.device)
     allowed = order <= rows_BQ[:, None, :, None] + before
-    if real is None and held_real is None:
-        return allowed
-    known = known_keys(real, rows_BQ.shape[0], length, held_real, before, rows_BQ.device)
-    return allowed & known[:, None, None]
+    return allowed if known_BK is None else allowed & known_BK[:, None, None]
 
 
 def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:

@@ -41,7 +41,8 @@ class Uniform(PruningStrategy):
         order_BV = torch.where(
             in_grid_BV, threshold_BV, torch.arange(unit_BV.shape[1], device=keep.device)
         )
-        rank_BV = (unit_BV * 4**_BITS + order_BV).argsort(dim=1, stable=True).argsort(dim=1) - start_BV
+        sorted_BV = (unit_BV * 4**_BITS + order_BV).argsort(dim=1, stable=True)
+        rank_BV = sorted_BV.argsort(dim=1) - start_BV
         strided_BV = _stride(rank_BV + 1, quota_BV, size_BV) > _stride(rank_BV, quota_BV, size_BV)
         kept_BV = torch.where(in_grid_BV, rank_BV < quota_BV, strided_BV)
         return Selection(kept=kept_BV & view.valid)

@@ -1,0 +1,187 @@
+"""What a key-value cache holds when its layers hold different tokens.
+
+The record of a run is an attribute of the cache object: two generations in flight never mix, and a
+deep copy of a cache keeps its record.
+
+Shape suffixes: B batch rows, N tokens held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.levels import Level
+from tokenprune.tensors import known_keys
+
+_ATTRIBUTE = "_tokenprune_record"
+
+
+@dataclass(eq=False)
+class Held:
+    """Tokens that the layers of one level hold, but for the record's tail.
+
+    Attributes:
+        columns: int64 (B, N), their columns in the unpruned conversation.
+        real: Bool (B, N), or None if none is a pad.
+        shift: int64 (B, 1), the model's position minus the layers', or None if they agree.
+    """
+
+    columns: Tensor
+    real: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(eq=False)
+class Record:
+    """What a cache holds at each level (see `levels.py`).
+
+    Attributes:
+        cuts: Layers of the schedule that wrote it.
+        num_columns: Columns of the conversation so far.
+        num_visual: Visual tokens so far, per row.
+        held: One entry per level. Levels that hold the same share one entry.
+        tail: Latest columns, text without pads, that every level holds besides.
+    """
+
+    cuts: tuple[int, ...]
+    num_columns: int
+    num_visual: list[int]
+    held: list[Held]
+    tail: int = 0
+
+    def length(self, level: int) -> int:
+        """Tokens that a layer of this level holds, pads included."""
+        return self.held[level].columns.shape[1] + self.tail
+
+    def columns(self, level: int) -> Tensor:
+        """Their columns in the unpruned conversation, int64 (B, length)."""
+        columns = self.held[level].columns
+        new = torch.arange(self.num_columns - self.tail, self.num_columns, device=columns.device)
+        return torch.cat([columns, new.expand(columns.shape[0], -1)], 1)
+
+    def real(self, level: int) -> Tensor | None:
+        """Which of them are no pads, bool (B, length), or None if all are real."""
+        real = self.held[level].real
+        return None if real is None else nn.functional.pad(real, (0, self.tail), value=True)
+
+    def differs(self, level: int) -> bool:
+        """Whether layers of this level hold something else than an unpruned layer would."""
+        return self.held[level] is not self.held[0]
+
+    def crop(self, num_columns: int) -> None:
+        """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
+        dropped = self.num_columns - num_columns
+        if dropped > self.tail:
+            raise ValueError(
+                f"prune: expected a cache cropped by at most {self.tail} columns, the text after "
+                f"the pruned prompt, got {dropped}. Start from a copy of the cache instead."
+            )
+        self.tail -= dropped
+        self.num_columns = num_columns
+
+
+def read(
+    cache: Any, cuts: tuple[int, ...], num_layers: int, num_rows: int, padding: Tensor | None
+) -> Record | None:
+    """The record of a cache; None for no cache or an empty one.
+
+    Args:
+        cache: A Hugging Face cache.
+        cuts: Layers of the cuts of the present schedule.
+        num_layers: Layers of the decoder.
+        num_rows: Rows of the batch.
+        padding: 2-D attention mask over the whole conversation, if any.
+
+    Raises:
+        ValueError: If the cache cannot be continued under this schedule.
+    """
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return None
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"prune: expected a cache that grows, got {type(cache).__name__}. "
+            "Leave cache_implementation out."
+        )
+    held = [int(cache.get_seq_length(layer)) for layer in range(num_layers)]
+    if held[0] == 0:
+        return None
+    record: Record | None = getattr(cache, _ATTRIBUTE, None)
+    if record is None:
+        return _of_unpruned(cache, held, cuts, num_rows, padding)
+    if record.cuts != cuts:
+        raise ValueError(
+            f"prune: expected a cache pruned at layers {list(cuts)}, got one pruned at "
+            f"{list(record.cuts)}. Continue a conversation with the schedule it began with."
+        )
+    expected = [record.length(sum(cut <= i for cut in cuts)) for i in range(num_layers)]
+    shorter = {length - now for length, now in zip(expected, held, strict=True)}
+    if len(shorter) > 1:
+        raise ValueError(
+            f"prune: expected layers that hold {expected} tokens, got {held}. "
+            "Something else changed this cache."
+        )
+    (dropped,) = shorter
+    if dropped:
+        record.crop(record.num_columns - dropped)
+    return record
+
+
+def _of_unpruned(
+    cache: Any, held: list[int], cuts: tuple[int, ...], num_rows: int, padding: Tensor | None
+) -> Record:
+    if len(set(held)) > 1:
+        raise ValueError(
+            f"prune: expected a cache that this engine filled, got one whose layers hold "
+            f"{sorted(set(held), reverse=True)} tokens and no record of which. "
+            "Start again from an empty cache."
+        )
+    device = cache.layers[0].keys.device
+    real = None if padding is None else padding[:, : held[0]].to(device=device, dtype=torch.bool)
+    if real is not None and real.all():
+        real = None
+    columns = torch.arange(held[0], device=device).expand(num_rows, -1)
+    everything = [Held(columns, real, None)] * (len(cuts) + 1)
+    return Record(cuts, held[0], [0] * num_rows, everything)
+
+
+def write(
+    cache: Any, cuts: tuple[int, ...], before: Record | None, levels: Sequence[Level], pruned: bool
+) -> None:
+    """Notes on the cache what it holds after a pass over `levels`."""
+    length = levels[0].columns.shape[1]
+    if before is not None and not pruned and levels[0].real is None:
+        before.num_columns += length
+        before.tail += length
+        setattr(cache, _ATTRIBUTE, before)
+        return
+    held: list[Held] = []
+    for number, level in enumerate(levels):
+        below = levels[number - 1]
+        if (
+            number > 0
+            and level.columns is below.columns
+            and level.shift is below.shift
+            and (before is None or before.held[number] is before.held[number - 1])
+        ):
+            held.append(held[-1])
+            continue
+        columns, real = level.columns, level.real
+        if before is not None:
+            old = before.real(number)
+            if real is not None or old is not None:
+                real = known_keys(columns, real, before.length(number), old)
+            columns = torch.cat([before.columns(number), columns], 1)
+        held.append(Held(columns, real, level.shift))
+    seen = before.num_visual if before is not None else [0] * len(levels[0].num_visual)
+    record = Record(
+        cuts=cuts,
+        num_columns=(before.num_columns if before is not None else 0) + length,
+        num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
+        held=held,
+    )
+    setattr(cache, _ATTRIBUTE, record)
