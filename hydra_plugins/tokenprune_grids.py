@@ -1,0 +1,52 @@
+"""Hydra sweeper over several grids. Hydra accepts plugins from the package `hydra_plugins` only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class GridSweeper(Sweeper):
+    """Runs the product of each grid in turn, with any launcher, and tabulates the results.
+
+    Args:
+        grids: Maps overrides to values, several separated by commas. Empty: the command line alone.
+    """
+
+    def __init__(self, grids: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.grids = grids
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        # Hydra imports every plugin in every application: nothing heavy at the top of this file.
+        from tokenprune import results
+        from tokenprune.sweep import expand, run_name
+
+        assert self.config is not None
+        assert self.launcher is not None
+        jobs = expand(self.grids, arguments)
+        names = [run_name(job) for job in jobs]
+        named = [
+            [*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)
+        ]
+        returned = self.launcher.launch(named, initial_job_idx=0)
+        for job in returned:
+            _ = job.return_value  # raises what the job raised
+        results.finish_sweep(Path(self.config.hydra.sweep.dir), names)
+        return returned
