@@ -203,7 +203,7 @@ def decode(case: Case, num_steps: int, cache: bool, mask: torch.Tensor):
     """Greedy steps by hand; yields logits, tokens, cache lengths and a layer spy."""
     model, spy = case.model, Spy(case.model)
     embeds, steps, lengths = case["inputs_embeds"], [], []
-    past = None
+    past, token = None, None
     for step in range(num_steps):
         if cache:
             inputs = {"inputs_embeds": embeds} if step == 0 else {"input_ids": token[:, None]}
@@ -256,7 +256,7 @@ def test_fastv(name: str, run: str, attention: str) -> None:
         lambda *_: kept.append(handle.trace.stages[0].kept[0].tolist())
     )
     with torch.no_grad():
-        logits, tokens, lengths, spy, past = decode(case, 6, run == "cache", masks)
+        logits, tokens, lengths, _spy, past = decode(case, 6, run == "cache", masks)
     assert tokens == case[f"{run}.tokens"].tolist()
     torch.testing.assert_close(logits, case[f"{run}.step_logits"], **CLOSE)
     for call in range(6):

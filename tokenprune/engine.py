@@ -488,7 +488,8 @@ class Handle:
         valid_BV: Tensor,
     ) -> TokenView:
         level, layer, device = run.levels[number - 1], self._cuts[number - 1], hidden.device
-        assert level.positions is not None and run.budgets_SB is not None
+        assert level.positions is not None
+        assert run.budgets_SB is not None
 
         def attend(request: AttentionRows) -> Tensor:
             if request not in self._requests:

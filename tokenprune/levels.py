@@ -102,7 +102,8 @@ class Level:
             held_shift: Shift of what the layers of this level hold in the cache already.
             continues: Whether they hold something: count on from it, else from 0.
         """
-        assert self.positions is not None and first.positions is not None
+        assert self.positions is not None
+        assert first.positions is not None
         self.shift = held_shift
         self.moved = None if held_shift is None else self.positions - held_shift
         removed = [a != b for a, b in zip(self.num_visual, first.num_visual, strict=True)]

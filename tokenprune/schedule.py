@@ -6,6 +6,7 @@ it knows no tensors, no model and no strategy.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,13 +65,13 @@ class Schedule:
                     "Write Stage(layer=8, keep=0.5)."
                 )
         layers = [stage.layer for stage in stages]
-        if any(late <= early for early, late in zip(layers, layers[1:], strict=False)):
+        if any(late <= early for early, late in itertools.pairwise(layers)):
             raise ValueError(
                 f"Schedule.stages: expected strictly rising layers, got {layers}. "
                 "Sort the stages by layer."
             )
         keeps = [stage.keep for stage in stages]
-        if any(late > early for early, late in zip(keeps, keeps[1:], strict=False)):
+        if any(late > early for early, late in itertools.pairwise(keeps)):
             raise ValueError(
                 f"Schedule.stages: expected keep never to rise, got {keeps}. "
                 "A dropped token cannot come back; keep counts from the original tokens."
