@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import FAMILIES, NUM_LAYERS, ROWS, batch, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, NUM_LAYERS, ROWS, Row, batch, build
 from torch import Tensor
 
 import tokenprune as tp
@@ -231,6 +233,47 @@ def test_cache_is_no_cache(family, strategy, attention, policy) -> None:
     assert torch.equal(cached.sequences, plain.sequences)
     for ours, theirs in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- any batch, any schedule
+
+
+@st.composite
+def rows_and_schedules(draw) -> tuple[list[Row], tp.Schedule]:
+    image = st.just((30, 60))
+    segments = st.lists(st.one_of(st.integers(1, 6), image), max_size=4)
+    rows = [Row([draw(st.integers(1, 5)), *draw(segments), draw(st.integers(1, 5))])
+            for _ in range(draw(st.integers(1, 4)))]  # fmt: skip
+    layers = sorted(draw(st.sets(st.integers(1, NUM_LAYERS - 1), max_size=3)))
+    keeps = sorted((draw(st.floats(0, 1)) for _ in layers), reverse=True)
+    stages = tuple(tp.Stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True))
+    return rows, tp.Schedule(stages, draw(st.sampled_from(["floor", "nearest"])))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    case=rows_and_schedules(),
+    strategy=st.sampled_from(STRATEGIES),
+    side=st.sampled_from(SIDES),
+    policy=st.sampled_from(POLICIES),
+)
+def test_any_batch_is_its_rows_alone(case, strategy, side, policy) -> None:
+    rows, schedule = case
+    model = build("llava", "sdpa")
+    with torch.no_grad(), tp.prune(model, strategy, schedule, positions=policy) as trace:
+        together = model(**batch(model, rows, side)).logits
+        kept = [stage.kept for stage in trace.stages]
+        visual = trace.visual_lengths
+        for row, sample in enumerate(rows):
+            alone = model(**batch(model, [sample], side)).logits[0]
+            length = len(alone)
+            ours = together[row, -length:] if side == "left" else together[row, :length]
+            torch.testing.assert_close(ours, alone, **ALONE)
+            assert visual[:, row].tolist() == schedule.lengths(
+                NUM_LAYERS, 16 * sum(segment == (30, 60) for segment in sample.segments)
+            )
+            for stage, own in zip(kept, trace.stages, strict=False):
+                assert torch.equal(stage[row], own.kept[0])
 
 
 # ------------------------------------------------------------------------- layer 0, several stages

@@ -1,0 +1,346 @@
+"""Trains the shipped model: `python experiments/tiny_vlm/run.py`. Resumable: run it again.
+
+Phases:
+
+1. `tower`: vision tower, projector and the words' embeddings read symbol, colour, row and column
+   out of every patch of crowded scenes.
+2. `lookup`: the tower is frozen; projector and decoder learn the questions, on one object first
+   and on one more whenever nine of ten answers are right.
+3. `final`: full scenes while the learning rate falls to zero.
+
+Every image carries several questions. They share its tokens, and a mask keeps them apart: each sees
+the image and itself alone, at the positions that it would have alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from model import VOCABULARY, build_model, build_processor
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tokenprune.data.scenes import (
+    COLOURS,
+    GRID,
+    KINDS,
+    SYMBOLS,
+    SceneDataset,
+    draw_scene,
+    make_scene,
+)
+
+ROOT = Path(__file__).resolve().parent
+PREFIX = ["<s>", "USER", ":"] + ["<image>"] * GRID**2
+TURN_LENGTH = 11  # tokens of the longest turn, its answer and </s> included
+FULL = (6, 8)  # objects of a full scene
+
+
+def pixels_of(image: Any) -> Tensor:
+    """As the processor makes them: float32 (3, H, W) in [-1, 1]."""
+    array = np.asarray(image, dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------- 1. the tower
+
+
+class CrowdedScenes(Dataset[tuple[Tensor, Tensor]]):
+    """Scenes full of symbols, with the classes of every patch: (144, 4) symbol, colour, row, column.
+
+    Class 0 of symbol and colour means none; the colour after the last is that of a sign.
+    """
+
+    def __init__(self, num_scenes: int, seed: int) -> None:
+        self.num_scenes, self.seed = num_scenes, seed
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        import random
+
+        rng = random.Random(f"crowded/{self.seed}/{index}")
+        scene = make_scene(rng, rng.randint(8, 50), rng.randint(1, 5), distinct=False)
+        classes = torch.zeros(GRID, GRID, 4, dtype=torch.int64)
+        classes[..., 2] = torch.arange(GRID)[:, None]
+        classes[..., 3] = torch.arange(GRID)
+        for item in scene.items:
+            classes[item.row, item.column, 0] = 1 + SYMBOLS.index(item.symbol)
+            classes[item.row, item.column, 1] = 1 + list(COLOURS).index(item.colour)
+        for sign in scene.signs:
+            for offset, glyph in enumerate(sign.text):
+                classes[sign.row, sign.column + offset, 0] = 1 + SYMBOLS.index(glyph)
+                classes[sign.row, sign.column + offset, 1] = 1 + len(COLOURS)
+        return pixels_of(draw_scene(rng, scene)), classes.flatten(0, 1)
+
+
+class Phase(pl.LightningModule):
+    """What all phases share: AdamW over what is trainable, under a given learning-rate curve."""
+
+    def __init__(self, model: nn.Module, rate: float, num_steps: int, curve: str) -> None:
+        super().__init__()
+        self.model, self.rate, self.num_steps, self.curve = model, rate, num_steps, curve
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": [p for p in self.parameters() if p.requires_grad and p.dim() > 1]},
+            {
+                "params": [p for p in self.parameters() if p.requires_grad and p.dim() <= 1],
+                "weight_decay": 0.0,
+            },
+        ]
+        optimiser = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.02)
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / 100)
+            if self.curve == "constant":
+                return warm
+            return warm * max(0.0, 0.5 * (1 + np.cos(np.pi * min(1.0, step / self.num_steps))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {
+            "optimizer": optimiser,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class Tower(Phase):
+    """Patch features, through the projector, must match the words for what the patch shows."""
+
+    def __init__(self, model: nn.Module, num_steps: int) -> None:
+        super().__init__(model, 2e-3, num_steps, "cosine")
+        width = model.config.text_config.hidden_size
+        self.none = nn.Parameter(torch.randn(3, width) * width**-0.5)  # no symbol, no colour, sign
+        self.place = nn.Linear(width, 2 * GRID)
+        ids = [VOCABULARY.index(word) for word in (*SYMBOLS, *COLOURS)]
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+
+    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, classes = batch
+        inner = self.model.model
+        states = inner.vision_tower(pixels).last_hidden_state[:, 1:]
+        features = inner.multi_modal_projector(states)
+        features = nn.functional.rms_norm(features, features.shape[-1:])
+        words = self.model.get_input_embeddings().weight[self.ids]
+        symbols = torch.cat([self.none[:1], words[: len(SYMBOLS)]])
+        colours = torch.cat([self.none[1:2], words[len(SYMBOLS) :], self.none[2:]])
+        place = self.place(features)
+        logits = (
+            features @ symbols.T, features @ colours.T, place[..., :GRID], place[..., GRID:]
+        )
+        loss = sum(
+            weight * nn.functional.cross_entropy(own.flatten(0, 1), classes[..., i].flatten())
+            for i, (own, weight) in enumerate(zip(logits, (1, 1, 0.2, 0.2), strict=True))
+        )
+        right = torch.stack([own.argmax(-1) == classes[..., i] for i, own in enumerate(logits)], -1)
+        return loss, right
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss, right = self._step(batch)
+        shown = batch[1][..., 0] > 0
+        both = (right[..., 0] & right[..., 1])[shown].float().mean()
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("patch_accuracy", both, prog_bar=True)
+        self.log("place_accuracy", right[..., 2:].float().mean())
+        return loss
+
+
+# ------------------------------------------------------------------- 2. and 3. the questions
+
+
+class PackedScenes(Dataset[dict[str, Any]]):
+    """Scenes with several questions each, as tensors."""
+
+    def __init__(self, scenes: SceneDataset) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.scenes[index]
+        ids, labels = [], []
+        for turn in sample.turns:
+            question = turn.question.replace("?", " ?").split() + ["ASSISTANT", ":"]
+            answer = [*turn.answer.split(), "</s>"]
+            pads = TURN_LENGTH - len(question) - len(answer)
+            words = [VOCABULARY.index(w) for w in question + answer] + [0] * pads
+            ids += words
+            labels += (
+                [-100] * len(question)
+                + words[len(question) : len(question) + len(answer)]
+                + [-100] * pads
+            )
+        return {
+            "pixel_values": pixels_of(sample.image),
+            "ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "kinds": torch.tensor([KINDS.index(turn.kind) for turn in sample.turns]),
+        }
+
+
+class Questions(Phase):
+    """Projector and decoder answer questions; the tower stays as it is."""
+
+    def __init__(
+        self, model: nn.Module, rate: float, num_steps: int, curve: str, objects: int
+    ) -> None:
+        super().__init__(model, rate, num_steps, curve)
+        model.model.vision_tower.requires_grad_(False)
+        self.objects = objects  # most objects per scene now; grows with success
+        self.right: dict[str, list[float]] = defaultdict(list)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["objects"] = self.objects
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.objects = checkpoint["objects"]
+
+    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids, labels = batch["ids"], batch["labels"]
+        num_rows, packed = ids.shape
+        start, device = len(PREFIX), ids.device
+        prefix = torch.tensor([VOCABULARY.index(word) for word in PREFIX], device=device)
+        order = torch.arange(start + packed, device=device)
+        turn = (order - start).div(TURN_LENGTH, rounding_mode="floor").clamp_min(-1)
+        turn = torch.where(order < start, -1, turn)
+        positions = torch.where(order < start, order, start + (order - start) % TURN_LENGTH)
+        same = (turn[:, None] == turn) | (turn == -1)
+        mask = (order <= order[:, None]) & same
+        output = self.model(
+            input_ids=torch.cat([prefix.expand(num_rows, -1), ids], 1),
+            pixel_values=batch["pixel_values"],
+            attention_mask=mask.expand(num_rows, 1, -1, -1),
+            position_ids=positions.expand(num_rows, -1),
+            use_cache=False,
+            logits_to_keep=packed + 1,
+        )
+        logits = output.logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        wrong = (logits.argmax(-1) != labels) & (labels != -100)
+        right = ~wrong.unflatten(1, (-1, TURN_LENGTH)).any(-1)
+        return loss, right
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss, right = self._forward(batch)
+        self.log("loss", loss.detach(), prog_bar=True)
+        for number, kind in enumerate(KINDS):
+            own = right[batch["kinds"] == number].float()
+            if len(own):
+                self.right[kind].append(own.mean().item())
+        self.log("accuracy", right.float().mean(), prog_bar=True)
+        self.log("objects", float(self.objects), prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        means = {kind: float(np.mean(values[-50:])) for kind, values in self.right.items()}
+        for kind, mean in means.items():
+            self.log(f"accuracy_{kind}", mean)
+        self.right.clear()
+        self.log("objects_now", float(self.objects))
+        # One object more when the lookups work; comparisons may lag behind.
+        lookups = [means[kind] for kind in ("read", "colour") if kind in means]
+        if self.curve == "constant" and lookups and np.mean(lookups) > 0.9:
+            self.objects = min(self.objects + (1 if self.objects < 4 else 2), FULL[1])
+        print(f"epoch {self.current_epoch} objects {self.objects} "
+              + " ".join(f"{k} {v:.3f}" for k, v in means.items()), flush=True)  # fmt: skip
+
+
+class Feed(pl.LightningDataModule):
+    """A fresh stretch of scenes every epoch, as hard as the module has got to."""
+
+    def __init__(self, phase: Phase, steps: int, batch_size: int, turns: int) -> None:
+        super().__init__()
+        self.phase, self.steps, self.batch_size, self.turns = phase, steps, batch_size, turns
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        epoch, num_scenes = self.trainer.current_epoch, self.steps * self.batch_size
+        data: Dataset[Any]
+        if isinstance(self.phase, Questions):
+            most = self.phase.objects
+            least = FULL[0] if self.phase.curve == "cosine" else max(1, most - 2)
+            scenes = SceneDataset(
+                "train",
+                num_scenes,
+                seed=10_000 * (self.phase.curve == "cosine") + epoch,
+                num_turns=self.turns,
+                min_objects=least,
+                max_objects=most,
+            )
+            data = PackedScenes(scenes)
+        else:
+            data = CrowdedScenes(num_scenes, epoch)
+        return DataLoader(data, self.batch_size, num_workers=1, prefetch_factor=4)
+
+
+def train(phase: Phase, name: str, folder: Path, epochs: int, steps: int, batch: int) -> None:
+    """Runs a phase to its end, or goes on where a killed run stopped."""
+    torch.manual_seed(1)
+    keep = ModelCheckpoint(
+        folder / name, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False
+    )
+    log = pl.loggers.CSVLogger(folder, name=name, version="log")
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision="32-true" if isinstance(phase, Tower) else "bf16-mixed",
+        max_epochs=epochs,
+        gradient_clip_val=1.0,
+        callbacks=[keep],
+        logger=log,
+        log_every_n_steps=10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    last = folder / name / "last.ckpt"
+    feed = Feed(phase, steps, batch, turns=10)
+    trainer.fit(phase, datamodule=feed, ckpt_path=str(last) if last.exists() else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/tiny_vlm"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tower-epochs", type=int, default=14)
+    parser.add_argument("--lookup-epochs", type=int, default=30)
+    parser.add_argument("--final-epochs", type=int, default=14)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model()
+    times = {}
+
+    def run(name: str, phase: Phase, epochs: int, steps: int, batch: int) -> None:
+        done, begun = folder / f"{name}.pt", time.monotonic()
+        if not done.exists():
+            train(phase, name, folder, epochs, steps, batch)
+            torch.save(phase.model.state_dict(), done)
+            times[name] = time.monotonic() - begun
+            print(f"{name}: {times[name]:.0f} s", flush=True)
+        model.load_state_dict(torch.load(done, weights_only=True))
+
+    epochs = arguments.tower_epochs
+    run("tower", Tower(model, 75 * epochs), epochs, 75, 64)
+    epochs = arguments.lookup_epochs
+    run("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 1), epochs, 100, 32)
+    epochs = arguments.final_epochs
+    run("final", Questions(model, 1.0e-3, 100 * epochs, "cosine", FULL[1]), epochs, 100, 32)
+    model.save_pretrained(folder / "model")
+    build_processor().save_pretrained(folder / "model")
+    (folder / "times.json").write_text(json.dumps(times))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Strategies on hand-made views, and the registry."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tokenprune as tp
+from tokenprune.strategy import strategy_class
+
+
+def view(
+    places: Tensor | None = None,
+    valid: Tensor | None = None,
+    attention: Tensor | None = None,
+    random: Tensor | None = None,
+) -> tp.TokenView:
+    """A view of made-up tokens."""
+    given_tensors = [t for t in (places, valid, attention, random) if t is not None]
+    shape = valid.shape if valid is not None else (given_tensors[0].shape[0], 0)
+    if valid is None:
+        width = attention.shape[2] if attention is not None else given_tensors[0].shape[1]
+        valid = torch.ones(shape[0], width, dtype=torch.bool)
+    return tp.TokenView(
+        layer=2,
+        num_layers=8,
+        valid=valid,
+        num_original=valid.sum(1),
+        positions=torch.arange(valid.shape[1]).expand(valid.shape),
+        _hidden=lambda: torch.zeros(*valid.shape, 4),
+        _places=lambda: places,
+        _attend=lambda rows: attention,
+        _random=lambda seed: random,
+    )
+
+
+def grid(rows: int, columns: int, image: int = 0, part: int = 0) -> Tensor:
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    fixed = torch.tensor([image, part]).expand(rows, columns, 2)
+    return torch.cat([fixed, row[..., None], column[..., None]], -1).flatten(0, 1)
+
+
+def kept(strategy: tp.PruningStrategy, seen: tp.TokenView, keep: list[int]) -> list[list[int]]:
+    selection = strategy.select(seen, torch.tensor(keep))
+    return [row.nonzero()[:, 0].tolist() for row in selection.kept]
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "fastv"])
+def test_attention_is_averaged_over_heads(name: str) -> None:
+    attention = torch.tensor([[[0.9, 0.0, 0.0, 0.1], [0.0, 0.5, 0.0, 0.3]]])
+    assert kept(tp.build_strategy(name), view(attention=attention), [2]) == [[0, 1]]
+
+
+def test_the_lower_index_wins_ties() -> None:
+    attention = torch.tensor([[[1.0, 2.0, 2.0, 2.0, 1.0]]])
+    strategy = tp.build_strategy("fastv")
+    assert kept(strategy, view(attention=attention), [2]) == [[1, 2]]
+    assert kept(strategy, view(attention=attention), [4]) == [[0, 1, 2, 3]]
+    # In float32: what half precision would merge stays apart.
+    close = torch.tensor([[[0.1, 0.10001, 0.10002]]])
+    assert kept(strategy, view(attention=close), [1]) == [[2]]
+
+
+def test_rows_have_their_own_budgets_and_tokens() -> None:
+    attention = torch.tensor([[[3.0, 1.0, 2.0]], [[1.0, 9.0, 9.0]]])
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    seen = view(attention=attention, valid=valid)
+    assert kept(tp.build_strategy("fastv"), seen, [2, 0]) == [[0, 2], []]
+    assert kept(tp.build_strategy("fastv"), seen, [5, 5]) == [[0, 1, 2], [0]]
+
+
+def test_random_keeps_what_the_engine_drew() -> None:
+    numbers = torch.tensor([[0.1, 0.9, 0.5]])
+    assert kept(tp.build_strategy("random"), view(random=numbers), [2]) == [[1, 2]]
+
+
+# ----------------------------------------------------------------------------------------- uniform
+
+
+def cells(seen: tp.TokenView, keep: int) -> set[tuple[int, int]]:
+    (chosen,) = kept(tp.build_strategy("uniform"), seen, [keep])
+    return {tuple(seen.places[0, index, 2:].tolist()) for index in chosen}
+
+
+def test_uniform_is_an_even_stride_over_the_grid() -> None:
+    seen = view(places=grid(12, 12)[None])
+    assert cells(seen, 72) == {(r, c) for r in range(12) for c in range(12) if (r + c) % 2 == 0}
+    assert cells(seen, 36) == {(r, c) for r in range(0, 12, 2) for c in range(0, 12, 2)}
+    assert cells(seen, 9) == {(r, c) for r in range(0, 12, 4) for c in range(0, 12, 4)}
+
+
+def test_uniform_is_as_even_after_an_earlier_cut() -> None:
+    full = view(places=grid(12, 12)[None])
+    (first,) = kept(tp.build_strategy("uniform"), full, [72])
+    again = view(places=grid(12, 12)[None, first])
+    assert cells(again, 36) == cells(full, 36)
+
+
+@given(rows=st.integers(1, 30), columns=st.integers(1, 30), share=st.floats(0, 1))
+def test_uniform_keeps_exactly_and_evenly(rows: int, columns: int, share: float) -> None:
+    budget = int(rows * columns * share)
+    chosen = cells(view(places=grid(rows, columns)[None]), budget)
+    assert len(chosen) == budget
+    # No half of the grid is favoured by more than a row and a column of cells.
+    top = sum(r < rows / 2 for r, _ in chosen)
+    assert abs(2 * top - budget) <= rows + columns + 2
+
+
+def test_uniform_splits_the_budget_over_images_by_size() -> None:
+    places = torch.cat([grid(4, 4, image=0), grid(8, 8, image=1), grid(2, 3, image=2)])[None]
+    (chosen,) = kept(tp.build_strategy("uniform"), view(places=places), [43])
+    images = [int(places[0, i, 0]) for i in chosen]
+    # 43 of 86: 8, 32, 3 exactly; 20 of 86: 3.72, 14.88, 1.39 go to 4, 15, 1.
+    assert [images.count(i) for i in range(3)] == [8, 32, 3]
+    (chosen,) = kept(tp.build_strategy("uniform"), view(places=places), [20])
+    images = [int(places[0, i, 0]) for i in chosen]
+    assert [images.count(i) for i in range(3)] == [4, 15, 1]
+
+
+@given(count=st.integers(1, 200), share=st.floats(0, 1))
+def test_uniform_without_a_grid_strides_over_the_sequence(count: int, share: float) -> None:
+    unknown = torch.full((1, count, 4), -1)
+    budget = int(count * share)
+    (chosen,) = kept(tp.build_strategy("uniform"), view(places=unknown), [budget])
+    assert len(chosen) == budget
+    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_uniform_ragged_rows() -> None:
+    places = torch.stack([grid(4, 4), torch.cat([grid(2, 4), torch.full((8, 4), -1)])])
+    valid = torch.arange(16) < torch.tensor([[16], [8]])
+    both = kept(tp.build_strategy("uniform"), view(places=places, valid=valid), [4, 2])
+    alone = kept(tp.build_strategy("uniform"), view(places=grid(2, 4)[None]), [2])
+    assert both[1] == alone[0]
+    assert len(both[0]) == 4
+
+
+# ---------------------------------------------------------------------------------------- registry
+
+
+def test_registry() -> None:
+    assert {"fastv", "pyramiddrop", "random", "uniform"} <= set(tp.available())
+    assert "none" not in tp.available()
+    assert tp.available() == sorted(tp.available())
+    fastv = tp.build_strategy("fastv", queries="all")
+    assert (fastv.queries, fastv.source) == ("all", "previous")
+    with pytest.raises(FrozenInstanceError):
+        fastv.queries = "last"
+
+
+def test_unknown_names_and_fields() -> None:
+    with pytest.raises(KeyError, match=r"expected one of .*'pyramiddrop'.* got 'piramiddrop'. Did"):
+        tp.build_strategy("piramiddrop")
+    with pytest.raises(ValueError, match=r"expected fields among \['queries', 'source'\], got 'k'"):
+        tp.build_strategy("fastv", k=2)
+    with pytest.raises(ValueError, match=r"AttentionRows.queries: expected one of .* got 'first'"):
+        tp.build_strategy("fastv", queries="first")
+    with pytest.raises(ValueError, match=r"AttentionRows.source: expected one of .* got 'own'"):
+        tp.build_strategy("pyramiddrop", source="own")
+
+
+def test_registration_refuses_what_cannot_work() -> None:
+    @dataclass(frozen=True)
+    class Mine(tp.ScoreStrategy):
+        def score(self, view):
+            return view.positions
+
+    class Loose(tp.ScoreStrategy):
+        def score(self, view):
+            return view.positions
+
+    with pytest.raises(ValueError, match="expected a new name, got 'fastv'"):
+        tp.register("fastv")(Mine)
+    with pytest.raises(ValueError, match="lower-case identifier"):
+        tp.register("My Strategy")(Mine)
+    with pytest.raises(ValueError, match="other than 'none'"):
+        tp.register("none")(Mine)
+    with pytest.raises(ValueError, match="expected a frozen dataclass, got"):
+        tp.register("loose")(Loose)
+    with pytest.raises(ValueError, match="expected a subclass of PruningStrategy"):
+        tp.register("dictionary")(dict)
+    assert "loose" not in tp.available()
+
+
+@pytest.mark.parametrize("name", tp.available())
+def test_every_strategy_is_documented_and_published(name: str) -> None:
+    cls = strategy_class(name)
+    assert cls.name == name
+    assert cls.__doc__
+    strategy, schedule, positions = tp.published(name, num_layers=32)
+    assert type(strategy) is cls
+    assert schedule.stages
+    assert positions in ("original", "renumbered")
+    assert hash(strategy) == hash(tp.build_strategy(name))
+
+
+def test_published_runs() -> None:
+    strategy, schedule, positions = tp.published("pyramiddrop", num_layers=32)
+    assert (strategy.queries, strategy.source, positions) == ("last", "next", "renumbered")
+    assert schedule == tp.Schedule.pyramid(num_layers=32, num_stages=4, lam=0.5)
+    _, thirteen, _ = tp.published("pyramiddrop", num_layers=40)
+    assert [stage.layer for stage in thirteen.stages] == [8, 16, 24]
+    strategy, schedule, positions = tp.published("fastv", num_layers=32)
+    assert (strategy.queries, strategy.source, positions) == ("last", "previous", "original")
+    assert schedule == tp.Schedule.one_shot(layer=2, keep=0.5)
+    with pytest.raises(KeyError, match="Did you mean 'fastv'"):
+        tp.published("fastw", num_layers=32)
+    with pytest.raises(ValueError, match="expected layers below 2"):
+        tp.published("fastv", num_layers=2)

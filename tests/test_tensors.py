@@ -1,0 +1,100 @@
+"""Pure functions on tensors, against plain Python."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenprune.tensors import ascending, attention_rows, causal, split_budget, take, top_k
+
+rows = st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=9), min_size=1, max_size=4)
+
+
+def ragged(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, lists))
+    values = torch.zeros(len(lists), width)
+    valid = torch.zeros(len(lists), width, dtype=torch.bool)
+    for i, row in enumerate(lists):
+        values[i, : len(row)] = torch.tensor(row, dtype=torch.float32)
+        valid[i, : len(row)] = True
+    return values, valid
+
+
+@given(lists=rows, keep=st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_top_k(lists: list[list[int]], keep: list[int]) -> None:
+    values, valid = ragged(lists)
+    mask = top_k(values, valid, torch.tensor(keep[: len(lists)]))
+    for row, own, budget in zip(mask, lists, keep, strict=False):
+        best = sorted(range(len(own)), key=lambda i: (-own[i], i))[:budget]
+        assert row.nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_top_k_takes_infinities_and_nan() -> None:
+    values = torch.tensor([[float("nan"), -torch.inf, 1.0, torch.inf, 0.0]])
+    valid = torch.tensor([[True, True, True, True, False]])
+    assert top_k(values, valid, torch.tensor([2])).tolist() == [[False, False, True, True, False]]
+    assert top_k(values, valid, torch.tensor([4])).tolist() == [[True] * 4 + [False]]
+
+
+@given(lists=rows, left=st.booleans())
+def test_ascending(lists: list[list[int]], left: bool) -> None:
+    values, valid = ragged(lists)
+    mask = (values > 0) & valid
+    length = int(mask.sum(1).max())
+    index = ascending(mask, length, left=left)
+    assert index.shape == (len(lists), length)
+    for row, marks in zip(index, mask, strict=True):
+        expected = marks.nonzero()[:, 0].tolist()
+        got = row[length - len(expected) :] if left else row[: len(expected)]
+        assert got.tolist() == expected
+
+
+def test_take_along_any_dimension() -> None:
+    values = torch.randn(1, 3, 5, 7)
+    index = torch.tensor([[4, 0], [1, 1]])
+    by_rows = take(values.expand(2, 3, 5, 7), index, dim=2)
+    for row in range(2):
+        assert torch.equal(by_rows[row], values[0][:, index[row]])
+    assert torch.equal(take(values, index, dim=2), by_rows)  # a batch of one is expanded
+    tripled = torch.randn(3, 2, 5, 4)  # leading dimensions before the batch, as in M-RoPE
+    got = take(tripled, index, batch=1, dim=2)
+    for row in range(2):
+        assert torch.equal(got[:, row], tripled[:, row][:, index[row]])
+    assert torch.equal(take(values, index[:1], dim=2), values[:, :, index[0]])
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    share=st.floats(0, 1.2),
+)
+def test_split_budget(sizes: list[int], share: float) -> None:
+    budget = int(sum(sizes) * share)
+    (split,) = split_budget(torch.tensor([budget]), torch.tensor([sizes])).tolist()
+    total = sum(sizes)
+    assert sum(split) == min(budget, total)
+    for part, size in zip(split, sizes, strict=True):
+        assert part <= size
+        if total:
+            exact = min(budget, total) * size / total
+            assert int(exact) <= part <= int(exact) + 1
+
+
+def test_split_budget_gives_the_largest_remainder_first() -> None:
+    split = split_budget(torch.tensor([5, 3]), torch.tensor([[10, 10, 4], [2, 2, 2]]))
+    assert split.tolist() == [[2, 2, 1], [1, 1, 1]]
+    assert split_budget(torch.tensor([2]), torch.tensor([[1, 1, 1]])).tolist() == [[1, 1, 0]]
+
+
+def test_attention_rows_equal_full_attention() -> None:
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    full = queries @ keys.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    order = torch.arange(6)
+    full = full.masked_fill(order > order[:, None], -torch.inf).softmax(-1)
+    asked = torch.tensor([[5, 2], [3, 3]])
+    allowed = causal(asked, 6, 0, None)
+    got = attention_rows(take(queries, asked, dim=2), keys, allowed, 0.3)
+    torch.testing.assert_close(got, take(full, asked, dim=2))
+    nothing = attention_rows(queries, keys, torch.zeros(2, 1, 6, 6, dtype=torch.bool), 0.3)
+    assert not nothing.any()
