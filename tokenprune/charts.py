@@ -150,7 +150,8 @@ def kinds_figure(
         inside = [point for point in panels[title] if kind in point.kinds]
         alone = [point for point in lone if kind in point.kinds]
         whole = [point for point in unpruned if kind in point.kinds]
-        _frame(axes, f"{kind}\n{title}" if len(panels) > 1 else kind)
+        name = _clip(kind, 18 if narrow else 22)
+        _frame(axes, f"{name}\n{title}" if len(panels) > 1 else name)
         _limits(
             axes, axis, [Interval(i.value) for i in everything], inside + alone + whole, small=True
         )
@@ -199,34 +200,49 @@ def kept_figure(
         question: What was asked.
         note: The right answer.
     """
+    columns = max(len(pictures) for _, pictures in rows)
+    # In inches, so that words and pictures keep their sizes whatever the number of rows.
+    side, gap, head, words = 1.5, 0.06, 0.55, 1.5
+    aspect = max(p.height / p.width for _, pictures in rows for _, p in pictures)
+    tall = 2.1 * whole.height / whole.width
+    height = max(len(rows) * (side * aspect + head), head + tall + words) + 0.15
     with mpl.rc_context(_style()):
-        columns = max(len(pictures) for _, pictures in rows)
-        figure = Figure(figsize=(2.6 + 1.55 * columns, 0.75 + 1.95 * len(rows)), facecolor=SURFACE)
+        figure = Figure(figsize=(2.6 + (side + gap) * columns, height), facecolor=SURFACE)
         FigureCanvasAgg(figure)
-        halves: Any = figure.subfigures(1, 2, width_ratios=[2.6, 1.55 * columns])
+        halves: Any = figure.subfigures(1, 2, width_ratios=[2.6, (side + gap) * columns])
         left, right = halves
-        # Image at the top, words right below it: both in inches, whatever the number of rows.
-        height = float(figure.get_figheight())
-        tall = min(2.1 * whole.height / whole.width, height - 1.4)
-        axes = left.add_axes((0.08, 1 - (0.6 + tall) / height, 2.1 / 2.6, tall / height))
+        axes = left.add_axes((0.08, 1 - (head + tall) / height, 2.1 / 2.6, tall / height))
         axes.imshow(whole)
         axes.set_anchor("NW")
         axes.set_axis_off()
-        words = textwrap.fill(question, 34) + f"\n{textwrap.fill(note, 40)}"
-        below = 1 - (0.7 + tall) / height
-        left.text(0.08, below, _plain(words), color=INK, size=9, va="top", linespacing=1.5)
+        caption = textwrap.fill(question, 34) + f"\n{textwrap.fill(note, 40)}"
+        below = 1 - (head + 0.1 + tall) / height
+        left.text(0.08, below, _plain(caption), color=INK, size=9, va="top", linespacing=1.5)
         grid = right.subplots(len(rows), columns, squeeze=False)
         for line, (label, pictures) in zip(grid, rows, strict=True):
             for cell in line:
                 cell.set_axis_off()
-            line[0].text(
-                0, 1.2, _plain(label), transform=line[0].transAxes, color=INK, size=9, weight="bold"
+            line[0].annotate(
+                _plain(_clip(label, 19 * columns)),
+                (0, 1),
+                (0, 18),
+                "axes fraction",
+                textcoords="offset points",
+                color=INK,
+                size=9,
+                weight="bold",
             )
             for cell, (title, picture) in zip(line, pictures, strict=False):
                 cell.imshow(picture)
                 cell.set_title(_plain(title), size=8, color=SOFT, loc="left", pad=3)
+        used = len(rows) * (side * aspect + head)
         right.subplots_adjust(
-            left=0.01, right=0.98, top=0.93, bottom=0.02, hspace=0.32, wspace=0.06
+            left=0,
+            right=1 - gap / ((side + gap) * columns),
+            top=1 - head / height,
+            bottom=1 - used / height,
+            hspace=head / (side * aspect),
+            wspace=gap / side,
         )
     return figure
 
@@ -270,6 +286,10 @@ def _style() -> dict[Any, Any]:
         "svg.hashsalt": "tokenprune",
         "path.simplify": False,
     }
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _plain(text: str) -> str:

@@ -160,15 +160,26 @@ def stages(
     Several grids are drawn below each other. Arguments and errors as `panels`.
     """
     drawn = panels(image, grids, places, stages, size)
+    columns = [stack(panel.images) for panel in drawn]
     bar = max(20, size // 10)
-    step = drawn[0].images[0].height + GAP
     width = len(drawn) * (size + GAP) + GAP
-    strip = Image.new("RGB", (width, GAP + bar + max(len(p.images) for p in drawn) * step), PAPER)
+    height = bar + max(column.height for column in columns) + 2 * GAP
+    strip = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(strip)
     font = ImageFont.load_default(round(bar * 0.6))
-    for number, panel in enumerate(drawn):
+    for number, (panel, column) in enumerate(zip(drawn, columns, strict=True)):
         left = GAP + number * (size + GAP)
         draw.text((left, GAP + bar // 2 - 2), panel.title, fill=INK, font=font, anchor="lm")
-        for row, picture in enumerate(panel.images):
-            strip.paste(picture, (left, GAP + bar + row * step))
+        strip.paste(column, (left, GAP + bar))
     return strip
+
+
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width below each other."""
+    height = sum(image.height + GAP for image in images) - GAP
+    column = Image.new("RGB", (images[0].width, height), PAPER)
+    top = 0
+    for image in images:
+        column.paste(image, (0, top))
+        top += image.height + GAP
+    return column

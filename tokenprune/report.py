@@ -103,14 +103,14 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure in the page: for wide and narrow screens, with its name on disk."""
+    """A figure in the page, for wide and narrow screens; `width` is that of the wide one."""
 
-    name: str
     heading: str
     caption: str
     alt: str
     wide: str
     narrow: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -326,11 +326,12 @@ def _drawing(
     _write(figures / f"{name}.svg", svg)
     _write(figures / f"{name}.png", charts.save(figure, "png"))
     small = charts.save(draw(True), "svg")
-    sources = [
+    large, narrow = (
         _data_uri("image/svg+xml", charts.themed(text.decode("utf-8"), drawn).encode("utf-8"))
         for text in (svg, small)
-    ]
-    return Drawing(name, heading, caption, alt, *sources)
+    )
+    pixels = round(96 * float(figure.get_figwidth()))
+    return Drawing(heading, caption, alt, large, narrow, pixels)
 
 
 def _spoken(points: Sequence[Point]) -> str:
@@ -470,7 +471,7 @@ def _sample(
         rows.append(
             (
                 f"{group.series}: {view.prediction} ({mark})",
-                [(panel.title, panel.images[-1]) for panel in drawn[1:]],
+                [(panel.title, pictures.stack(panel.images)) for panel in drawn[1:]],
             )
         )
     unpruned = None
