@@ -1,0 +1,16 @@
+"""Data sets of images and questions, and the collators that make them a model's inputs."""
+
+from tokenprune.data.collate import ConversationCollator, PromptCollator
+from tokenprune.data.sample import Sample, Turn
+from tokenprune.data.scenes import SceneDataset
+from tokenprune.data.sources import FolderDataset, HubDataset
+
+__all__ = [
+    "ConversationCollator",
+    "FolderDataset",
+    "HubDataset",
+    "PromptCollator",
+    "Sample",
+    "SceneDataset",
+    "Turn",
+]

@@ -1,0 +1,263 @@
+"""The data module: data sets and collators as Lightning's loops want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import ProcessorMixin
+
+from tokenprune.data.collate import ConversationCollator, PromptCollator
+from tokenprune.data.sample import Sample
+from tokenprune.data.sources import FolderDataset, HubDataset
+
+
+class EpochShuffle(Sampler[int]):
+    """Another order in every epoch, the same for the same (seed, epoch).
+
+    Args:
+        length: Number of samples.
+        seed: Another seed gives other orders.
+        seen: An epoch, and how many of its samples an interrupted training has seen.
+    """
+
+    def __init__(self, length: int, seed: int, seen: tuple[int, int] = (0, 0)) -> None:
+        self.length, self.seed, self.seen = length, seed, seen
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        if self.epoch == self.seen[0]:
+            order = order[self.seen[1] :]
+        # Distributed training wraps the sampler and hides `set_epoch`; so it counts itself, too.
+        self.epoch += 1
+        return iter(order)
+
+
+class VQADataModule(pl.LightningDataModule):
+    """Conversations with labels to train and validate on, prompts to test and predict on.
+
+    Args:
+        train: Data set of the training loop, shuffled anew in every epoch.
+        validation: Data set of the validation loop.
+        test: Data set of the test and predict loops: one turn per sample.
+        processor: Belongs to the model.
+        batch_size: Samples per batch.
+        num_workers: Processes that prepare batches; 0 does it in the main process.
+        seed: Of the order of training samples.
+
+    Raises:
+        ValueError: `batch_size` or `num_workers` is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Dataset[Sample] | None = None,
+        validation: Dataset[Sample] | None = None,
+        test: Dataset[Sample] | None = None,
+        processor: ProcessorMixin | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(
+                    f"data.{name}: expected an integer >= {lowest}, got {value!r}. "
+                    f"Set data.{name}={max(lowest, 8)}."
+                )
+        self.train, self.validation, self.test = train, validation, test
+        self.processor = processor
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._seen = (0, 0)
+
+    @classmethod
+    def from_folder(
+        cls,
+        *,
+        path: str | None = None,
+        train_path: str | None = None,
+        validation_path: str | None = None,
+        processor: ProcessorMixin | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> VQADataModule:
+        """Data sets from local files; see `FolderDataset`.
+
+        Args:
+            path: What is evaluated.
+            train_path: What is trained on.
+            validation_path: What training is validated on.
+            processor: Belongs to the model.
+            batch_size: Samples per batch.
+            num_workers: Processes that prepare batches.
+            seed: Of the order of training samples.
+
+        Raises:
+            ValueError: No path is given, or a data set is not as expected.
+        """
+        if path is None and train_path is None and validation_path is None:
+            raise ValueError(
+                "data: expected the path of a .jsonl file or its folder, got none. "
+                "Set data.path to evaluate, data.train_path to train."
+            )
+        return cls(
+            train=None if train_path is None else FolderDataset(train_path),
+            validation=None if validation_path is None else FolderDataset(validation_path),
+            test=None if path is None else FolderDataset(path),
+            processor=processor,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        *,
+        path: str,
+        name: str | None = None,
+        split: str | None = "test",
+        train_split: str | None = None,
+        validation_split: str | None = None,
+        image_column: str = "image",
+        question_column: str = "question",
+        answer_column: str = "answer",
+        id_column: str | None = None,
+        kind_column: str | None = None,
+        revision: str | None = None,
+        processor: ProcessorMixin | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> VQADataModule:
+        """Splits of one Hugging Face data set; see `HubDataset`.
+
+        Args:
+            path: Hub id, local folder or data file.
+            name: Configuration on the Hub.
+            split: What is evaluated.
+            train_split: What is trained on.
+            validation_split: What training is validated on.
+            image_column: Column of images.
+            question_column: Column of questions.
+            answer_column: Column of answers.
+            id_column: Column of ids.
+            kind_column: Column of question kinds.
+            revision: Branch, tag or commit on the Hub.
+            processor: Belongs to the model.
+            batch_size: Samples per batch.
+            num_workers: Processes that prepare batches.
+            seed: Of the order of training samples.
+
+        Raises:
+            ValueError: The data set is not as expected.
+        """
+
+        def load(own: str | None) -> HubDataset | None:
+            if own is None:
+                return None
+            return HubDataset(
+                path,
+                name,
+                own,
+                image_column=image_column,
+                question_column=question_column,
+                answer_column=answer_column,
+                id_column=id_column,
+                kind_column=kind_column,
+                revision=revision,
+            )
+
+        return cls(
+            train=load(train_split),
+            validation=load(validation_split),
+            test=load(split),
+            processor=processor,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        data = self._data(self.train, "train")
+        shuffle = EpochShuffle(_length(data), self.seed, self._seen)
+        return self._loader(data, ConversationCollator(self._processor()), shuffle)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        data = self._data(self.validation, "validation")
+        return self._loader(data, ConversationCollator(self._processor()))
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self._data(self.test, "test"), PromptCollator(self._processor()))
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: Lightning counts batches, but starts an epoch's data anew."""
+        trainer: Any = self.trainer
+        if trainer is None:
+            return {}
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"seen": (trainer.current_epoch, batches * self.batch_size * trainer.world_size)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seen = state_dict["seen"]
+
+    def _loader(
+        self,
+        data: Dataset[Sample],
+        collate: Callable[[Sequence[Sample]], dict[str, Any]],
+        sampler: Sampler[int] | None = None,
+    ) -> DataLoader[Sample]:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            # Without one of its own a loader draws its workers' seed from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _processor(self) -> ProcessorMixin:
+        if self.processor is None:
+            raise ValueError(
+                "VQADataModule: expected a processor, got None. Pass the one of the model."
+            )
+        return self.processor
+
+    def _data(self, data: Dataset[Sample] | None, name: str) -> Dataset[Sample]:
+        if data is None:
+            raise ValueError(
+                f"data: expected a data set for {name!r}, got none. "
+                f"{_REMEDIES[name]}, or choose data=scenes."
+            )
+        return data
+
+
+_REMEDIES = {
+    "train": "Set data.train_path (folder) or data.train_split (hub)",
+    "validation": "Set data.validation_path (folder) or data.validation_split (hub)",
+    "test": "Set data.path (folder) or data.split (hub)",
+}
+
+
+def _length(data: Dataset[Sample]) -> int:
+    sized: Any = data
+    return len(sized)
