@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,7 +95,7 @@ def _run(command: str, arguments: list[str], task: Callable[[DictConfig], None])
     parser = get_args_parser()
     parser.prog = f"tokenprune {command}"
     parser.error = lambda message: _Parser.error(parser, message)  # type: ignore
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.help or args.hydra_help or args.info or args.shell_completion:
         pass
     elif args.cfg:
@@ -185,7 +184,7 @@ def _tidy(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Lets through what a user can act on, and no advice on settings that are right as they are."""
+    """Lets Lightning and transformers say only what a user can act on."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -193,15 +192,10 @@ def _quiet() -> Iterator[None]:
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # in a log, bars are noise
+        bars: Any = transformers_logging
+        bars.disable_progress_bar()  # in a log, bars are noise
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
-            warnings.filterwarnings("ignore", message=".*predict returned None.*")
-            warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -256,8 +250,8 @@ def _check_jobs(command: str, args: argparse.Namespace) -> None:
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
     own = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
-    for job in expand(grids, own):
-        _check(compose(command, job, args.config_dir))
+    for config in [compose(command, job, args.config_dir) for job in expand(grids, own)]:
+        _check(config)
 
 
 def _single(overrides: Sequence[str]) -> list[str]:
@@ -323,8 +317,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(cause, HydraException | OmegaConfBaseException):
         return f"config: {_one_line(str(cause).splitlines()[0])}"
     text = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else str(cause)
-    if isinstance(cause, ValueError | KeyError) and "DataLoader worker process" in text:
-        return _one_line(text.strip().splitlines()[-1].split(": ", 1)[-1])
+    # Another process's exception arrives as text that ends with it.
+    elsewhere = "DataLoader worker process" in text or type(cause).__name__.startswith("Process")
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    if elsewhere and last.startswith(("ValueError: ", "KeyError: ")):
+        return _one_line(last.split(": ", 1)[1])
     if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
         return f"config: expected a key that its target knows, got {_one_line(text)}. Remove it."
     if isinstance(cause, ValueError | KeyError | OSError) and _is_ours(cause):
@@ -477,7 +474,7 @@ def _show(arguments: list[str]) -> int:
     parser.add_argument("question")
     parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
     parser.add_argument("--output", type=Path, help="where the kept-token picture goes")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     config = _single_run(args.overrides)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")

@@ -9,9 +9,10 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Evaluator(pl.LightningModule):
     Runs in Lightning's predict loop, which gives every sample to exactly one process.
 
     Args:
-        loaded: Model and processor.
+        load: Gives model and processor. Every process calls it for itself: a transformers model
+            that was sent to another process has lost the hooks by which it collects vision states.
         pruning: Strategy, schedule and positions; None for the unpruned model.
         folder: Where the run's files go.
         config: The run's resolved config.
@@ -107,7 +109,7 @@ class Evaluator(pl.LightningModule):
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        load: Callable[[], LoadedModel],
         pruning: Pruning | None,
         folder: Path,
         config: Mapping[str, Any],
@@ -116,10 +118,7 @@ class Evaluator(pl.LightningModule):
         num_pictures: int,
     ) -> None:
         super().__init__()
-        self.shape = tp.cost.DecoderShape.from_config(loaded.model.config)
-        self.loaded = loaded
-        if getattr(loaded.model, "hf_device_map", None) is None:
-            self.model = loaded.model  # registered, so that the trainer moves it to its device
+        self.load = load
         self.pruning = pruning
         self.folder = folder
         self.config = dict(config)
@@ -128,6 +127,13 @@ class Evaluator(pl.LightningModule):
         self.num_pictures = num_pictures
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
+
+    def configure_model(self) -> None:
+        """Loads the model, in the process that runs it."""
+        self.loaded = self.load()
+        self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
+        if getattr(self.loaded.model, "hf_device_map", None) is None:
+            self.model = self.loaded.model  # registered: the trainer moves it to its device
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -227,6 +233,14 @@ class Evaluator(pl.LightningModule):
                 logger.save()
 
 
+# Lightning's advice on what is meant to be so, and one line that its own code causes.
+_HARMLESS = (
+    ".*does not have many workers.*",
+    ".*GPU available but not used.*",
+    ".*overridden `transfer_batch_to_device`.*",
+    ".*predict returned None.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
 _PREDICTION = ("id", "kind", "question", "answer", "prediction", "correct")
 
 
@@ -329,13 +343,16 @@ def _load_data(config: str, model: str) -> pl.LightningDataModule:
 
 def load_model(config: DictConfig) -> LoadedModel:
     """The model of a run, from memory if the run before had the same."""
-    return _load_model(json.dumps(compose.plain(config.model)))
+    return _load_model(_key(config.model))
 
 
 def load_data(config: DictConfig) -> pl.LightningDataModule:
     """The data of a run, from memory if the run before had the same."""
-    model, data = (json.dumps(compose.plain(config[key])) for key in ("model", "data"))
-    return _load_data(data, model)
+    return _load_data(_key(config.data), _key(config.model))
+
+
+def _key(config: DictConfig) -> str:
+    return json.dumps(compose.plain(config))
 
 
 def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
@@ -357,6 +374,10 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     resolved = compose.plain(config)
     if results.is_complete(folder, resolved):
         return results.read_metrics(folder)
+    logger = instantiate(config.logger) if config.get("logger") else False
+    trainer = instantiate(
+        config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
+    )
     loaded = load_model(config)
     num_layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
     pruning = compose.build_pruning(config, num_layers)
@@ -364,6 +385,9 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         with tp.prune(loaded.model, pruning.strategy, pruning.schedule, pruning.positions):
             pass  # refuses here, before any data is read, what the model does not support
     data = load_data(config)
+    if trainer.world_size > 1:
+        del loaded  # the processes have their own
+        _load_model.cache_clear()
     stages = pruning.schedule.stages if pruning is not None else None
     schedule = config.schedule if pruning is not None else {}
     labels = {
@@ -378,11 +402,16 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         "model": names["model"],
     }
     evaluator = Evaluator(
-        loaded, pruning, folder, resolved, labels, config.max_new_tokens, config.num_pictures
+        load=partial(_load_model, _key(config.model)),
+        pruning=pruning,
+        folder=folder,
+        config=resolved,
+        names=labels,
+        max_new_tokens=config.max_new_tokens,
+        num_pictures=config.num_pictures,
     )
-    logger = instantiate(config.logger) if config.get("logger") else False
-    trainer = instantiate(
-        config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
-    )
-    trainer.predict(evaluator, datamodule=data, return_predictions=False)
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message=message)
+        trainer.predict(evaluator, datamodule=data, return_predictions=False)
     return results.read_metrics(folder)

@@ -112,6 +112,11 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model.path: expected a model that transformers knows, got {path!r}, whose Python "
+                "code comes with the checkpoint. If you trust it, add model.trust_remote_code=true."
+            ) from error
         raise ValueError(
             f"model.path: expected a Hub id or a folder with a readable config.json, got {path!r}: "
             f"{_first_line(error)}. Check the name and the connection."

@@ -1,0 +1,190 @@
+"""What an evaluation measures, and that it measures the same however it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+
+import tokenprune as tp
+from tokenprune import evaluation, models
+from tokenprune.cli import compose
+from tokenprune.evaluation import normalise, summarise, wilson
+
+NUM_SAMPLES = 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    config = compose(
+        "eval",
+        [
+            "model=hub",
+            f"model.path={checkpoint}",
+            f"data.test.num_samples={NUM_SAMPLES}",
+            "data.batch_size=4",
+            "max_new_tokens=3",
+            "num_pictures=2",
+            "trainer.callbacks=[]",
+            *overrides,
+        ],
+    )
+    strategy = "none" if config.strategy is None else config.strategy.name
+    names = {"strategy": strategy, "schedule": "pyramid", "model": "random"}
+    return evaluation.evaluate(config, folder, names)
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_case_and_space_do_not_count() -> None:
+    assert normalise("  K  7\n") == normalise("k 7") != normalise("k7")
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # By hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
+    [
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (450, 500, 0.870578, 0.923322),
+    ],
+)
+def test_wilson_intervals(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-5)
+
+
+def test_metrics_are_means_over_samples() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    common = {"num_visual": 4, "real": [9, 7]}
+    records = [
+        common | {"kind": "a", "correct": True, "visual": [4, 2]},
+        common | {"kind": "a", "correct": False, "visual": [4, 0]},
+        common | {"kind": "b", "correct": True, "visual": [4, 1]},
+    ]
+    metrics = summarise(records, [0.002, 0.001, 0.009], shape, bytes_per_value=2)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["kinds"]["a"]["accuracy"] == 0.5
+    assert metrics["kinds"]["b"]["num_samples"] == 1
+    assert metrics["visual_tokens_per_layer"] == [4, 1]
+    assert (metrics["avg_tokens"], metrics["final_tokens"]) == (2.5, 1)
+    each = [tp.cost.flops(shape, [4, count]) for count in (2, 0, 1)]
+    assert metrics["tflops"] == pytest.approx(sum(each) / 3 / 1e12)
+    assert metrics["tflops_ratio"] == pytest.approx(sum(each) / 3 / tp.cost.flops(shape, [4, 4]))
+    assert metrics["kv_mb"] == pytest.approx(2 * 16 * 1 * 4 * 2 / 1e6)
+    assert metrics["prefill_ms"] == pytest.approx(2)
+
+
+def test_no_samples_is_an_error() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    with pytest.raises(ValueError, match="expected at least one sample"):
+        summarise([], [], shape, 2)
+
+
+def test_text_alone_costs_no_visual_flops() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    record = {"kind": "a", "correct": True, "num_visual": 0, "visual": [0, 0], "real": [5, 5]}
+    assert summarise([record], [0.1], shape, 2)["tflops_ratio"] == 1.0
+
+
+def test_counts_follow_the_schedule(checkpoint: Path, tmp_path: Path) -> None:
+    overrides = ["strategy=uniform", "schedule.num_stages=2", "schedule.lam=0.3"]
+    metrics = run(checkpoint, tmp_path, *overrides)
+    lengths = tp.Schedule.pyramid(NUM_LAYERS, 2, 0.3).lengths(NUM_LAYERS, NUM_VISUAL)
+    assert metrics["visual_tokens_per_layer"] == lengths
+    assert metrics["final_tokens"] == lengths[-1]
+    assert metrics["num_visual"] == NUM_VISUAL
+    shape = tp.cost.DecoderShape.from_config(models.load_config(str(checkpoint)))
+    assert metrics["tflops"] == pytest.approx(tp.cost.flops(shape, lengths) / 1e12)
+    assert metrics["num_samples"] == NUM_SAMPLES == len(predictions(tmp_path))
+    assert set(metrics["kinds"]) == {"read", "colour", "exist", "relation", "text"}
+    assert metrics["prefill_ms"] > 0
+
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept) == 2
+    assert kept[0]["grids"] == [[4, 4]]
+    assert kept[0]["places"][5] == [0, 0, 1, 1]
+    assert [stage["layer"] for stage in kept[0]["stages"]] == [2]
+    assert len(kept[0]["stages"][0]["kept"]) == lengths[-1]
+    assert all((tmp_path / entry["image"]).is_file() for entry in kept)
+
+
+def test_keeping_everything_is_the_unpruned_model(checkpoint: Path, tmp_path: Path) -> None:
+    whole = run(checkpoint, tmp_path / "none", "strategy=none")
+    kept = run(checkpoint, tmp_path / "all", "strategy=fastv", "schedule.keep=1")
+    assert predictions(tmp_path / "none") == predictions(tmp_path / "all")
+    for key in ("accuracy", "tflops", "kv_mb", "avg_tokens", "num_visual"):
+        assert whole[key] == kept[key]
+    assert whole["visual_tokens_per_layer"] == [NUM_VISUAL] * NUM_LAYERS
+    assert whole["tflops_ratio"] == 1.0
+    assert whole["lam"] is None
+    assert whole["schedule"] is None
+
+
+def test_fewer_tokens_cost_less(checkpoint: Path, tmp_path: Path) -> None:
+    cheap = run(checkpoint, tmp_path / "a", "strategy=random", "schedule.lam=0.3")
+    dear = run(checkpoint, tmp_path / "b", "strategy=random", "schedule.lam=0.9")
+    for key in ("tflops", "kv_mb", "avg_tokens", "final_tokens"):
+        assert cheap[key] < dear[key]
+
+
+def test_batches_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
+    run(checkpoint, tmp_path / "many", "strategy=random", "data.batch_size=10")
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "many")
+
+
+def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
+    alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
+    together = run(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
+    assert [p["id"] for p in predictions(tmp_path / "two")] == [f"test-0-{i}" for i in range(5)]
+    for key in ("accuracy", "tflops", "kv_mb", "num_samples"):
+        assert alone[key] == together[key]
+    assert (tmp_path / "one/kept.json").read_text() == (tmp_path / "two/kept.json").read_text()
+
+
+def test_a_complete_run_is_not_run_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(checkpoint, tmp_path, "strategy=uniform")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "load_model", lambda config: pytest.fail("loaded again"))
+        assert run(checkpoint, tmp_path, "strategy=uniform") == first
+    assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
+
+
+def test_an_error_leaves_the_model_unhooked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("in a strategy")
+
+    monkeypatch.setattr("tokenprune.strategies.uniform.Uniform.select", broken)
+    with pytest.raises(RuntimeError, match="in a strategy"):
+        run(checkpoint, tmp_path, "strategy=uniform")
+    config = compose("eval", ["model=hub", f"model.path={checkpoint}"])
+    model = evaluation.load_model(config).model
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    assert not hooked
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_gives_the_asked_type_and_attention(checkpoint: Path) -> None:
+    loaded = models.load(str(checkpoint), dtype="bfloat16", attention="eager")
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.config.get_text_config()._attn_implementation == "eager"
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
