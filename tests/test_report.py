@@ -127,7 +127,7 @@ def test_finding_is_computed_from_the_tightest_common_budget(sweep: Path, page: 
     tightest = [row for row in rows if (row["lam"], row["num_stages"]) == ("0.3", "4")]
     best = max(tightest, key=lambda row: float(row["accuracy"]))
     whole = next(row for row in rows if row["strategy"] == "none")
-    sentence = page.text.replace("\xa0", " ")
+    sentence = page.text.replace("\xa0", " ").replace("\u2060", "")
     assert f"(pyramid, λ = 0.3, 4 stages), {best['strategy']} gets" in sentence
     low, high = (100 * float(best[f"accuracy_{end}"]) for end in ("low", "high"))
     accuracy = 100 * float(best["accuracy"])
@@ -299,6 +299,45 @@ def test_position_policies_of_one_strategy_are_two_series(tmp_path: Path) -> Non
     series = {group.series for group in summary.average(runs)}
     assert series == {"fastv (original)", "fastv (renumbered)"}
     report.build(tmp_path)
+
+
+def test_each_model_has_its_own_figures(tmp_path: Path) -> None:
+    write_sweep(tmp_path, strategies=("random",), lams=(0.3,), num_stages=(4,), num_pictures=0)
+
+    def second_model(rows: list[dict[str, str]]) -> None:
+        rows += [{**row, "model": "other/model", "tflops": "4.5"} for row in rows]
+
+    edit_table(tmp_path, second_model)
+    reader = Reader(report.build(tmp_path).read_text(encoding="utf-8"))
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"accuracy", "kinds", "accuracy_2", "kinds_2"}
+    assert "Accuracy against cost (other/model)" in reader.text
+
+
+@pytest.mark.parametrize(
+    ("best", "second", "words"),
+    [
+        ((0.9, 0.85, 0.94), (0.5, 0.4, 0.6), "fastv gets 90.0 % (95 % interval 85.0–94.0) of the "
+         "questions right, clearly ahead of random with 50.0 % (40.0–60.0)."),
+        ((0.6, 0.5, 0.7), (0.5, 0.4, 0.6), "ahead of random with 50.0 % (40.0–60.0), though their "
+         "intervals overlap."),
+        ((0.5, 0.4, 0.6), (0.5, 0.4, 0.6), "level with random with 50.0 % (40.0–60.0)."),
+        ((0.6, None, None), (0.5, None, None), "gets 60.0 % of the questions right, ahead of "
+         "random with 50.0 %."),
+    ],
+)  # fmt: skip
+def test_finding_says_no_more_than_the_intervals_do(
+    best: tuple[float, ...], second: tuple[float, ...], words: str
+) -> None:
+    common = {"schedule": "one_shot", "layers": "2", "keeps": "0.5"}
+    groups = [
+        summary.Group(
+            (summary.Run({"strategy": name, **common}, None),), name, Interval(*values), {}
+        )
+        for name, values in (("fastv", best), ("random", second))
+    ]
+    sentence = summary.finding(groups).replace("\xa0", " ").replace("\u2060", "")
+    assert sentence.endswith(words)
 
 
 def test_strategies_look_the_same_in_every_report() -> None:

@@ -215,7 +215,9 @@ def kept_figure(
         axes.imshow(whole)
         axes.set_anchor("NW")
         axes.set_axis_off()
-        caption = textwrap.fill(question, 34) + f"\n{textwrap.fill(note, 40)}"
+        caption = (
+            textwrap.fill(_clip(question, 240), 34) + f"\n{textwrap.fill(_clip(note, 120), 40)}"
+        )
         below = 1 - (head + 0.1 + tall) / height
         left.text(0.08, below, _plain(caption), color=INK, size=9, va="top", linespacing=1.5)
         grid = right.subplots(len(rows), columns, squeeze=False)
@@ -331,7 +333,9 @@ def _frame(axes: Axes, title: str) -> None:
         axes.annotate(
             rest, (0, 1), (0, 6), "axes fraction", textcoords="offset points", color=SOFT, size=8.5
         )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if 0 <= value <= 1 else "")
+    )
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
@@ -344,8 +348,10 @@ def _limits(
 ) -> None:
     lows = [i.value if i.low is None else i.low for i in intervals]
     highs = [i.value if i.high is None else i.high for i in intervals]
-    pad = max(0.02, 0.05 * (max(highs) - min(lows)))
-    axes.set_ylim(max(0.0, min(lows) - pad), min(1.02, max(highs) + pad))
+    # Never closer than ten points, or noise would fill the panel.
+    spread = max(highs) - min(lows)
+    pad = max(0.02, 0.05 * spread, 0.05 - spread / 2)
+    axes.set_ylim(min(lows) - pad, max(highs) + pad)
     costs = [point.cost for point in points if point.cost is not None]
     width = (max(costs) - min(costs)) or max(costs) or 1.0
     low, high = min(costs) - 0.06 * width, max(costs) + 0.06 * width

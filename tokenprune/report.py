@@ -209,7 +209,7 @@ def build(folder: Path) -> Path:
             versions=_versions(runs),
             config=_config(runs),
             looks=looks,
-            seeds=max(len(group.runs) for group in groups),
+            seeds=max(group.num_seeds for group in groups),
             style=_asset("report.css"),
             script=_asset("report.js"),
             script_hash=_hash(_asset("report.js")),
@@ -257,7 +257,7 @@ def _draw(
     if "random" not in strategies:
         page.notes.append(f"No run of random{name}: the baseline is missing from the curves.")
 
-    seeds = max(len(group.runs) for group in groups)
+    seeds = max(group.num_seeds for group in groups)
     bars = "Bars are 95 % intervals" + (
         f" over questions and up to {seeds} seeds. " if seeds > 1 else " over the questions. "
     )

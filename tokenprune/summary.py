@@ -73,6 +73,10 @@ class Group:
     def first(self) -> Run:
         return self.runs[0]
 
+    @property
+    def num_seeds(self) -> int:
+        return len({run.text("seed") for run in self.runs})
+
     def mean(self, column: str) -> float | None:
         values = [v for run in self.runs if (v := run.number(column)) is not None]
         return statistics.fmean(values) if values else None
@@ -193,9 +197,10 @@ def finding(groups: Sequence[Group]) -> str:
     if others:
         second = others[0]
         apart = _apart(best.accuracy, second.accuracy)
-        sentence += f", {'clearly ' if apart else ''}ahead of {second.series} with "
-        sentence += percent(second.accuracy)
-        sentence += ", though their intervals overlap" if apart is False else ""
+        level = best.accuracy.value == second.accuracy.value
+        lead = "level with" if level else "clearly ahead of" if apart else "ahead of"
+        sentence += f", {lead} {second.series} with {percent(second.accuracy)}"
+        sentence += ", though their intervals overlap" if apart is False and not level else ""
     named = {best.series, *(other.series for other in others[:1])}
     random = next((g for g in others if g.first.strategy == "random"), None)
     rest = []
@@ -218,7 +223,7 @@ def percent(interval: Interval, name: str = "") -> str:
     text = f"{100 * interval.value:.1f} %"
     if interval.low is None or interval.high is None:
         return text
-    return f"{text} ({name}{100 * interval.low:.1f}–{100 * interval.high:.1f})"
+    return f"{text} ({name}{100 * interval.low:.1f}\u2060–\u2060{100 * interval.high:.1f})"
 
 
 def budget_words(run: Run) -> str:
