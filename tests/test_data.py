@@ -269,8 +269,10 @@ def test_hub_names_what_is_wrong(saved, tmp_path, monkeypatch):
         HubDataset(path, question_column="query", image_column="number")
     empty = datasets.Dataset.from_dict({"image": [], "question": [], "answer": []})
     empty.to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match=r"at least one row, got none in '.*', split 'test'. Choo"):
-        HubDataset(str(tmp_path / "empty.parquet"))
+    empty.save_to_disk(str(tmp_path / "empty"))
+    for name in ("empty.parquet", "empty"):
+        with pytest.raises(ValueError, match=rf"one row, got none in '.*{name}', split 'test'"):
+            HubDataset(str(tmp_path / name))
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"expected a data set on the Hub or on disk, got .*none"):
         HubDataset(str(tmp_path / "none"))

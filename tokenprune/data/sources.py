@@ -143,10 +143,7 @@ class HubDataset(Dataset[Sample]):
                 f"{data.column_names}. Set image_column, question_column or answer_column."
             )
         if len(data) == 0:
-            raise ValueError(
-                f"HubDataset: expected at least one row, got none in {path!r}, split {split!r}. "
-                "Choose another split."
-            )
+            raise _empty(path, split)
         feature = data.features[image_column]
         if isinstance(feature, datasets.Image):
             # Undecoded, so that we open the image and can name the row of a broken one.
@@ -238,6 +235,9 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Any:
             source = str(local) if is_local else path
             loaded = datasets.load_dataset(source, name, revision=revision)
     except Exception as error:  # whatever the many readers below make of a broken data set
+        # So they fail on data without rows, in files and in folders of `save_to_disk`.
+        if "corresponds to no data" in str(error) or isinstance(error, IndexError):
+            raise _empty(path, split) from error
         raise ValueError(
             f"HubDataset: expected a data set on the Hub or on disk, got {path!r}: "
             f"{_first_line(error)}. Check the name, the configuration and the connection."
@@ -251,6 +251,13 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Any:
             "Set split."
         )
     return loaded[split]
+
+
+def _empty(path: str, split: str) -> ValueError:
+    return ValueError(
+        f"HubDataset: expected at least one row, got none in {path!r}, split {split!r}. "
+        "Choose another split."
+    )
 
 
 def _lines_file(path: Path) -> Path:

@@ -1,0 +1,344 @@
+"""Fine-tuning: it learns, pruned or not; it resumes; what it saves loads again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import tokenprune as tp
+from tokenprune import cli, compose, training
+from tokenprune.compose import Pruning
+from tokenprune.data.collate import IGNORED, ConversationCollator
+from tokenprune.data.module import VQADataModule
+from tokenprune.data.sample import Sample, Turn
+from tokenprune.data.scenes import COLOURS, SYMBOLS, SceneDataset
+from tokenprune.models import LoadedModel, load
+from tokenprune.training import FineTune, parts_of
+
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+WORDS = re.findall(
+    r"\S+",
+    "USER ASSISTANT : ? Which symbol is colour Is there a left of above What does the sign say "
+    "yes no",
+)
+
+# Of pytorch_lightning with this torch, and advice on settings that are right for a test.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
+    pytest.mark.filterwarnings("ignore:.*overridden `transfer_batch_to_device`"),
+    pytest.mark.filterwarnings("ignore:.*The number of training batches"),
+]
+
+
+def build_processor() -> LlavaProcessor:
+    words = [*SPECIAL, *WORDS, *SYMBOLS, *COLOURS]
+    ids = {word: number for number, word in enumerate(words)} | {"<image>": models.IMAGE}
+    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A tiny random LLaVA with 16 visual tokens and six layers, as a folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = models.build("llava")
+    model.config.text_config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def loaded(checkpoint) -> LoadedModel:
+    return load(checkpoint, dtype="float32")
+
+
+def pruning(positions: str = "renumbered") -> Pruning:
+    schedule = tp.Schedule.pyramid(num_layers=models.NUM_LAYERS, num_stages=3, lam=0.5)
+    return Pruning(tp.build_strategy("pyramiddrop"), schedule, positions)
+
+
+def config(checkpoint: str, *overrides: str):
+    return cli.compose(
+        "train",
+        [
+            "model=hub",
+            f"model.path={checkpoint}",
+            "data.batch_size=4",
+            "data.train.num_samples=20",
+            "data.validation.num_samples=10",
+            "trainer.callbacks=[]",
+            "+trainer.enable_progress_bar=false",
+            "trainer.val_check_interval=4",
+            "trainer.max_steps=6",
+            "learning_rate=3e-3",
+            *overrides,
+        ],
+    )
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / training.SUMMARY).read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder / "model").state_dict()
+
+
+@pytest.mark.parametrize("strategy", ["none", "pyramiddrop", "random"])
+def test_training_lowers_the_loss_and_its_model_loads(checkpoint, tmp_path, strategy):
+    before = load(checkpoint)
+    data = VQADataModule(validation=SceneDataset("validation", 10), processor=before.processor)
+    (batch,) = data.val_dataloader()
+    with torch.no_grad():
+        first = float(before.model(**batch["inputs"]).loss)
+    own = config(checkpoint, f"strategy={strategy}", "trainer.max_steps=15")
+    training.train(own, tmp_path)
+    told = summary(tmp_path)
+    assert told["steps"] == 15
+    assert told["validation"]["loss"] < first - 0.5
+    assert set(told["validation"]["kinds"]) == {"read", "colour", "exist", "relation", "text"}
+    assert told["samples_per_second"] > 0
+    if strategy == "none":
+        assert told["avg_tokens"] is None
+    else:
+        assert told["avg_tokens"] == pytest.approx((16 + 16 + 8 + 4 + 2 + 2) / 6, abs=4)
+    assert OmegaConf.load(tmp_path / "config.yaml") == OmegaConf.create(compose.plain(own))
+
+    # What was saved is what was validated.
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    inputs = ConversationCollator(processor)(batch["samples"])["inputs"]
+    built = compose.build_pruning(own, models.NUM_LAYERS)
+    with torch.no_grad():
+        if built is None:
+            loss = saved(**inputs).loss
+        else:
+            with tp.prune(saved, built.strategy, built.schedule, built.positions):
+                loss = saved(**inputs).loss
+    assert float(loss) == pytest.approx(told["validation"]["loss"], abs=2e-4)
+
+
+def test_the_saved_model_gives_the_same_logits(loaded, tmp_path):
+    data = VQADataModule(train=SceneDataset("train", 8), processor=loaded.processor, batch_size=4)
+    module = FineTune(loaded, pruning(), learning_rate=3e-3)
+    fit(module, data, max_steps=2)
+    loaded.model.eval()
+    (inputs, _) = (batch["inputs"] for batch in data.train_dataloader())
+    loaded.model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**inputs).logits, again(**inputs).logits)
+
+
+def fit(module: FineTune, data: VQADataModule, **options) -> None:
+    import pytorch_lightning as pl
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0 if data.validation is None else 1.0,
+        **options,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
+    checkpoint, tmp_path, monkeypatch
+):
+    training.train(config(checkpoint, "checkpoint_every=2"), tmp_path / "whole")
+    step, seen = FineTune.training_step, []
+
+    def fails(self, batch, batch_idx):
+        if len(seen) == 3:
+            raise RuntimeError("out of memory")
+        seen.append([sample.id for sample in batch["samples"]])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTune, "training_step", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        training.train(config(checkpoint, "checkpoint_every=2"), tmp_path / "parts")
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / training.SUMMARY).exists()
+    training.train(config(checkpoint, "checkpoint_every=2", "ckpt_path=last"), tmp_path / "parts")
+    whole, parts = (weights(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=1e-6)
+    assert summary(tmp_path / "parts")["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("parts", "moved"),
+    [
+        (["projector"], {"multi_modal_projector"}),
+        (["vision_tower"], {"vision_tower"}),
+        (["decoder"], {"language_model", "lm_head"}),
+        (["projector", "decoder"], {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
+def test_only_the_chosen_parts_move(loaded, parts, moved):
+    before = {name: value.clone() for name, value in loaded.model.named_parameters()}
+    assert sum(map(len, parts_of(loaded.model).values())) == len(before)
+    data = VQADataModule(train=SceneDataset("train", 4), processor=loaded.processor, batch_size=4)
+    fit(FineTune(loaded, None, parts=parts, learning_rate=1e-2), data, max_steps=1)
+    changed = {
+        part
+        for name, value in loaded.model.named_parameters()
+        for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+        if part in name and not torch.equal(value, before[name])
+    }
+    assert changed == moved
+
+
+def test_gradient_checkpointing_changes_nothing(checkpoint):
+    losses = []
+    for recompute in (False, True):
+        own = load(checkpoint, dtype="float32")
+        data = VQADataModule(train=SceneDataset("train", 8), processor=own.processor, batch_size=4)
+        module = FineTune(own, pruning(), learning_rate=3e-3, gradient_checkpointing=recompute)
+        fit(module, data, max_steps=2)
+        losses.append([p.detach().clone() for p in own.model.parameters()])
+    for plain, recomputed in zip(*losses, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [None, pruning(), pruning("original")])
+def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded, own):
+    """Validation counts a turn as right where the most likely tokens are the answer's."""
+    samples = [SceneDataset("validation", 4, num_turns=3)[i] for i in range(4)]
+    module = FineTune(loaded, own)
+    collate = ConversationCollator(loaded.processor)
+    inputs = collate(samples)["inputs"]
+    module.attach("all")
+    with torch.no_grad():
+        guesses = module._guesses(inputs, loaded.model(**inputs).logits)
+    module.detach()
+    # The tail of a pruned row is its text, so the last guesses can be read off directly.
+    for row, sample in enumerate(samples):
+        alone = collate([sample])["inputs"]
+        module.attach("all")
+        with torch.no_grad():
+            logits = loaded.model(**alone).logits[0]
+        module.detach()
+        length = alone["labels"].shape[1]
+        text = length - int((alone["input_ids"] == models.IMAGE).nonzero()[-1, 1]) - 2
+        torch.testing.assert_close(
+            guesses[row, length - text : length], logits.argmax(-1)[-text - 1 : -1]
+        )
+
+
+def test_a_turn_is_right_if_all_its_tokens_are():
+    turns = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
+    labels = torch.full((12,), IGNORED)
+    labels[[3, 4, 6, 7, 8, 10, 11]] = 5
+    right = torch.ones(12, dtype=torch.bool)
+    right[7] = right[0] = False
+    sample = Sample("s", None, turns)
+    assert training._turns(sample, labels, right) == [
+        ("read", True),
+        ("text", False),
+        ("read", True),
+    ]
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
+    hooks = [len(module._forward_pre_hooks) for module in loaded.model.modules()]
+    scenes = SceneDataset("train", 8)
+    data = VQADataModule(train=scenes, validation=scenes, processor=loaded.processor, batch_size=4)
+    step = getattr(FineTune, where)
+
+    def fails(self, batch, batch_idx):
+        step(self, batch, batch_idx)
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(FineTune, where, fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        fit(FineTune(loaded, pruning()), data, max_steps=2)
+    assert hooks == [len(module._forward_pre_hooks) for module in loaded.model.modules()]
+    with tp.prune(loaded.model, pruning().strategy, pruning().schedule):
+        pass  # refused if anything were still attached
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parts=[head]"], r"parts: expected some of \['vision_tower', .*, got \['head'\]. Set"),
+        (["parts=[]"], r"parts: expected some of .*, got \[\]. Set"),
+        (["learning_rate=0"], "learning_rate: expected a number above 0, got 0. Set"),
+        (["warmup=1.5"], "warmup: expected a number between 0 and 1, got 1.5. Set"),
+        (["weight_decay=-1"], "weight_decay: expected a number >= 0, got -1. Set"),
+        (["model.dtype=float16"], "model.dtype: expected float32 or bfloat16 .* got float16"),
+        (["ckpt_path=last"], r"ckpt_path: expected a checkpoint, got '.*last.ckpt', which .* Set"),
+        (["data=folder"], "data: expected the path of a .jsonl file or its folder, got none. Set"),
+    ],
+)
+def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
+    base = [item for item in overrides if item.startswith("data=")]
+    own = cli.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
+    with pytest.raises(Exception, match=r".") as caught:
+        training.train(own, tmp_path / "run")
+    text = cli.explain(caught.value)
+    assert text is not None
+    assert re.match(message, text), text
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "run"
+    code = cli.main(
+        [
+            "train",
+            "model=hub",
+            f"model.path={checkpoint}",
+            "data.batch_size=4",
+            "data.train.num_samples=8",
+            "data.validation.num_samples=4",
+            "trainer.callbacks=[]",
+            "+trainer.enable_progress_bar=false",
+            "trainer.max_steps=2",
+            f"hydra.run.dir={folder}",
+        ]
+    )
+    assert code == 0
+    assert f"{folder}/model" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "model", "training.json"}
