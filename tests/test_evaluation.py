@@ -166,6 +166,29 @@ def test_a_complete_run_is_not_run_again(
     assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
 
 
+def test_small_data_is_prepared_once_and_large_data_streams() -> None:
+    class Loader:
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            return iter([{"inputs": {"x": torch.zeros(4), "y": "text"}, "i": i} for i in range(3)])
+
+        def __len__(self) -> int:
+            return 3
+
+    for limit, passes in ((48, 1), (47, 2)):
+        loader = Loader()
+        remembered = evaluation.RememberedBatches(loader, limit)
+        assert [batch["i"] for batch in remembered] == [0, 1, 2] == [b["i"] for b in remembered]
+        assert loader.passes == passes
+        assert len(remembered) == 3
+    looked = evaluation.RememberedBatches(loader := Loader(), 1000)
+    next(iter(looked))  # a pass that stopped early remembers nothing
+    assert len(list(looked)) == 3
+    assert loader.passes == 2
+
+
 def test_an_error_leaves_the_model_unhooked(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 
 import tokenprune as tp
 from tokenprune import compose, results
@@ -140,7 +140,10 @@ class Evaluator(pl.LightningModule):
     ) -> dict[str, Any]:
         # Samples hold pictures, which stay where they are; Lightning would copy them.
         model = self.loaded.model
-        return batch | {"inputs": batch["inputs"].to(model.device, dtype=model.dtype)}
+        own = BatchFeature(
+            dict(batch["inputs"])
+        )  # `to` changes it, and the batch may be seen again
+        return batch | {"inputs": own.to(model.device, dtype=model.dtype)}
 
     def on_predict_start(self) -> None:
         self.records, self.seconds = [], []
@@ -322,6 +325,38 @@ def summarise(
     }
 
 
+class RememberedBatches:
+    """A loader whose batches stay in memory if they are small: a sweep prepares them once.
+
+    Args:
+        loader: Gives batches with tensors under `inputs`.
+        limit: Bytes of tensors that may stay.
+    """
+
+    def __init__(self, loader: Any, limit: int = 2**29) -> None:
+        self.loader, self.limit = loader, limit
+        self.batches: list[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.batches is not None:
+            yield from self.batches
+            return
+        seen: list[dict[str, Any]] = []
+        size = 0
+        for batch in self.loader:
+            size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
+            if size <= self.limit:
+                seen.append(batch)
+            else:
+                seen.clear()
+            yield batch
+        if size <= self.limit:
+            self.batches = seen
+
+
 # One model and one data set stay in memory, so that a sweep loads them once per process.
 @lru_cache(maxsize=1)
 def _load_model(config: str) -> LoadedModel:
@@ -341,14 +376,17 @@ def _load_data(config: str, model: str) -> pl.LightningDataModule:
     return data
 
 
+@lru_cache(maxsize=1)
+def _load_batches(config: str, model: str) -> RememberedBatches:
+    data = _load_data(config, model)
+    data.prepare_data()
+    data.setup("predict")
+    return RememberedBatches(data.predict_dataloader())
+
+
 def load_model(config: DictConfig) -> LoadedModel:
     """The model of a run, from memory if the run before had the same."""
     return _load_model(_key(config.model))
-
-
-def load_data(config: DictConfig) -> pl.LightningDataModule:
-    """The data of a run, from memory if the run before had the same."""
-    return _load_data(_key(config.data), _key(config.model))
 
 
 def _key(config: DictConfig) -> str:
@@ -384,8 +422,11 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     if pruning is not None:
         with tp.prune(loaded.model, pruning.strategy, pruning.schedule, pruning.positions):
             pass  # refuses here, before any data is read, what the model does not support
-    data = load_data(config)
-    if trainer.world_size > 1:
+    source: dict[str, Any]
+    if trainer.world_size == 1:
+        source = {"dataloaders": _load_batches(_key(config.data), _key(config.model))}
+    else:
+        source = {"datamodule": _load_data(_key(config.data), _key(config.model))}
         del loaded  # the processes have their own
         _load_model.cache_clear()
     stages = pruning.schedule.stages if pruning is not None else None
@@ -413,5 +454,5 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     with warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message=message)
-        trainer.predict(evaluator, datamodule=data, return_predictions=False)
+        trainer.predict(evaluator, **source, return_predictions=False)
     return results.read_metrics(folder)
