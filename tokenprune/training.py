@@ -93,6 +93,14 @@ class FineTune(pl.LightningModule):
         self._loss = [0.0, 0]
         self._num_samples, self._started = 0, 0.0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore: Any = super().__setstate__
+        restore(state)
+        # transformers notes what a class of models can record when one is built, and LLaVA reads
+        # its vision states from there: a process that only received a model must build one.
+        with torch.device("meta"):
+            type(self.model)(self.model.config)
+
     def _choose(self, parts: Sequence[str]) -> None:
         """Makes the chosen parts trainable, and no others."""
         unknown = [part for part in parts if part not in PARTS]
@@ -254,11 +262,15 @@ class FineTune(pl.LightningModule):
             for kind, counts in own.items():
                 tally[kind] = [a + b for a, b in zip(tally[kind], counts, strict=True)]
         num_labels = sum(loss[1] for _, loss in parts)
-        self.log("val_loss", sum(loss[0] for _, loss in parts) / num_labels, prog_bar=True)
         right, total = (sum(counts[i] for counts in tally.values()) for i in (0, 1))
-        self.log("val_accuracy", right / total, prog_bar=True)
-        for kind in sorted(tally):
-            self.log(f"val_accuracy_{kind}", tally[kind][0] / tally[kind][1])
+        numbers = {
+            "val_loss": sum(loss[0] for _, loss in parts) / num_labels,
+            "val_accuracy": right / total,
+        }
+        numbers |= {f"val_accuracy_{kind}": tally[kind][0] / tally[kind][1] for kind in tally}
+        # All processes have the same numbers; sync_dist only tells the trainer so.
+        for name, value in sorted(numbers.items()):
+            self.log(name, value, prog_bar=name in ("val_loss", "val_accuracy"), sync_dist=True)
 
     def on_validation_end(self) -> None:
         self._started += time.perf_counter() - self._paused
@@ -372,6 +384,9 @@ def _quiet(resumes: bool = False) -> Iterator[None]:
     messages = [
         ".*in eval mode at the start of training",  # what is frozen has no dropout
         ".*overridden `transfer_batch_to_device`",  # pictures stay where they are
+        ".*does not have many workers",
+        ".*Using `DistributedSampler` with the dataloaders",  # repeats a few samples at most
+        ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ]
     if resumes:
         messages.append(".*your dataloader is not resumable")  # the data module is
