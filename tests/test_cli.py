@@ -103,6 +103,8 @@ def test_list_shows_every_strategy_and_choice(capsys: pytest.CaptureFixture[str]
         (["eval", "strategy.sauce=x"], "strategy.sauce: expected a key of the config"),
         (["eval", "hydra.run.dirr=x"], "hydra.run.dirr: expected a key of the config"),
         (["eval", "--cfg", "job", "model.pth=x"], "Did you mean 'model.path'?"),
+        (["eval", "--cfg", "job", "-m"], "--cfg: expected a single run, got -m as well"),
+        (["eval", "--resolve"], "--resolve: expected --cfg or --help"),
         (["eval", "strategy=fastv,random"], "expected one value, got 'fastv,random'. Add -m"),
         (["eval", "-m", "strategy=fastv,rondom"], "got 'rondom'. Did you mean 'random'?"),
         (["eval", "max_new_tokens=0"], "max_new_tokens: expected an integer >= 1, got 0"),
@@ -251,6 +253,15 @@ def test_bad_data(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "row 2" in message or "line 2" in message or ":2" in message
 
 
+def test_no_gpu(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    message = refused(["eval", *random_llava(checkpoint), "trainer=gpu"], capsys)
+    assert "trainer: expected settings that fit this machine" in message
+
+
 def test_bugs_keep_their_traceback(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,6 +337,15 @@ def test_the_ablation_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name for name, _, _ in crossed} == set(tp.available())
     assert {place for name, _, place in runs if name == "pyramiddrop"} == {"renumbered"}
     assert {place for name, _, place in runs if name == "fastv"} == {"original"}
+
+
+def test_keys_that_fit_the_swept_choices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_check", lambda config: seen.append(config.schedule.keep))
+    monkeypatch.setattr(cli, "_run_hydra", lambda **arguments: None)
+    sweep = ["strategy=fastv,random", "schedule=one_shot", "schedule.keep=0.3,0.4"]
+    assert cli.main(["eval", "-m", *sweep]) == 0
+    assert seen == [0.3, 0.4, 0.3, 0.4]
 
 
 def test_show_prints_both_answers_and_draws(

@@ -91,11 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------- eval and train
 
 
-def _run(command: str, arguments: list[str], task: Callable[[DictConfig], None]) -> int:
+def _run(command: str, arguments: list[str], task: Callable[[DictConfig], Any]) -> int:
     parser = get_args_parser()
     parser.prog = f"tokenprune {command}"
     parser.error = lambda message: _Parser.error(parser, message)  # type: ignore
     args = parser.parse_intermixed_args(arguments)
+    if args.cfg and args.multirun:
+        raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
+    if args.resolve and not (args.cfg or args.help):
+        raise BadInput("--resolve: expected --cfg or --help beside it, got neither. Add --cfg job.")
     if args.help or args.hydra_help or args.info or args.shell_completion:
         pass
     elif args.cfg:
@@ -115,7 +119,8 @@ def _run(command: str, arguments: list[str], task: Callable[[DictConfig], None])
     return 0
 
 
-def _eval_task(config: DictConfig) -> None:
+def _eval_task(config: DictConfig) -> float:
+    """Evaluates; returns the accuracy, for sweepers that search."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with _tidy(folder), _quiet():
         from tokenprune import compose as recipes
@@ -130,14 +135,21 @@ def _eval_task(config: DictConfig) -> None:
             print(f"[{number}] {folder.name}: {state}", flush=True)
         else:
             results.print_table([results.row(metrics, folder.name)], str(folder))
+    return float(metrics["accuracy"])
 
 
 def _train_task(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with _tidy(folder), _quiet():
-        from tokenprune.training import train
+        from tokenprune import compose as recipes
+        from tokenprune import results
+        from tokenprune.training import SUMMARY, train
 
-        train(config, folder)
+        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+        if sweeps and results.is_complete(folder, recipes.plain(config), SUMMARY):
+            print(f"[{HydraConfig.get().job.num}] {folder.name}: complete already", flush=True)
+        else:
+            train(config, folder)
 
 
 def names() -> dict[str, str]:
@@ -167,19 +179,29 @@ def _tidy(folder: Path) -> Iterator[None]:
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
-    except Exception as error:
-        for path in set(folder.iterdir()) - before if folder.is_dir() else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # Hydra makes the folders before the task runs.
-        while folder.is_dir() and not any(folder.iterdir()) and folder != Path.cwd():
-            folder.rmdir()
-            folder = folder.parent
+    except BaseException as error:  # an interruption, too
+        _discard(folder, before)
+        if not isinstance(error, Exception):
+            raise
         message = explain(error)
         if message is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         print(f"tokenprune: {message}", file=sys.stderr)
         # Not an exception: Hydra would print a traceback and exit with 1.
         raise SystemExit(2) from error
+
+
+def _discard(folder: Path, before: set[Path]) -> None:
+    """Removes what a failed run wrote, and its folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    if not any(folder.glob("checkpoints/*")):  # a training can go on from those
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Hydra makes the folders before the task runs.
+    while folder.is_dir() and not any(folder.iterdir()) and folder != Path.cwd():
+        folder.rmdir()
+        folder = folder.parent
 
 
 @contextlib.contextmanager
@@ -235,7 +257,10 @@ def compose(
 
 def _check_jobs(command: str, args: argparse.Namespace) -> None:
     """Composes every run and builds its strategy and schedule: mistakes show before any folder."""
-    master = compose(command, _single(args.overrides), args.config_dir, hydra=True)
+    # What decides whether and how to sweep; a key of the task may fit the swept choices only.
+    single = _single(args.overrides)
+    leading = [item for item in single if re.match(r"[+~]*(hydra|experiment)\b", item)]
+    master = compose(command, leading, args.config_dir, hydra=True)
     sweeps = args.multirun or OmegaConf.select(master, "hydra.mode") == "MULTIRUN"
     if not sweeps:
         _reject_sweep_values(args.overrides)
@@ -246,7 +271,7 @@ def _check_jobs(command: str, args: argparse.Namespace) -> None:
         return  # another sweeper finds its own values
     keys = {override.split("=")[0].lstrip("+") for override in args.overrides}
     if not keys & {"experiment", "hydra.sweep.dir"}:
-        name = sweep_name(args.overrides)
+        name = sweep_name([command, *args.overrides])
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
     own = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
@@ -324,8 +349,17 @@ def explain(error: BaseException) -> str | None:
         return _one_line(last.split(": ", 1)[1])
     if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
         return f"config: expected a key that its target knows, got {_one_line(text)}. Remove it."
-    if isinstance(cause, ValueError | KeyError | OSError) and _is_ours(cause):
+    if isinstance(cause, ValueError | KeyError) and "expected" in text and _is_ours(cause):
         return _one_line(text)
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return f"files: expected to read and write what a run needs, got: {_one_line(text)}."
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's
+        return f"trainer: expected settings that fit this machine, got: {_one_line(text)}"
+    if type(cause).__name__ == "OutOfMemoryError":
+        return (
+            f"memory: expected model and batch to fit the device, got: {_one_line(text)} "
+            "Lower data.batch_size, or choose model.dtype=bfloat16."
+        )
     return None
 
 

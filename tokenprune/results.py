@@ -81,9 +81,15 @@ def _versions(device: str) -> dict[str, str]:
     return versions | {"device": device}
 
 
-def is_complete(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the folder holds a complete run of exactly this resolved config."""
-    if not (folder / METRICS).is_file() or not (folder / CONFIG).is_file():
+def is_complete(folder: Path, config: Mapping[str, Any], last: str = METRICS) -> bool:
+    """Whether the folder holds a complete run of exactly this resolved config.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved config.
+        last: The file that the run writes last.
+    """
+    if not (folder / last).is_file() or not (folder / CONFIG).is_file():
         return False
     return bool(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)) == dict(config))
 
