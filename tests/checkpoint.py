@@ -1,4 +1,4 @@
-"""A small random LLaVA with tokenizer and processor, saved as a checkpoint."""
+"""Small random LLaVAs with tokenizer and processor, saved as checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -30,8 +33,8 @@ NUM_LAYERS = 4
 NUM_VISUAL = 16
 
 
-def save_checkpoint(folder: Path) -> Path:
-    """Writes the checkpoint and returns its folder."""
+def save_checkpoint(folder: Path, family: str = "llava") -> Path:
+    """Writes a checkpoint of `llava` or `llava_next` and returns its folder."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
@@ -43,10 +46,14 @@ def save_checkpoint(folder: Path) -> Path:
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
     )
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
-    processor = LlavaProcessor(
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    if family == "llava":
+        image_processor, processor_class = CLIPImageProcessorPil(**sizes), LlavaProcessor
+    else:
+        image_processor = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
+        processor_class = LlavaNextProcessor
+    processor = processor_class(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=8,
@@ -54,7 +61,9 @@ def save_checkpoint(folder: Path) -> Path:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    config = LlavaConfig(
+    config_class = LlavaConfig if family == "llava" else LlavaNextConfig
+    extra = {} if family == "llava" else {"image_grid_pinpoints": pinpoints}
+    config = config_class(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
             intermediate_size=48,
@@ -78,10 +87,11 @@ def save_checkpoint(folder: Path) -> Path:
             eos_token_id=2,
         ),
         image_token_id=words.index("<image>"),
+        **extra,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

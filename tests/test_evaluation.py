@@ -144,6 +144,28 @@ def test_batches_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert predictions(tmp_path / "one") == predictions(tmp_path / "many")
 
 
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tiles"), "llava_next")
+
+
+WHOLE = 16 + 8 * 9  # base image, and a mosaic of 2 x 2 tiles with a newline per row
+
+
+def test_tiles_run_with_the_same_config(tiles: Path, tmp_path: Path) -> None:
+    metrics = run(tiles, tmp_path, "strategy=pyramiddrop", "schedule.num_stages=2")
+    assert metrics["num_visual"] == WHOLE
+    assert metrics["final_tokens"] == WHOLE // 2
+
+
+@pytest.mark.xfail(strict=True, reason="generate hides image_sizes from the model's forward")
+def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
+    run(tiles, tmp_path, "strategy=pyramiddrop", "schedule.num_stages=2")
+    (first, _) = json.loads((tmp_path / "kept.json").read_text())
+    assert first["grids"] == [[4, 4], [8, 9]]
+    assert len(first["places"]) == first["num_visual"] == WHOLE
+
+
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
