@@ -339,6 +339,28 @@ def test_the_ablation_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {place for name, _, place in runs if name == "fastv"} == {"original"}
 
 
+def test_experiments_of_your_own(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "budget.yaml").write_text(
+        "# @package _global_\n"
+        "hydra:\n"
+        "  mode: MULTIRUN\n"
+        "  sweep: {dir: outputs/budget}\n"
+        "  sweeper:\n"
+        "    grids:\n"
+        "      - strategy: none\n"
+        "      - strategy: fastv\n"
+        "        schedule.keep: 0.25,0.5\n"
+    )
+    command = ["eval", "--config-dir", str(tmp_path / "mine"), "experiment=budget"]
+    few = ["data.test.num_samples=2", *TINY]
+    assert cli.main([*command, *random_llava(checkpoint), *few]) == 0
+    assert "3 runs: outputs/budget/results.csv" in capsys.readouterr().out
+    assert cli.main([*command, "schedule.keep=2", *random_llava(checkpoint), *few]) == 2
+
+
 def test_keys_that_fit_the_swept_choices_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(cli, "_check", lambda config: seen.append(config.schedule.keep))

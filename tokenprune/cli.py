@@ -547,11 +547,14 @@ def _show(arguments: list[str]) -> int:
     print(f"visual tokens   {num_visual} -> {lengths[-1]}, {100 * share:.0f} % of the FLOPs")
     name = run_name([f"{args.image.stem}-{config.strategy.name}"])
     output = args.output or Path("outputs") / "show" / f"{name}.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
     kept = kept_tokens(trace, 0, num_visual)
     cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
-    pictures.stages(image, kept["grids"], kept["places"], cuts).save(output)
-    print(f"picture         {output}")
+    if kept["grids"]:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        pictures.stages(image, kept["grids"], kept["places"], cuts).save(output)
+        print(f"picture         {output}")
+    else:
+        print("picture         none: where this model's tokens sit in the image is unknown")
     return 0
 
 
