@@ -2,7 +2,7 @@
 
 from tokenprune import cost, strategies
 from tokenprune.adapters import Adapter, register_adapter, visual_mask
-from tokenprune.engine import Handle, Trace, attach, prune
+from tokenprune.engine import POSITIONS, Handle, attach, prune
 from tokenprune.published import published
 from tokenprune.schedule import Schedule, Stage
 from tokenprune.strategy import (
@@ -17,10 +17,12 @@ from tokenprune.strategy import (
     build_strategy,
     register,
 )
+from tokenprune.trace import Trace, TracedStage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "POSITIONS",
     "Adapter",
     "AttentionRows",
     "AttentionStrategy",
@@ -33,6 +35,7 @@ __all__ = [
     "Stage",
     "TokenView",
     "Trace",
+    "TracedStage",
     "attach",
     "available",
     "build_strategy",

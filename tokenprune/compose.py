@@ -14,9 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.engine import POSITIONS
-from tokenprune.schedule import Schedule, Stage
-from tokenprune.strategy import PruningStrategy
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
 
 
 def config_dir() -> Path:
