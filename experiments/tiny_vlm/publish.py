@@ -1,0 +1,80 @@
+"""After training: ships the weights, tests them on unseen scenes, draws the learning curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import tokenprune
+from tokenprune.cli import main as tokenprune_command
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+SHIPPED = Path(tokenprune.__file__).parent / "assets" / "tiny"
+NUM_TEST = 2000
+
+
+def publish(folder: Path, times: dict[str, float]) -> None:
+    """Copies the model into the package and writes `results/`.
+
+    Args:
+        folder: Where the recipe left its model and logs.
+        times: Seconds of each phase.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    log = read_logs(folder)
+    log.to_csv(RESULTS / "log.csv", index=False)
+    draw(log, RESULTS / "learning_curve.png")
+    shutil.rmtree(SHIPPED, ignore_errors=True)
+    shutil.copytree(folder / "model", SHIPPED)
+    run = folder / "test"
+    shutil.rmtree(run, ignore_errors=True)
+    code = tokenprune_command(
+        ["eval", "strategy=none", f"data.test.num_samples={NUM_TEST}", f"hydra.run.dir={run}"]
+    )
+    assert code == 0, code
+    metrics = json.loads((run / "metrics.json").read_text())
+    kept = {key: metrics[key] for key in ("num_samples", "accuracy", "accuracy_low", "accuracy_high")}
+    summary = kept | {"kinds": metrics["kinds"], "seconds": times}
+    (RESULTS / "test.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def read_logs(folder: Path) -> pd.DataFrame:
+    """The phases' logs, one after another, every tenth step."""
+    parts, steps = [], 0
+    for phase in ("tower", "lookup", "final"):
+        path = folder / phase / "log" / "metrics.csv"
+        if path.exists():
+            part = pd.read_csv(path)
+            part.insert(0, "phase", phase)
+            part.insert(1, "total_step", part["step"] + steps)
+            steps = int(part["total_step"].max()) + 1
+            parts.append(part)
+    return pd.concat(parts).round(4)
+
+
+def draw(log: pd.DataFrame, path: Path) -> None:
+    """Accuracy per kind over training, with the number of objects behind it."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    crowd = log.dropna(subset=["patch_accuracy"])
+    axes.plot(crowd["total_step"], crowd["patch_accuracy"], color="0.5", label="patches (tower)")
+    kinds = [c for c in log if c.startswith("accuracy_")]
+    for column in kinds:
+        part = log.dropna(subset=[column])
+        axes.plot(part["total_step"], part[column], label=column.removeprefix("accuracy_"))
+    for start in log.groupby("phase", sort=False)["total_step"].min().iloc[1:]:
+        axes.axvline(start, color="0.8", zorder=0)
+    axes.set(xlabel="step", ylabel="training accuracy", ylim=(0, 1.02))
+    axes.legend(loc="lower right", fontsize=8, ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    objects = axes.twinx()
+    part = log.dropna(subset=["objects"])
+    objects.step(part["total_step"], part["objects"], color="0.85", zorder=0)
+    objects.set(ylabel="most objects per scene", ylim=(0, 10))
+    objects.spines[["top"]].set_visible(False)
+    figure.savefig(path, dpi=120)
