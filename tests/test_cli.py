@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 import tokenprune as tp
@@ -279,6 +280,7 @@ def test_bugs_keep_their_traceback(
 
 def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*random_llava(checkpoint), *TINY, "data.test.num_samples=6", "hydra.run.dir=run"]
+    HydraConfig.instance().cfg = None  # as in a fresh process
     assert cli.main(["eval", *overrides, "strategy=fastv", "logger=csv"]) == 0
     assert "fastv" in capsys.readouterr().out
     metrics = json.loads(Path("run/metrics.json").read_text())

@@ -207,6 +207,8 @@ def _discard(folder: Path, before: set[Path]) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Lets Lightning and transformers say only what a user can act on."""
+    import pytorch_lightning  # noqa: F401  # sets its loggers' levels when it is imported
+
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -303,9 +305,20 @@ def _reject_sweep_values(overrides: Sequence[str]) -> None:
         )
 
 
+def _missing(config: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that wait for a value; unlike OmegaConf's, resolves nothing, for no run exists yet."""
+    keys = []
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key):
+            keys.append(f"{prefix}{key}")
+        elif not OmegaConf.is_interpolation(config, key) and OmegaConf.is_dict(config[key]):
+            keys += _missing(config[key], f"{prefix}{key}.")
+    return keys
+
+
 def _check(config: DictConfig) -> None:
     """What can be known of a run before its model and data are loaded."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_missing(config))
     if missing:
         raise BadInput(f"{missing[0]}: expected a value, got none. Add {missing[0]}=... .")
     for key, lowest in (("max_new_tokens", 1), ("num_pictures", 0), ("seed", None)):
