@@ -81,6 +81,16 @@ def test_llava_next_places(size: tuple[int, int]) -> None:
         assert place[2:] == [full_row - top, full_column - left]
 
 
+def test_places_are_known_in_generation_too() -> None:
+    model = build("llava_next")
+    rows = [ROWS[1], ROWS[2], ROWS[3]]
+    with tp.prune(model, tp.build_strategy("uniform"), tp.Schedule.one_shot(2, 0.5)) as trace:
+        model.generate(**batch(model, rows), max_new_tokens=2, do_sample=False)
+    for ours, expected in zip(trace.places, traced_places(model, rows), strict=True):
+        assert torch.equal(ours, expected)
+        assert (ours[:, 1] >= 0).all()
+
+
 def test_unknown_grids_count_runs_as_images() -> None:
     model = build("llama")
     inputs = batch(model, [Row([2, (1, 1), 3, (1, 1)])])

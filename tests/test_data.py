@@ -61,7 +61,7 @@ def _answer(question: str, scene) -> str:
         found = any((item.colour, item.symbol) == match.groups() for item in scene.items)
         return "yes" if found else "no"
     if match := re.fullmatch(r"Is (\w+) (left of|above) (\w+)\?", question):
-        a, b = by_symbol[match[1]], by_symbol[match[3]]
+        a, b = by_colour[match[1]], by_colour[match[3]]
         holds = a.column < b.column if match[2] == "left of" else a.row < b.row
         return "yes" if holds else "no"
     assert question == "What does the sign say?"

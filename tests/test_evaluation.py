@@ -158,7 +158,6 @@ def test_tiles_run_with_the_same_config(tiles: Path, tmp_path: Path) -> None:
     assert metrics["final_tokens"] == WHOLE // 2
 
 
-@pytest.mark.xfail(strict=True, reason="generate hides image_sizes from the model's forward")
 def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
     run(tiles, tmp_path, "strategy=pyramiddrop", "schedule.num_stages=2")
     (first, _) = json.loads((tmp_path / "kept.json").read_text())

@@ -115,21 +115,41 @@ def _layout_llava_next(
     """
     from transformers.image_processing_utils import select_best_resolution
 
-    sizes = inputs.get("image_sizes")
-    if sizes is None:
-        return None
     tile = config.vision_config.image_size
     side = tile // config.vision_config.patch_size
-    images: list[list[Places]] = []
-    for height, width in sizes.tolist():
-        tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
-        rows, columns = side * (tall // tile), side * (wide // tile)
-        if width / height > columns / rows:
-            rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
-        else:
-            columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
-        images.append([_grid(0, 0, side, side), _grid(0, 1, rows, columns + 1)])
+    mosaics: list[tuple[int, int]] = []
+    if inputs.get("image_sizes") is not None:
+        for height, width in inputs["image_sizes"].tolist():
+            tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+            rows, columns = side * (tall // tile), side * (wide // tile)
+            if width / height > columns / rows:
+                rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
+            else:
+                columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
+            mosaics.append((rows, columns))
+    else:
+        for length in inputs.get("image_lengths", ()):
+            fitting = _mosaics_of_length(config, length - side * side)
+            if len(fitting) != 1:
+                return None
+            mosaics += fitting
+    images = [
+        [_grid(0, 0, side, side), _grid(0, 1, rows, columns + 1)] for rows, columns in mosaics
+    ]
     return _number_images(images, num_visual)
+
+
+def _mosaics_of_length(config: Any, length: int) -> set[tuple[int, int]]:
+    """Unpadded mosaics (rows, columns) with that many tokens, newlines included; mostly one.
+
+    `generate` in transformers 5.23 encodes images ahead of the call, which then shows no sizes.
+    """
+    patch, fitting = config.vision_config.patch_size, set()
+    for tall, wide in config.image_grid_pinpoints:
+        rows, columns = tall // patch, wide // patch
+        fitting |= {(rows, c) for c in range(columns, 0, -2) if rows * (c + 1) == length}
+        fitting |= {(r, columns) for r in range(rows, 0, -2) if r * (columns + 1) == length}
+    return fitting
 
 
 def _number_images(
@@ -250,6 +270,27 @@ def examine(model: nn.Module) -> Anatomy:
         visual_ids=tuple(sorted(i for i in ids if isinstance(i, int))),
         adapter=adapter,
     )
+
+
+def shows_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call brings images along, as pixels or encoded ahead."""
+    return any("pixel" in key for key in inputs) or bool(inputs.get("mm_encoder_outputs"))
+
+
+def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `Layout` may know of a call: its integer tensors, and visual tokens per image.
+
+    The latter, `image_lengths`, is there where images were encoded ahead of the call.
+    """
+    known: dict[str, Any] = {
+        key: value
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and not value.is_floating_point()
+    }
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is not None and isinstance(encoded.pooler_output, (list, tuple)):
+        known["image_lengths"] = [len(features) for features in encoded.pooler_output]
+    return known
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:

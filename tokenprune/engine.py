@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune import record as records
-from tokenprune.adapters import Anatomy, examine, mark_visual, places
+from tokenprune.adapters import Anatomy, examine, facts, mark_visual, places, shows_images
 from tokenprune.levels import Level
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
@@ -251,11 +251,11 @@ class Handle:
         blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
         labels = self._labels(inputs, device)
         asks = blank if visual is None else self._asking(blank, real, labels)
-        facts = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
+        per_row = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
         if visual is not None or real is not None:
             ones = torch.ones_like(blank)
             known = ones if real is None else real
-            facts = torch.stack(  # the only synchronisation of a prefill
+            per_row = torch.stack(  # the only synchronisation of a prefill
                 [
                     (blank if visual is None else visual).sum(1),
                     known.sum(1),
@@ -266,7 +266,7 @@ class Handle:
                 1,
             ).tolist()
         num_visual, num_real, num_asking, turns_back, ends_real = map(
-            list, zip(*facts, strict=True)
+            list, zip(*per_row, strict=True)
         )
         prunes = any(num_visual) and bool(self._cuts)
         if prunes:
@@ -325,7 +325,7 @@ class Handle:
             part = nn.functional.pad(part, (0, length - part.shape[1]))
             return part.repeat_interleave(num_rows // mask.shape[0], 0)
         # A generated id is text, whatever its number: later calls show images only with pixels.
-        if offset > 0 and not any("pixel" in key or key.startswith("mm_enc") for key in inputs):
+        if offset > 0 and not shows_images(inputs):
             return None
         if not self._anatomy.visual_ids:
             raise ValueError(
@@ -374,12 +374,7 @@ class Handle:
     def _place_finder(
         self, inputs: Mapping[str, Any], visual: Tensor, num_visual: list[int]
     ) -> Callable[[], list[Tensor]]:
-        # Sizes and counts only: a trace must not keep pixels alive.
-        small = {
-            key: value
-            for key, value in inputs.items()
-            if isinstance(value, Tensor) and not value.is_floating_point()
-        }
+        small = facts(inputs)  # a trace must not keep pixels alive
         return lambda: places(self._anatomy, small, visual, num_visual)
 
     # -- the layers ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ its evidence along; the questions differ in how much evidence they need and of w
 | `read`     | Which symbol is red?      | K          | one patch                               |
 | `colour`   | Which colour is K?        | red        | one patch                               |
 | `exist`    | Is there a red K?         | yes, no    | one patch; "no" needs the right one too |
-| `relation` | Is K left of M?           | yes, no    | two patches and where they are          |
+| `relation` | Is red left of blue?      | yes, no    | two patches and where they are          |
 | `text`     | What does the sign say?   | K 7        | two patches, two answer tokens          |
 
 A scene depends on (seed, split, index) alone.
@@ -261,7 +261,7 @@ def _ask_relation(rng: random.Random, items: Sequence[Item]) -> Question | None:
         return None
     a, b, word = rng.choice(pairs)
     holds = a.column < b.column if word == "left of" else a.row < b.row
-    turn = Turn(f"Is {a.symbol} {word} {b.symbol}?", "yes" if holds else "no", "relation")
+    turn = Turn(f"Is {a.colour} {word} {b.colour}?", "yes" if holds else "no", "relation")
     return Question(turn, ((a.row, a.column), (b.row, b.column)))
 
 
