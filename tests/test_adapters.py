@@ -64,7 +64,8 @@ def test_llava_next_places(size: tuple[int, int]) -> None:
 
     anatomy = examine(model)
     visual = torch.ones(1, len(packed), dtype=torch.bool)
-    (found,) = places(anatomy, {"image_sizes": torch.tensor([size])}, visual, [len(packed)])
+    sizes = {"image_sizes": torch.tensor([size])}
+    (found,) = places(anatomy.adapter.layout, anatomy.config, sizes, visual, [len(packed)])
     base, mosaic = found[found[:, 1] == 0], found[found[:, 1] == 1]
     assert len(base) == 16
     columns = int(mosaic[:, 3].max())

@@ -272,6 +272,40 @@ def examine(model: nn.Module) -> Anatomy:
     )
 
 
+def check_layers(anatomy: Anatomy, reads_attention: bool) -> None:
+    """Refuses decoders whose layers the engine cannot prune exactly.
+
+    Raises:
+        ValueError: If a layer does not attend to all that came before, or, for strategies that read
+            attention, if its queries and keys cannot be found.
+    """
+    text, model = anatomy.text_config, type(anatomy.config).__name__.removesuffix("Config")
+    kinds = getattr(text, "layer_types", None) or []
+    if not kinds and getattr(text, "sliding_window", None):
+        kinds = ["sliding_attention"] * len(anatomy.layers)
+    for index, kind in enumerate(kinds):
+        if kind != "full_attention":
+            raise ValueError(
+                f"prune: expected layers with full attention, got {kind} in layer {index} of "
+                f"{model}. Its mask and cache are sized by something else than the tokens alive."
+            )
+    attention = getattr(anatomy.layers[0], "self_attn", None)
+    if (
+        reads_attention
+        and anatomy.adapter.project is project_llama
+        and not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj"))
+    ):
+        raise ValueError(
+            f"prune: expected q_proj and k_proj in {type(attention).__name__} of {model}, got "
+            "neither. Describe the family's queries and keys with register_adapter."
+        )
+
+
+def first_prunable_layer(inputs: Mapping[str, Any]) -> int:
+    """First layer that a call allows to be cut: features added to early layers must come first."""
+    return len(inputs.get("deepstack_visual_embeds") or ())
+
+
 def shows_images(inputs: Mapping[str, Any]) -> bool:
     """Whether a call brings images along, as pixels or encoded ahead."""
     return any("pixel" in key for key in inputs) or bool(inputs.get("mm_encoder_outputs"))
@@ -307,14 +341,18 @@ def mark_visual(visual_ids: Sequence[int], input_ids: Tensor) -> Tensor:
 
 
 def places(
-    anatomy: Anatomy, inputs: Mapping[str, Any], visual_BT: Tensor, num_visual: Sequence[int]
+    layout: Layout,
+    config: Any,
+    inputs: Mapping[str, Any],
+    visual_BT: Tensor,
+    num_visual: Sequence[int],
 ) -> list[Places]:
     """Place of every visual token in its image, one (V, 4) tensor per row.
 
     Where the family's grid is unknown, a run of visual tokens counts as an image, and grid, row and
     column are -1.
     """
-    known = anatomy.adapter.layout(anatomy.config, inputs, num_visual)
+    known = layout(config, inputs, num_visual)
     if known is not None:
         return known
     starts_BT = visual_BT & ~nn.functional.pad(visual_BT, (1, 0))[:, :-1]

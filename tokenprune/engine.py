@@ -31,7 +31,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune import record as records
-from tokenprune.adapters import Anatomy, examine, facts, mark_visual, places, shows_images
+from tokenprune.adapters import (
+    Anatomy,
+    check_layers,
+    examine,
+    facts,
+    first_prunable_layer,
+    mark_visual,
+    places,
+    shows_images,
+)
 from tokenprune.levels import Level
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
@@ -50,14 +59,14 @@ class _Call:
     """What the modules above the decoder were called with.
 
     Attributes:
-        inputs: Arguments by name; the outermost module's win.
-        depth: Modules entered and not yet left.
+        inputs: Arguments by name.
+        open: Modules entered and not yet left.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
-    depth: int = 0
+    open: list[nn.Module] = field(default_factory=list)
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
 
 
@@ -67,6 +76,7 @@ class _Pass:
 
     Attributes:
         call: The call that it belongs to.
+        ids: Token ids of the call, if it has any.
         record: What the cache holds from before, or None.
         cache: The cache, once a layer has shown it.
         levels: Level 0, and one more per cut done.
@@ -80,6 +90,7 @@ class _Pass:
     """
 
     call: _Call
+    ids: Tensor | None
     record: records.Record | None
     cache: Any
     levels: list[Level]
@@ -103,8 +114,8 @@ class _Pass:
         return self.record.length(level), self.record.real(level)
 
 
-_attached: weakref.WeakKeyDictionary[nn.Module, Handle]
-_attached = weakref.WeakKeyDictionary()
+#: Decoders that are pruned now.
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Handle:
@@ -131,6 +142,7 @@ class Handle:
         self._supervised = logits == "supervised"
         self._visual_mask = visual_mask
         self._cuts = tuple(stage.layer for stage in schedule.stages)
+        self._policy = records.Policy(self._cuts, positions)
         #: Level that each layer runs on.
         self._level_of = [sum(c <= i for c in self._cuts) for i in range(len(anatomy.layers))]
         self._requests = strategy.attention_rows()
@@ -139,6 +151,12 @@ class Handle:
         self._passes = WeakTensorKeyDictionary()
         self._hooks: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "prune: expected a model without pruning attached to copy or pickle, got one with. "
+            "Call the handle's remove(), or leave prune(...), first."
+        )
 
     # -- hooks -----------------------------------------------------------------------------------
 
@@ -154,7 +172,8 @@ class Handle:
     def _register(
         self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
     ) -> None:
-        self._parameters[module] = list(inspect.signature(module.forward).parameters)
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._parameters[module] = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             # Also after an exception, so that no pass outlives its call.
@@ -163,38 +182,42 @@ class Handle:
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if _attached.get(self._anatomy.decoder) is self:
-            del _attached[self._anatomy.decoder]
+        _attached.discard(self._anatomy.decoder)
 
-    def _named(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._parameters[module], args, strict=False)) | dict(kwargs)
+    def _named(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments that have no name, and all others by name."""
+        names = self._parameters[module]
+        if len(args) > len(names):  # forward(*args): they stay as they are
+            return args, dict(kwargs)
+        return (), dict(zip(names, args, strict=False)) | dict(kwargs)
 
     # -- above the decoder -----------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = self._open_call()
-        if call is None:
+        if call is None or module in call.open:  # the latter after an interrupt
             call = self._thread.call = _Call()
-        call.depth += 1
-        named = self._named(module, args, kwargs)
-        call.inputs = {k: v for k, v in named.items() if v is not None} | call.inputs
+        call.open.append(module)
+        rest, named = self._named(module, args, kwargs)
+        _merge(call.inputs, named, call.late_labels)
         takes_mask = named.pop("visual_mask", None) is not None
         labels = named.get("labels")
         if labels is not None and self._cuts:
-            self._promise_labels(call, named, labels)
-            return (), named
-        return ((), named) if takes_mask else None
+            self._promise_labels(call, module, named, labels)
+            return rest, named
+        return (rest, named) if takes_mask else None
 
-    def _promise_labels(self, call: _Call, named: dict[str, Any], labels: Tensor) -> None:
+    def _promise_labels(
+        self, call: _Call, module: nn.Module, named: dict[str, Any], labels: Tensor
+    ) -> None:
         """Hands the model's own loss label tensors that are filled when the survivors are known."""
-        if isinstance(named.get("logits_to_keep"), Tensor):
-            raise ValueError(
-                "prune: expected an integer logits_to_keep together with labels, got a tensor. "
-                "Its indices would point into the unpruned sequence."
-            )
         if self._supervised and named.get("return_dict") is False:
             raise ValueError(
                 'prune: expected return_dict=True with logits="supervised", got False. '
@@ -202,7 +225,8 @@ class Handle:
             )
         named["labels"] = labels.clone()
         call.late_labels.append((named["labels"], False))
-        if self._supervised or named.get("shift_labels") is not None:
+        computes_loss = hasattr(module, "loss_function")  # a wrapper around the model need not
+        if (self._supervised and computes_loss) or named.get("shift_labels") is not None:
             named["shift_labels"] = labels.clone()
             call.late_labels.append((named["shift_labels"], True))
 
@@ -210,30 +234,32 @@ class Handle:
         call = self._open_call()
         if call is None:
             return None
-        call.depth -= 1
-        if call.depth or not self._supervised or not call.late_labels or output is None:
+        call.open.pop()
+        if not call.open:
+            self._thread.call = None
+        if not (self._supervised and call.late_labels and isinstance(output, Mapping)):
             return None
         return type(output)(**{key: output[key] for key in output if key != "logits"})
 
     def _open_call(self) -> _Call | None:
-        call: _Call | None = getattr(self._thread, "call", None)
-        return call if call is not None and call.depth else None
+        return getattr(self._thread, "call", None)
 
     # -- the decoder: a pass begins --------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = self._open_call() or _Call()
-        named = self._named(module, args, kwargs)
-        inputs = {k: v for k, v in named.items() if v is not None} | call.inputs
+        rest, named = self._named(module, args, kwargs)
+        inputs = dict(call.inputs)
+        _merge(inputs, named, call.late_labels)
         named.pop("visual_mask", None)
-        tokens = named["inputs_embeds"] if named.get("inputs_embeds") is not None else None
-        tokens = named["input_ids"] if tokens is None else tokens
+        embeds = named.get("inputs_embeds")
+        tokens = named["input_ids"] if embeds is None else embeds
         run = self._thread.run = self._plan(call, inputs, tokens)
         if run.record is not None and named.get("position_ids") is None:
             # The model would count on from its first layer, which a cut at layer 0 has shortened.
             step = torch.arange(tokens.shape[1], device=tokens.device) + run.offset
             named["position_ids"] = step[None]
-        return (), named
+        return rest, named
 
     def _plan(self, call: _Call, inputs: dict[str, Any], tokens: Tensor) -> _Pass:
         num_rows, length = tokens.shape[:2]
@@ -242,12 +268,14 @@ class Handle:
         if not (isinstance(padding, Tensor) and padding.dim() == 2):
             padding = None
         past = inputs.get("past_key_values")
-        record = records.read(past, self._cuts, len(self._anatomy.layers), num_rows, padding)
+        record = records.read(past, self._policy, len(self._anatomy.layers), num_rows, padding)
         offset = 0 if record is None else record.num_columns
         visual = self._find_visual(inputs, num_rows, length, offset)
         real = None
-        if padding is not None and (length > 1 or offset == 0):  # a decoded token is no pad
+        if padding is not None:
             real = padding[:, offset : offset + length].to(device=device, dtype=torch.bool)
+        if visual is not None:
+            visual = visual.to(device) if real is None else visual.to(device) & real
         blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
         labels = self._labels(inputs, device)
         asks = blank if visual is None else self._asking(blank, real, labels)
@@ -270,7 +298,7 @@ class Handle:
         )
         prunes = any(num_visual) and bool(self._cuts)
         if prunes:
-            self._check_positions(inputs, any(turns_back))
+            self._check_inputs(inputs, any(turns_back), padded=any(n < length for n in num_real))
         budgets = [
             [
                 count if labels is not None and not asking else self._schedule.count(stage, count)
@@ -298,6 +326,7 @@ class Handle:
         )
         return _Pass(
             call=call,
+            ids=inputs.get("input_ids"),
             record=record,
             cache=past,
             levels=[level],
@@ -343,9 +372,9 @@ class Handle:
 
     @staticmethod
     def _labels(inputs: Mapping[str, Any], device: torch.device) -> Tensor | None:
-        labels = inputs.get("labels")
-        if labels is None and inputs.get("shift_labels") is not None:
-            labels = nn.functional.pad(inputs["shift_labels"], (1, 0), value=-100)[:, :-1]
+        labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+        if shifted is not None:  # then these are what the loss reads
+            labels = nn.functional.pad(shifted, (1, 0), value=-100)[:, :-1]
         return None if labels is None else cast(Tensor, labels.to(device))
 
     @staticmethod
@@ -358,7 +387,29 @@ class Handle:
         labelled = labels != -100
         return ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:] & known
 
-    def _check_positions(self, inputs: Mapping[str, Any], turns_back: bool) -> None:
+    def _check_inputs(self, inputs: Mapping[str, Any], turns_back: bool, padded: bool) -> None:
+        """Refuses what cannot be honoured in a pass that prunes."""
+        if self._anatomy.attention not in ATTENTIONS:
+            raise _unsupported_attention(self._anatomy)
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                "prune: expected an integer logits_to_keep, got a tensor. "
+                "Its indices would point into the unpruned sequence."
+            )
+        router = inputs.get("output_router_logits")
+        if router is None:
+            router = getattr(self._anatomy.text_config, "output_router_logits", False)
+        if router and padded and inputs.get("labels") is not None:
+            raise ValueError(
+                "prune: expected a batch without padding for a loss with router terms, got a "
+                "padded one. Use batches of one, or output_router_logits=False."
+            )
+        first = first_prunable_layer(inputs)
+        if self._cuts[0] < first:
+            raise ValueError(
+                f"prune: expected cuts at layer {first} or later, because the model adds visual "
+                f"features before that, got {list(self._cuts)}. Move the first cut."
+            )
         position_ids = inputs.get("position_ids")
         if self._renumber and position_ids is not None and position_ids.dim() > 2:
             raise ValueError(
@@ -374,8 +425,9 @@ class Handle:
     def _place_finder(
         self, inputs: Mapping[str, Any], visual: Tensor, num_visual: list[int]
     ) -> Callable[[], list[Tensor]]:
-        small = facts(inputs)  # a trace must not keep pixels alive
-        return lambda: places(self._anatomy, small, visual, num_visual)
+        # A trace must keep neither pixels nor the model alive.
+        small, layout, config = facts(inputs), self._anatomy.adapter.layout, self._anatomy.config
+        return lambda: places(layout, config, small, visual, num_visual)
 
     # -- the layers ------------------------------------------------------------------------------
 
@@ -385,8 +437,8 @@ class Handle:
         ahead = [request for request in self._requests if request.source == "previous"]
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            named = self._named(module, args, kwargs)
-            hidden = named.pop("hidden_states")
+            rest, named = self._named(module, args, kwargs)
+            hidden = rest[0] if rest else named.pop("hidden_states")
             run = self._find_run(named)
             if run is None:
                 return None
@@ -404,7 +456,7 @@ class Handle:
                     run.rows[index + 1, request] = self._attend(
                         run, number, module, hidden, named, request, index
                     )
-            return (hidden,), named
+            return (hidden, *rest[1:]), named
 
         return hook
 
@@ -620,20 +672,17 @@ class Handle:
         before, held_real = run.held(number)
         attention = self._anatomy.attention
         padded = level.real is not None or held_real is not None
+        whole = run.offset + run.levels[0].columns.shape[1]
+        given = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == whole
         if not padded and (
             attention.startswith("flash")
-            or (mask is None and (length == 1 or before == 0))
-            or (attention == "sdpa" and length == 1)
+            or (attention == "sdpa" and not given and (length == 1 or before == 0))
         ):
             return None  # keeps the fast kernel
         known = known_keys(level.columns, level.real, before, held_real)
         if attention.startswith("flash"):
             return known
-        if (
-            isinstance(mask, Tensor)
-            and mask.dim() == 4
-            and mask.shape[-1] == run.offset + run.levels[0].columns.shape[1]
-        ):
+        if given:
             columns = level.columns
             if run.record is not None:
                 columns = torch.cat([run.record.columns(number), columns], 1)
@@ -658,7 +707,7 @@ class Handle:
         run.levels += [run.levels[-1]] * (len(self._cuts) + 1 - len(run.levels))
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
-            records.write(past, self._cuts, run.record, run.levels, run.prunes)
+            records.write(past, self._policy, run.record, run.levels, run.prunes)
         if any(run.levels[0].num_visual) or run.record is None:
             levels = [run.levels[number] for number in self._level_of]
             self.trace.stages = run.stages
@@ -670,12 +719,21 @@ class Handle:
     def _fill_labels(self, run: _Pass, output: Any) -> Any:
         """Keeps the promise of `_promise_labels`; `"supervised"` drops rows without a label."""
         level = run.levels[-1]
-        labels = take(
-            run.call.inputs["labels"].to(level.columns.device), level.columns - run.offset
-        )
+        device, columns = level.columns.device, level.columns - run.offset
+        labels = run.call.inputs["labels"].to(device)
+        shifted = run.call.inputs.get("shift_labels")
+        if shifted is None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        # What a survivor predicts stands, shifted, just before the next survivor.
+        ends = torch.full_like(columns[:, :1], run.levels[0].columns.shape[1])
+        before_next = torch.cat([columns[:, 1:], ends], 1) - 1
+        if level.real is not None:
+            followed = nn.functional.pad(level.real, (0, 1), value=True)[:, 1:]
+            before_next = torch.where(followed, before_next, columns).clamp_min(0)
+        labels, shifted = take(labels, columns), take(shifted.to(device), before_next)
         if level.columns is not run.levels[0].columns and level.real is not None:
             labels = labels.masked_fill(~level.real, -100)
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            shifted = shifted.masked_fill(~level.real, -100)
         if self._supervised:
             hidden = output.last_hidden_state
             chosen = (shifted != -100).flatten().nonzero()[:, 0]
@@ -686,6 +744,30 @@ class Handle:
         for tensor, is_shifted in run.call.late_labels:
             tensor.data = (shifted if is_shifted else labels).to(tensor.device).contiguous()
         return output if self._supervised else None
+
+
+def _merge(
+    inputs: dict[str, Any], named: Mapping[str, Any], promised: list[tuple[Tensor, bool]]
+) -> None:
+    """Adds a module's arguments to those of the modules around it.
+
+    An inner module's win, because a wrapper may change them on the way. But labels are known from
+    outside only, and an attention mask says where pads are only in its 2-D form.
+    """
+    for key, value in named.items():
+        keeps = key in ("labels", "shift_labels", "visual_mask") or (
+            key == "attention_mask" and not (isinstance(value, Tensor) and value.dim() == 2)
+        )
+        ours = any(value is tensor for tensor, _ in promised)
+        if value is not None and not ours and not (keeps and key in inputs):
+            inputs[key] = value
+
+
+def _unsupported_attention(anatomy: Anatomy) -> ValueError:
+    return ValueError(
+        f"prune: expected attn_implementation to be one of {list(ATTENTIONS)}, got "
+        f"{anatomy.attention!r}. Load the model with another one."
+    )
 
 
 def _turns_back(inputs: Mapping[str, Any], real: Tensor) -> Tensor:
@@ -720,8 +802,7 @@ def _traced(
 def _random(run: _Pass, num_alive: list[int], seed: int, layer: int) -> Tensor:
     """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
     level = run.levels[0]
-    ids = run.call.inputs.get("input_ids")
-    ids = None if ids is None else ids.cpu()
+    ids = None if run.ids is None else run.ids.cpu()
     real = None if level.real is None else level.real.cpu()
     numbers = torch.zeros(len(num_alive), max(num_alive))
     for row, count in enumerate(num_alive):
@@ -754,7 +835,8 @@ def attach(
         logits: With labels, `"all"` returns logits of the pruned length; `"supervised"` projects
             only rows whose next survivor has a label, and returns the loss with logits None.
         visual_mask: Bool (B, T), for calls whose `input_ids` do not show the visual tokens. Covers
-            columns 0..T-1 of the conversation; may be passed to the call instead.
+            columns 0..T-1 of the conversation; may be passed to a forward call instead. Its rows
+            are repeated for batches that generation expands (beams, several returned sequences).
 
     Returns:
         A handle; `handle.trace` says what the latest call did.
@@ -781,11 +863,10 @@ def attach(
     anatomy = examine(model)
     schedule.check_depth(len(anatomy.layers))
     if anatomy.attention not in ATTENTIONS:
-        raise ValueError(
-            f"prune: expected attn_implementation to be one of {list(ATTENTIONS)}, got "
-            f"{anatomy.attention!r}. Load the model with another one."
-        )
-    reads_previous = any(request.source == "previous" for request in strategy.attention_rows())
+        raise _unsupported_attention(anatomy)
+    requests = strategy.attention_rows()
+    check_layers(anatomy, reads_attention=bool(requests))
+    reads_previous = any(request.source == "previous" for request in requests)
     first = max(anatomy.adapter.first_layer, int(reads_previous))
     early = [stage.layer for stage in schedule.stages if stage.layer < first]
     if early:
@@ -799,7 +880,7 @@ def attach(
             "Leave the other prune(...) first, or call its handle's remove()."
         )
     handle = Handle(anatomy, strategy, schedule, positions, logits, visual_mask)
-    _attached[anatomy.decoder] = handle
+    _attached.add(anatomy.decoder)
     handle._hook()
     return handle
 
@@ -816,7 +897,8 @@ def prune(
     """Prunes every call of `model` inside the `with`, and yields the trace.
 
     Arguments and errors are those of `attach`. Leaving the context, also by an exception, leaves
-    the model as it was found.
+    the model as it was found. With gradient checkpointing, call `backward` inside: layers are
+    recomputed then.
     """
     handle = attach(model, strategy, schedule, positions, logits, visual_mask)
     try:

@@ -76,9 +76,21 @@ class Level:
             for real, before, now in zip(self.num_real, self.num_visual, num_kept, strict=True)
         ]
         length = max(num_real)
+        if length == 0:
+            raise ValueError(
+                "prune: expected at least one token to be left, got a call of visual tokens alone "
+                "that keeps none of them. Prompt and image belong into one call."
+            )
         index = ascending(stays_BN, length, left=self.pads_left)
         real = take(stays_BN, index) if any(n < length for n in num_real) else None
         visual, queries = take(self.visual, index), take(self.queries, index)
+        if real is not None:
+            queries = queries * real
+        # A query row may be a visual token, and go: the others count on, or else the last token.
+        total_B1 = queries.sum(1, keepdim=True)
+        last_BN = torch.ones_like(queries) if real is None else real.to(queries.dtype)
+        last_BN = (last_BN.cumsum(1) == last_BN.sum(1, keepdim=True)) & (last_BN > 0)
+        queries = torch.where(total_B1 > 0, queries / total_B1.clamp_min(1e-9), last_BN.float())
         assert self.positions is not None, "set at the first hooked layer"
         return Level(
             index=index,
@@ -89,7 +101,7 @@ class Level:
             num_visual=num_kept,
             alive=alive,
             coordinate=take(self.coordinate, index),
-            queries=queries if real is None else queries * real,
+            queries=queries,
             pads_left=self.pads_left,
             positions=take(self.positions, index),
         )

@@ -21,6 +21,19 @@ from tokenprune.tensors import known_keys
 _ATTRIBUTE = "_tokenprune_record"
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What a cache must be continued with.
+
+    Attributes:
+        cuts: Layers of the schedule's cuts.
+        positions: `"original"` or `"renumbered"`.
+    """
+
+    cuts: tuple[int, ...]
+    positions: str
+
+
 @dataclass(eq=False)
 class Held:
     """Tokens that the layers of one level hold, but for the record's tail.
@@ -41,14 +54,14 @@ class Record:
     """What a cache holds at each level (see `levels.py`).
 
     Attributes:
-        cuts: Layers of the schedule that wrote it.
+        policy: Cuts and positions it was written with.
         num_columns: Columns of the conversation so far.
         num_visual: Visual tokens so far, per row.
         held: One entry per level. Levels that hold the same share one entry.
         tail: Latest columns, text without pads, that every level holds besides.
     """
 
-    cuts: tuple[int, ...]
+    policy: Policy
     num_columns: int
     num_visual: list[int]
     held: list[Held]
@@ -86,13 +99,13 @@ class Record:
 
 
 def read(
-    cache: Any, cuts: tuple[int, ...], num_layers: int, num_rows: int, padding: Tensor | None
+    cache: Any, policy: Policy, num_layers: int, num_rows: int, padding: Tensor | None
 ) -> Record | None:
     """The record of a cache; None for no cache or an empty one.
 
     Args:
         cache: A Hugging Face cache.
-        cuts: Layers of the cuts of the present schedule.
+        policy: Cuts and positions of the present run.
         num_layers: Layers of the decoder.
         num_rows: Rows of the batch.
         padding: 2-D attention mask over the whole conversation, if any.
@@ -112,15 +125,21 @@ def read(
         return None
     record: Record | None = getattr(cache, _ATTRIBUTE, None)
     if record is None:
-        return _of_unpruned(cache, held, cuts, num_rows, padding)
-    if record.cuts != cuts:
+        return _of_unpruned(cache, held, policy, num_rows, padding)
+    if record.policy != policy:
         raise ValueError(
-            f"prune: expected a cache pruned at layers {list(cuts)}, got one pruned at "
-            f"{list(record.cuts)}. Continue a conversation with the schedule it began with."
+            f"prune: expected a cache pruned at layers {list(policy.cuts)} with {policy.positions} "
+            f"positions, got one pruned at {list(record.policy.cuts)} with "
+            f"{record.policy.positions} ones. Continue a conversation the way it began."
         )
-    expected = [record.length(sum(cut <= i for cut in cuts)) for i in range(num_layers)]
+    if record.held[0].columns.shape[0] != num_rows:
+        raise ValueError(
+            f"prune: expected a cache of {num_rows} rows, got one recorded with "
+            f"{record.held[0].columns.shape[0]}. Repeat the prompt's rows, not the cache's."
+        )
+    expected = [record.length(sum(cut <= i for cut in policy.cuts)) for i in range(num_layers)]
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
-    if len(shorter) > 1:
+    if len(shorter) > 1 or min(shorter) < 0:
         raise ValueError(
             f"prune: expected layers that hold {expected} tokens, got {held}. "
             "Something else changed this cache."
@@ -132,7 +151,7 @@ def read(
 
 
 def _of_unpruned(
-    cache: Any, held: list[int], cuts: tuple[int, ...], num_rows: int, padding: Tensor | None
+    cache: Any, held: list[int], policy: Policy, num_rows: int, padding: Tensor | None
 ) -> Record:
     if len(set(held)) > 1:
         raise ValueError(
@@ -145,12 +164,12 @@ def _of_unpruned(
     if real is not None and real.all():
         real = None
     columns = torch.arange(held[0], device=device).expand(num_rows, -1)
-    everything = [Held(columns, real, None)] * (len(cuts) + 1)
-    return Record(cuts, held[0], [0] * num_rows, everything)
+    everything = [Held(columns, real, None)] * (len(policy.cuts) + 1)
+    return Record(policy, held[0], [0] * num_rows, everything)
 
 
 def write(
-    cache: Any, cuts: tuple[int, ...], before: Record | None, levels: Sequence[Level], pruned: bool
+    cache: Any, policy: Policy, before: Record | None, levels: Sequence[Level], pruned: bool
 ) -> None:
     """Notes on the cache what it holds after a pass over `levels`."""
     length = levels[0].columns.shape[1]
@@ -179,7 +198,7 @@ def write(
         held.append(Held(columns, real, level.shift))
     seen = before.num_visual if before is not None else [0] * len(levels[0].num_visual)
     record = Record(
-        cuts=cuts,
+        policy=policy,
         num_columns=(before.num_columns if before is not None else 0) + length,
         num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
         held=held,

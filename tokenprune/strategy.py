@@ -162,6 +162,11 @@ class ScoreStrategy(PruningStrategy):
 
     keeps_exactly: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "select" in vars(cls) and "keeps_exactly" not in vars(cls):
+            cls.keeps_exactly = False  # what an override keeps must be counted
+
     @abstractmethod
     def score(self, view: TokenView) -> Tensor:
         """Scores (B, V): the higher, the longer a token lives."""

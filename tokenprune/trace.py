@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +42,9 @@ class Trace:
     lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     visual_lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     _find_places: Callable[[], list[Tensor]] = field(default=list, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_find_places": partial(list, self.places)}
 
     @property
     def places(self) -> list[Tensor]:
