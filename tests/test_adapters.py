@@ -45,7 +45,7 @@ def test_llava_places() -> None:
 @pytest.mark.parametrize("size", [(30, 60), (50, 20), (64, 64), (40, 41), (64, 10), (11, 64)])
 def test_llava_next_places(size: tuple[int, int]) -> None:
     model = build("llava_next")
-    height, width = size
+    _height, _width = size
     pinpoints = model.config.image_grid_pinpoints
     from transformers.image_processing_utils import select_best_resolution
 

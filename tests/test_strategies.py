@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -131,7 +132,7 @@ def test_uniform_without_a_grid_strides_over_the_sequence(count: int, share: flo
     budget = int(count * share)
     (chosen,) = kept(tp.build_strategy("uniform"), view(places=unknown), [budget])
     assert len(chosen) == budget
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
