@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     CLIPImageProcessor,
@@ -20,23 +21,24 @@ from tokenprune.data.scenes import CELL, COLOURS, SIZE, SYMBOLS
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
-    "USER ASSISTANT : ? Which symbol is colour Is there a left of above What does the sign say "
-    "yes no"
-).split()
+    *("USER", "ASSISTANT", ":", "?", "Which", "symbol", "is", "colour", "Is", "there", "a"),
+    *("left", "of", "above", "What", "does", "the", "sign", "say", "yes", "no"),
+)
 VOCABULARY = (*SPECIAL, *WORDS, *SYMBOLS, *COLOURS)
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% else %}{{ 'ASSISTANT: ' }}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% else %}"
     "{% generation %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
     "{{ '</s>' }}{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
 def build_processor() -> LlavaProcessor:
     """Word-level tokenizer and CLIP image processor; a scene goes in at its own size."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    # A prompt ends with the word that its question is about.
+    words.normalizer = Replace("?", " ")
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,

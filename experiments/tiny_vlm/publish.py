@@ -38,18 +38,22 @@ def publish(folder: Path, times: dict[str, float]) -> None:
     )
     assert code == 0, code
     metrics = json.loads((run / "metrics.json").read_text())
-    kept = {key: metrics[key] for key in ("num_samples", "accuracy", "accuracy_low", "accuracy_high")}
+    kept = {
+        key: metrics[key] for key in ("num_samples", "accuracy", "accuracy_low", "accuracy_high")
+    }
     summary = kept | {"kinds": metrics["kinds"], "seconds": times}
     (RESULTS / "test.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def read_logs(folder: Path) -> pd.DataFrame:
-    """The phases' logs, one after another, every tenth step."""
+    """The phases' logs, one after another, every tenth step; a resumed run's log wins."""
     parts, steps = [], 0
-    for phase in ("tower", "lookup", "final"):
-        path = folder / phase / "log" / "metrics.csv"
-        if path.exists():
-            part = pd.read_csv(path)
+    for phase in ("tower", "lookup", "final", "settle"):
+        logs = sorted((folder / phase).glob("log_*/metrics.csv"))
+        part = pd.DataFrame()
+        for log in map(pd.read_csv, logs):
+            part = pd.concat([part[part["step"] < log["step"].min()] if len(part) else part, log])
+        if len(part):
             part.insert(0, "phase", phase)
             part.insert(1, "total_step", part["step"] + steps)
             steps = int(part["total_step"].max()) + 1

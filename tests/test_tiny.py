@@ -1,0 +1,63 @@
+"""The model that ships with the package: small, loadable by transformers, and really trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tokenprune as tp
+from tokenprune.data.collate import PromptCollator
+from tokenprune.data.scenes import SceneDataset
+from tokenprune.models import TINY
+
+NUM_SCENES = 200
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoModelForImageTextToText.from_pretrained(TINY).eval(), AutoProcessor.from_pretrained(
+        TINY
+    )
+
+
+def answers(tiny, pruning=None) -> dict[str, float]:
+    """Exact match per kind on unseen scenes."""
+    model, processor = tiny
+    scenes, collate = SceneDataset("test", NUM_SCENES), PromptCollator(processor)
+    right = defaultdict(list)
+    handle = tp.attach(model, *pruning) if pruning else None
+    for start in range(0, NUM_SCENES, 40):
+        batch = collate([scenes[i] for i in range(start, start + 40)])
+        output = model.generate(**batch["inputs"], max_new_tokens=4, do_sample=False)
+        new = output[:, batch["inputs"]["input_ids"].shape[1] :]
+        texts = processor.batch_decode(new, skip_special_tokens=True)
+        for sample, text in zip(batch["samples"], texts, strict=True):
+            (turn,) = sample.turns
+            right[turn.kind].append(text.strip() == turn.answer)
+    if handle is not None:
+        handle.remove()
+    return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+
+def test_size_and_shape(tiny) -> None:
+    model, processor = tiny
+    weights = list(TINY.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) < 12e6
+    assert not list(TINY.glob("*.bin"))
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert model.config.text_config.num_hidden_layers >= 8
+    batch = PromptCollator(processor)([SceneDataset("test", 1)[0]])
+    assert tp.visual_mask(model, batch["inputs"]["input_ids"]).sum() >= 144
+
+
+def test_it_answers_and_pruning_matters(tiny) -> None:
+    unpruned = answers(tiny)
+    # The recipe's results/test.json has the figures on 2 000 scenes; the margin is for 200.
+    for kind, bar in {"read": 0.9, "colour": 0.8, "text": 0.8}.items():
+        assert unpruned[kind] > bar, (kind, unpruned)
+    early = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.3)
+    guided = answers(tiny, (tp.build_strategy("pyramiddrop"), early))
+    chance = answers(tiny, (tp.build_strategy("random"), early))
+    assert guided["text"] > chance["text"] + 0.2, (guided, chance)
