@@ -10,6 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = Path("outputs/ablation")
+FIGURES = ("kept_1.png", "accuracy.png")
 TEASER = ROOT.parents[1] / "docs" / "images" / "teaser.png"
 
 
@@ -17,16 +18,12 @@ def main() -> None:
     """Copies what the README quotes, without timings of single runs, which are noise."""
     table = pd.read_csv(SOURCE / "results.csv")
     table.drop(columns=["run"]).round(5).to_csv(ROOT / "results.csv", index=False)
-    for name in ("accuracy.png", "kept.png"):
+    parts, width = [], 1400
+    for name in FIGURES:
         shutil.copy(SOURCE / "figures" / name, ROOT / name)
-    kept, accuracy = (
-        Image.open(ROOT / name).convert("RGB") for name in ("kept.png", "accuracy.png")
-    )
-    width = 1400
-    parts = [
-        part.resize((width, round(part.height * width / part.width)), Image.Resampling.LANCZOS)
-        for part in (kept, accuracy)
-    ]
+        part = Image.open(ROOT / name).convert("RGB")
+        size = (width, round(part.height * width / part.width))
+        parts.append(part.resize(size, Image.Resampling.LANCZOS))
     sheet = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
     sheet.paste(parts[0], (0, 0))
     sheet.paste(parts[1], (0, parts[0].height))

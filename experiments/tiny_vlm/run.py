@@ -287,8 +287,8 @@ class Questions(Phase):
         positions = torch.where(order < start, order, start + (order - start) % TURN_LENGTH)
         # A small decoder copies the whole scene into every image token and looks it up in its first
         # layer; large ones keep the evidence where it is and look further in. To get the latter's
-        # shape, nine batches of ten of the third phase hide image tokens from each other and, in the
-        # first layers, from the questions; the tenth is as at inference.
+        # shape, nine batches of ten of the third phase hide image tokens from each other, and from
+        # the questions in the first layers; the tenth is as at inference.
         PACKED.hides = self.training and self.hides and self.global_step % 10 > 0
         output = self.model(
             input_ids=torch.cat([prefix.expand(num_rows, -1), ids], 1),
@@ -398,7 +398,7 @@ def main() -> None:
     parser.add_argument("--tower-epochs", type=int, default=14)
     parser.add_argument("--lookup-epochs", type=int, default=16)
     parser.add_argument("--final-epochs", type=int, default=14)
-    parser.add_argument("--settle-epochs", type=int, default=5)
+    parser.add_argument("--settle-epochs", type=int, default=12)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = arguments.folder
