@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
+from tokenprune.cli import main
 from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import SceneDataset
 from tokenprune.models import TINY
@@ -50,6 +51,11 @@ def test_size_and_shape(tiny) -> None:
     assert model.config.text_config.num_hidden_layers >= 8
     batch = PromptCollator(processor)([SceneDataset("test", 1)[0]])
     assert tp.visual_mask(model, batch["inputs"]["input_ids"]).sum() >= 144
+
+
+def test_pruning_it_is_exact(capsys) -> None:
+    assert main(["verify"]) == 0
+    assert "drop = mask, decoding" in capsys.readouterr().out
 
 
 def test_it_answers_and_pruning_matters(tiny) -> None:

@@ -87,6 +87,9 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
 
 def _generate(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Logits (new tokens, vocabulary) in float32 and the ids (1, T) of a greedy generation."""
+    # Forced to go on, a model may say its own placeholder, which no image stands behind.
+    vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
+    placeholders = tp.visual_mask(model, vocabulary[None])[0].nonzero()[:, 0].tolist()
     with torch.no_grad():
         output = model.generate(
             **inputs,
@@ -94,6 +97,7 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             min_new_tokens=_NUM_NEW,
             do_sample=False,
             num_beams=1,
+            suppress_tokens=placeholders,
             output_logits=True,
             return_dict_in_generate=True,
         )
