@@ -1,59 +1,28 @@
 """What the engine must know of a model: one small entry per family, often none.
 
 A family needs an entry only where it departs from the ordinary layout: `model.get_decoder()` has
-`layers`, a layer has `input_layernorm` and `self_attn` with `q_proj` and `k_proj`, and the config
-names the placeholder ids of visual tokens.
+`layers`, a layer attends in `self_attn`, and the config names the placeholder ids of visual tokens.
 
-Shape suffixes: B batch rows, T sequence positions, Q query rows, H query heads, G key heads,
-E head dimension, V visual tokens.
+Shape suffixes: B batch rows, T sequence positions, Q query rows, D hidden size, V visual tokens.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.tensors import take
+from tokenprune.projection import Projected, project
 
 #: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
 Places = Tensor
 #: (model config, call arguments, visual tokens per row) -> places per row, or None if unknown.
 Layout = Callable[[Any, Mapping[str, Any], Sequence[int]], "list[Places] | None"]
-#: (layer, hidden (B, T, D), asked rows (B, Q), position embeddings) -> queries (B, H, Q, E), keys
-#: (B, G, T, E), factor on the logits.
-Project = Callable[[nn.Module, Tensor, Tensor, Any], tuple[Tensor, Tensor, float]]
-
-
-def project_llama(
-    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, position_embeddings: Any
-) -> tuple[Tensor, Tensor, float]:
-    """Rotated queries of the asked rows, and keys of all, as the layer's own attention makes them.
-
-    Modules are called, never their weights read: sharded and offloaded weights are whole only so.
-    """
-    attention: Any = layer.self_attn
-    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
-    width = attention.head_dim
-
-    def heads(projected: Tensor, norm: str) -> Tensor:  # (B, T, H * E) -> (B, H, T, E)
-        split = projected.view(*projected.shape[:-1], -1, width)
-        if getattr(attention, norm, None) is not None:
-            split = getattr(attention, norm)(split)
-        return split.transpose(1, 2)
-
-    queries = heads(attention.q_proj(take(normed, rows_BQ)), "q_norm")
-    keys = heads(attention.k_proj(normed), "k_norm")
-    if position_embeddings is not None:
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        cos, sin = position_embeddings
-        _, keys = rotate(keys, keys, cos, sin)
-        queries, _ = rotate(queries, queries, take(cos, rows_BQ), take(sin, rows_BQ))
-    return queries, keys, getattr(attention, "scaling", width**-0.5)
+#: (layer, hidden (B, T, D), asked rows (B, Q), the layer's other arguments) -> queries and keys.
+Project = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Projected]
 
 
 @dataclass(frozen=True)
@@ -64,6 +33,8 @@ class Adapter:
         placeholder_ids: Names of the config entries that hold the ids of visual placeholders.
         layout: Where each visual token sits in its image.
         project: Queries and keys of a decoder layer, for attention rows.
+        decoder: Path of the module that runs the layers, where `get_decoder()` finds another.
+        token_arguments: Arguments of a layer with an entry per token, and the dimension it is in.
         first_layer: First decoder layer before which tokens can be pruned.
         refusal: Why the family cannot be pruned at all, if so.
     """
@@ -75,7 +46,9 @@ class Adapter:
         "video_token_index",
     )
     layout: Layout = lambda config, inputs, num_visual: None
-    project: Project = project_llama
+    project: Project = project
+    decoder: str | None = None
+    token_arguments: Mapping[str, int] = field(default_factory=dict)
     first_layer: int = 0
     refusal: str | None = None
 
@@ -247,7 +220,7 @@ def examine(model: nn.Module) -> Anatomy:
             f"prune: expected visual tokens in the decoder's stream, got {name} "
             f"({config.model_type}): {adapter.refusal}. Choose another model."
         )
-    decoder = inner.get_decoder()
+    decoder = inner.get_submodule(adapter.decoder) if adapter.decoder else inner.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):
         raise ValueError(
@@ -272,37 +245,43 @@ def examine(model: nn.Module) -> Anatomy:
     )
 
 
-def check_layers(anatomy: Anatomy, reads_attention: bool) -> None:
-    """Refuses decoders whose layers the engine cannot prune exactly.
+#: Layers that attend to everything as long as the conversation fits into this entry of the config.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
+
+def window(anatomy: Anatomy) -> int | None:
+    """Columns up to which every layer attends to all that came before; None if there is no limit.
 
     Raises:
-        ValueError: If a layer does not attend to all that came before, or, for strategies that read
-            attention, if its queries and keys cannot be found.
+        ValueError: If a layer mixes tokens in another way than by attention to all of them.
     """
     text, model = anatomy.text_config, type(anatomy.config).__name__.removesuffix("Config")
-    kinds = getattr(text, "layer_types", None) or []
+    kinds = list(getattr(text, "layer_types", None) or [])
     if not kinds and getattr(text, "sliding_window", None):
-        kinds = ["sliding_attention"] * len(anatomy.layers)
+        kinds = ["sliding_attention"]
+    limits = []
     for index, kind in enumerate(kinds):
-        if kind != "full_attention":
+        if kind in _WINDOWS:
+            limits.append(getattr(text, _WINDOWS[kind]))
+        elif kind != "full_attention":
             raise ValueError(
-                f"prune: expected layers with full attention, got {kind} in layer {index} of "
-                f"{model}. Its mask and cache are sized by something else than the tokens alive."
+                f"prune: expected layers that mix tokens by attention alone, got {kind} in layer "
+                f"{index} of {model}. A token that it has seen cannot be taken back: choose "
+                "another model."
             )
-    attention = getattr(anatomy.layers[0], "self_attn", None)
-    if (
-        reads_attention
-        and anatomy.adapter.project is project_llama
-        and not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj"))
-    ):
-        raise ValueError(
-            f"prune: expected q_proj and k_proj in {type(attention).__name__} of {model}, got "
-            "neither. Describe the family's queries and keys with register_adapter."
-        )
+    return min((limit for limit in limits if limit), default=None)
 
 
-def first_prunable_layer(inputs: Mapping[str, Any]) -> int:
-    """First layer that a call allows to be cut: features added to early layers must come first."""
+def first_layer(anatomy: Anatomy) -> int:
+    """First decoder layer before which tokens of this model can be pruned."""
+    rope = getattr(anatomy.text_config, "rope_parameters", None) or {}
+    # Such a model counts the positions of later turns from what its first layer holds.
+    counts_from_first = "mrope_section" in rope
+    return max(anatomy.adapter.first_layer, int(counts_from_first))
+
+
+def layers_that_add_features(inputs: Mapping[str, Any]) -> int:
+    """Layers after which a call adds visual features: none of them may come after a cut."""
     return len(inputs.get("deepstack_visual_embeds") or ())
 
 

@@ -28,18 +28,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from tokenprune import masks
 from tokenprune import record as records
 from tokenprune.adapters import (
     Anatomy,
-    check_layers,
     examine,
     facts,
-    first_prunable_layer,
+    first_layer,
+    layers_that_add_features,
     mark_visual,
     places,
     shows_images,
+    window,
 )
 from tokenprune.levels import Level
 from tokenprune.schedule import Schedule
@@ -49,7 +51,9 @@ from tokenprune.trace import Trace, TracedStage
 
 POSITIONS = ("original", "renumbered")
 LOGITS = ("all", "supervised")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+#: Arguments of a layer that the engine replaces itself.
+_OWN_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids", "hidden_states")
 #: Bytes of float32 attention weights that one chunk of query rows may take.
 _CHUNK_BYTES = 2**27
 
@@ -86,6 +90,7 @@ class _Pass:
         budgets_SB: The same, int64 (S, B), on the device.
         places: Finds the places of the visual tokens.
         rows: Attention computed for a cut, by the cut's layer and request.
+        rotations: What the rotary modules gave, and how to get it for other positions.
         stages: The trace of the cuts done.
     """
 
@@ -100,6 +105,7 @@ class _Pass:
     budgets_SB: Tensor | None
     places: Callable[[], list[Tensor]]
     rows: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
+    rotations: list[tuple[Any, Callable[[Tensor, Tensor], Any]]] = field(default_factory=list)
     stages: list[TracedStage] = field(default_factory=list)
 
     @property
@@ -143,6 +149,7 @@ class Handle:
         self._visual_mask = visual_mask
         self._cuts = tuple(stage.layer for stage in schedule.stages)
         self._policy = records.Policy(self._cuts, positions)
+        self._window = window(anatomy)
         #: Level that each layer runs on.
         self._level_of = [sum(c <= i for c in self._cuts) for i in range(len(anatomy.layers))]
         self._requests = strategy.attention_rows()
@@ -164,6 +171,11 @@ class Handle:
         for entry in self._anatomy.entries:
             self._register(entry, self._enter, self._leave)
         self._register(self._anatomy.decoder, self._begin, self._end)
+        if self._renumber:
+            for module in self._anatomy.decoder.modules():
+                if type(module).__name__.endswith("RotaryEmbedding"):
+                    hook = module.register_forward_hook(self._rotated, with_kwargs=True)
+                    self._hooks.append(hook)
         first = min(self._cuts, default=len(self._anatomy.layers))
         for index, layer in enumerate(self._anatomy.layers):
             if index >= first - 1:  # a cut may read the layer before it
@@ -255,21 +267,23 @@ class Handle:
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds
         run = self._thread.run = self._plan(call, inputs, tokens)
-        if run.record is not None and named.get("position_ids") is None:
-            # The model would count on from its first layer, which a cut at layer 0 has shortened.
-            step = torch.arange(tokens.shape[1], device=tokens.device) + run.offset
-            named["position_ids"] = step[None]
+        if run.record is not None:
+            named["past_key_values"] = records.unpruned(run.cache)
         return rest, named
 
     def _plan(self, call: _Call, inputs: dict[str, Any], tokens: Tensor) -> _Pass:
         num_rows, length = tokens.shape[:2]
         device = tokens.device
-        padding = inputs.get("attention_mask")
-        if not (isinstance(padding, Tensor) and padding.dim() == 2):
-            padding = None
         past = inputs.get("past_key_values")
+        padding = masks.padding(inputs.get("attention_mask"), past)
         record = records.read(past, self._policy, len(self._anatomy.layers), num_rows, padding)
         offset = 0 if record is None else record.num_columns
+        if self._window is not None and self._cuts and offset + length > self._window:
+            raise ValueError(
+                f"prune: expected at most {self._window} tokens, because layers of "
+                f"{type(self._anatomy.config).__name__} attend to a window of that size, got "
+                f"{offset + length}. Shorten the prompt or the answer."
+            )
         visual = self._find_visual(inputs, num_rows, length, offset)
         real = None
         if padding is not None:
@@ -278,7 +292,8 @@ class Handle:
             visual = visual.to(device) if real is None else visual.to(device) & real
         blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
         labels = self._labels(inputs, device)
-        asks = blank if visual is None else self._asking(blank, real, labels)
+        to_keep = inputs.get("logits_to_keep")
+        asks = blank if visual is None else self._asking(blank, real, labels, to_keep)
         per_row = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
         if visual is not None or real is not None:
             ones = torch.ones_like(blank)
@@ -378,12 +393,19 @@ class Handle:
         return None if labels is None else cast(Tensor, labels.to(device))
 
     @staticmethod
-    def _asking(blank: Tensor, real: Tensor | None, labels: Tensor | None) -> Tensor:
-        """The `"last"` query rows, bool (B, T)."""
+    def _asking(
+        blank: Tensor, real: Tensor | None, labels: Tensor | None, to_keep: int | Tensor | None
+    ) -> Tensor:
+        """The `"last"` query rows, bool (B, T).
+
+        Assisted decoding puts guesses after the prompt, and asks for logits from its last token on.
+        """
         known = torch.ones_like(blank) if real is None else real
         if labels is None:
+            guesses = to_keep - 1 if isinstance(to_keep, int) and to_keep > 1 else 0
             order = torch.arange(1, blank.shape[1] + 1, device=blank.device)
-            return order - 1 == (known * order).argmax(1, keepdim=True)
+            last = (known * order).argmax(1, keepdim=True)
+            return order - 1 == (last - guesses).clamp_min(0)
         labelled = labels != -100
         return ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:] & known
 
@@ -404,7 +426,7 @@ class Handle:
                 "prune: expected a batch without padding for a loss with router terms, got a "
                 "padded one. Use batches of one, or output_router_logits=False."
             )
-        first = first_prunable_layer(inputs)
+        first = layers_that_add_features(inputs)
         if self._cuts[0] < first:
             raise ValueError(
                 f"prune: expected cuts at layer {first} or later, because the model adds visual "
@@ -442,7 +464,10 @@ class Handle:
             run = self._find_run(named)
             if run is None:
                 return None
-            run.cache = named.get("past_key_values", run.cache)
+            if run.record is None:
+                run.cache = named.get("past_key_values", run.cache)
+            elif "past_key_values" in named:
+                named["past_key_values"] = run.cache
             if run.levels[0].positions is None and (run.prunes or self._renumber):
                 self._set_positions(run, named)
             if cuts_here:
@@ -478,6 +503,25 @@ class Handle:
         given = given[0] if given.dim() > 2 else given
         # A clone: a view would keep alive the tensor by which a recomputed layer finds its pass.
         level.positions = given.expand(level.columns.shape).clone()
+
+    def _rotated(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Notes how to get a rotary module's output for other positions."""
+        run: _Pass | None = getattr(self._thread, "run", None)
+        if run is None:
+            return
+        names = [*range(len(args)), *kwargs]
+        values = [*args, *kwargs.values()]
+        tensors = {n: v.is_floating_point() for n, v in zip(names, values, strict=True)
+                   if isinstance(v, Tensor)}  # fmt: skip
+        others = {n: v for n, v in zip(names, values, strict=True) if n not in tensors}
+
+        def again(hidden: Tensor, positions: Tensor) -> Any:
+            filled = others | {n: hidden if floats else positions for n, floats in tensors.items()}
+            named = {str(n): v for n, v in filled.items() if not isinstance(n, int)}
+            return module(*[filled[n] for n in range(len(args))], **named)
+
+        first = output[0] if isinstance(output, tuple) else output
+        run.rotations.append((TensorWeakRef(first), again))
 
     def _cut(
         self, run: _Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
@@ -595,27 +639,36 @@ class Handle:
             weights = level.queries
             rows_BQ = ascending(weights > 0, run.max_queries, left=False)
         weights_BQ = take(weights, rows_BQ)
-        queries, keys, scaling = self._anatomy.adapter.project(
-            module, hidden, rows_BQ, named.get("position_embeddings")
-        )
+        projected = self._anatomy.adapter.project(module, hidden, rows_BQ, named)
+        keys = projected.keys
         mask = named.get("attention_mask")
         holding = self._level_of[layer]  # at a cut, the layer's cache is one level further
         before, held_real = run.held(holding)
         if before:
-            keys = torch.cat([run.cache.layers[layer].keys.to(keys.dtype), keys], 2)
+            held = run.cache.layers[layer].keys[:, :, :before]
+            keys = torch.cat([held.to(keys.dtype), keys], 2)
             mask = mask if holding == number else None
         known = None
         if level.real is not None or held_real is not None:
             known = known_keys(level.columns, level.real, before, held_real)
         total: Tensor | None = None
-        chunk = max(1, _CHUNK_BYTES // (4 * num_rows * queries.shape[1] * keys.shape[2]))
+        num_heads = projected.queries.shape[1]
+        chunk = max(1, _CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))
         for start in range(0, rows_BQ.shape[1], chunk):
             part_BQ = rows_BQ[:, start : start + chunk]
             if isinstance(mask, Tensor) and mask.dim() == 4:
-                allowed = take(mask.expand(num_rows, -1, -1, -1), part_BQ, dim=2)
+                allowed = take(
+                    mask[..., : keys.shape[2]].expand(num_rows, -1, -1, -1), part_BQ, dim=2
+                )
             else:
                 allowed = causal(part_BQ, keys.shape[2], before, known)
-            rows = attention_rows(queries[:, :, start : start + chunk], keys, allowed, scaling)
+            rows = attention_rows(
+                projected.queries[:, :, start : start + chunk],
+                keys,
+                allowed,
+                projected.scaling,
+                projected.softcap,
+            )
             part = torch.einsum("bhqk,bq->bhk", rows, weights_BQ[:, start : start + chunk])
             total = part if total is None else total + part
         assert total is not None
@@ -638,17 +691,39 @@ class Handle:
             )
         if not cut and level.moved is None:
             return
+        index = level.columns - run.offset
         if named.get("position_embeddings") is not None:
             named["position_embeddings"] = self._once(
                 level,
                 "position_embeddings",
                 named["position_embeddings"],
-                lambda pair: self._embeddings(run, level, hidden, pair),
+                lambda pair: _embeddings(run, level, hidden, pair, index),
             )
+        if named.get("position_ids") is not None:
+            given = level.positions if level.moved is None else level.moved
             # Gaps would look like several packed sequences to the flash kernel's wrapper.
-            named["position_ids"] = None
-        elif named.get("position_ids") is not None:
-            named["position_ids"] = level.positions if level.moved is None else level.moved
+            gaps = self._anatomy.attention.startswith("flash")
+            named["position_ids"] = None if gaps and "position_embeddings" in named else given
+        if cut:
+            length = run.levels[0].columns.shape[1]
+            for name, dim in self._token_arguments(named, length).items():
+                named[name] = self._once(
+                    level, name, named[name], lambda value, dim=dim: take(value, index, dim=dim)
+                )
+
+    def _token_arguments(self, named: Mapping[str, Any], length: int) -> dict[str, int]:
+        """The layer's arguments with an entry per token, and in which dimension."""
+        known = self._anatomy.adapter.token_arguments
+        for name, value in named.items():
+            if name in _OWN_ARGUMENTS or name in known or not isinstance(value, Tensor):
+                continue
+            if length > 1 and length in value.shape:
+                raise ValueError(
+                    f"prune: expected layer arguments that are known, got {name!r} of shape "
+                    f"{tuple(value.shape)} in {type(self._anatomy.config).__name__}. Say in which "
+                    "dimension its tokens are: Adapter(token_arguments={...})."
+                )
+        return {name: dim for name, dim in known.items() if isinstance(named.get(name), Tensor)}
 
     @staticmethod
     def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
@@ -658,43 +733,34 @@ class Handle:
             level.side[key] = make(original)
         return level.side[key]
 
-    def _embeddings(self, run: _Pass, level: Level, hidden: Tensor, pair: Any) -> Any:
-        if level.moved is not None:
-            rotary: Any = self._anatomy.decoder.rotary_emb
-            return rotary(hidden, position_ids=level.moved)
-        index = level.columns - run.offset
-        return tuple(take(part, index, batch=part.dim() - 3, dim=part.dim() - 2) for part in pair)
-
-    def _mask(self, run: _Pass, number: int, mask: Any, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, run: _Pass, number: int, mask: Any, dtype: torch.dtype) -> Any:
         """The attention mask of a level, in the form that the attention implementation reads."""
         level = run.levels[number]
         num_rows, length = level.columns.shape
         before, held_real = run.held(number)
         attention = self._anatomy.attention
         padded = level.real is not None or held_real is not None
-        whole = run.offset + run.levels[0].columns.shape[1]
-        given = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == whole
-        if not padded and (
-            attention.startswith("flash")
-            or (attention == "sdpa" and not given and (length == 1 or before == 0))
-        ):
-            return None  # keeps the fast kernel
-        known = known_keys(level.columns, level.real, before, held_real)
         if attention.startswith("flash"):
-            return known
-        if given:
+            known = known_keys(level.columns, level.real, before, held_real)
+            return known if padded else None  # keeps the fast kernel
+        given = masks.dense(mask, num_rows)
+        fixed = getattr(run.cache, "is_compileable", False)  # then it shows entries not yet filled
+        plain = not padded and not fixed and attention == "sdpa"
+        if plain and (length == 1 or (given is None and before == 0)):
+            return None  # keeps the fast kernel
+        if given is None:
+            order = torch.arange(length, device=level.columns.device).expand(num_rows, -1)
+            allowed = causal(order, before + length, before, None).expand(num_rows, -1, -1, -1)
+        else:
             columns = level.columns
             if run.record is not None:
                 columns = torch.cat([run.record.columns(number), columns], 1)
-            mask = mask.expand(num_rows, -1, -1, -1)
-            mask = take(take(mask, level.columns - run.offset, dim=2), columns, dim=3)
-            return hide_pads(mask, known, level.real) if padded else mask
-        order = torch.arange(length, device=known.device).expand(num_rows, -1)
-        allowed = causal(order, known.shape[1], before, None).expand(num_rows, -1, -1, -1)
-        allowed = hide_pads(allowed, known, level.real)
-        if attention == "sdpa":
-            return allowed
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+            allowed = take(take(given, level.columns - run.offset, dim=2), columns, dim=3)
+        if padded:
+            known = known_keys(level.columns, level.real, before, held_real)
+            allowed = hide_pads(allowed, known, level.real)
+        size = given.shape[-1] if fixed and given is not None else 0
+        return masks.form(allowed, attention, dtype, size)
 
     # -- the decoder: a pass ends ----------------------------------------------------------------
 
@@ -705,6 +771,8 @@ class Handle:
             return None
         # A text-only pass whose cache no hooked layer has shown still has one level per cut.
         run.levels += [run.levels[-1]] * (len(self._cuts) + 1 - len(run.levels))
+        if run.record is not None:
+            output = _with_cache(output, run.cache)
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
             records.write(past, self._policy, run.record, run.levels, run.prunes)
@@ -714,7 +782,7 @@ class Handle:
             self.trace.lengths = torch.tensor([level.num_real for level in levels])
             self.trace.visual_lengths = torch.tensor([level.num_visual for level in levels])
             self.trace._find_places = run.places
-        return self._fill_labels(run, output) if run.call.late_labels else None
+        return self._fill_labels(run, output) if run.call.late_labels else output
 
     def _fill_labels(self, run: _Pass, output: Any) -> Any:
         """Keeps the promise of `_promise_labels`; `"supervised"` drops rows without a label."""
@@ -743,7 +811,16 @@ class Handle:
             labels = shifted = shifted.flatten()[chosen][None]
         for tensor, is_shifted in run.call.late_labels:
             tensor.data = (shifted if is_shifted else labels).to(tensor.device).contiguous()
-        return output if self._supervised else None
+        return output
+
+
+def _with_cache(output: Any, cache: Any) -> Any:
+    """A decoder's output with the cache itself in place of its unpruned view."""
+    if isinstance(output, tuple):
+        return tuple(cache if getattr(x, "is_unpruned", False) else x for x in output)
+    if output.past_key_values is not None:
+        output.past_key_values = cache
+    return output
 
 
 def _merge(
@@ -761,6 +838,25 @@ def _merge(
         ours = any(value is tensor for tensor, _ in promised)
         if value is not None and not ours and not (keeps and key in inputs):
             inputs[key] = value
+
+
+def _embeddings(run: _Pass, level: Level, hidden: Tensor, pair: Any, index: Tensor) -> Any:
+    """Rotary embeddings of a level: gathered, or made for its own positions."""
+    parts = pair if isinstance(pair, tuple) else (pair,)
+    if level.moved is not None:
+        for made, again in run.rotations:
+            if made() is parts[0]:
+                return again(hidden, level.moved)
+        raise ValueError(
+            "prune: expected rotary embeddings that a module of the decoder makes, with "
+            'positions="renumbered", got others. Use positions="original".'
+        )
+    # Most have a batch first; several position axes may stand before it.
+    taken = tuple(
+        take(part, index, batch=max(0, part.dim() - 3), dim=max(0, part.dim() - 3) + 1)
+        for part in parts
+    )
+    return taken if isinstance(pair, tuple) else taken[0]
 
 
 def _unsupported_attention(anatomy: Anatomy) -> ValueError:
@@ -865,9 +961,8 @@ def attach(
     if anatomy.attention not in ATTENTIONS:
         raise _unsupported_attention(anatomy)
     requests = strategy.attention_rows()
-    check_layers(anatomy, reads_attention=bool(requests))
     reads_previous = any(request.source == "previous" for request in requests)
-    first = max(anatomy.adapter.first_layer, int(reads_previous))
+    first = max(first_layer(anatomy), int(reads_previous))
     early = [stage.layer for stage in schedule.stages if stage.layer < first]
     if early:
         raise ValueError(

@@ -8,6 +8,7 @@ Shape suffixes: B batch rows, N tokens held.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,48 @@ class Record:
     def crop(self, num_columns: int) -> None:
         """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
         dropped = self.num_columns - num_columns
-        if dropped > self.tail:
-            raise ValueError(
-                f"prune: expected a cache cropped by at most {self.tail} columns, the text after "
-                f"the pruned prompt, got {dropped}. Start from a copy of the cache instead."
-            )
-        self.tail -= dropped
+        further = dropped - self.tail
+        if further > 0:
+            self.held = _cropped(self.held, further, self.num_columns - self.tail)
+        self.tail = max(0, -further)
         self.num_columns = num_columns
+
+
+def _cropped(held: Sequence[Held], dropped: int, num_columns: int) -> list[Held]:
+    """What levels hold without their latest columns, which must be text in every row."""
+    new: dict[int, Held] = {}
+    for one in held:
+        latest = torch.arange(num_columns - dropped, num_columns, device=one.columns.device)
+        fits = one.columns.shape[1] >= dropped and (one.columns[:, -dropped:] == latest).all()
+        if not fits or (one.real is not None and not one.real[:, -dropped:].all()):
+            raise ValueError(
+                "prune: expected a cache cropped by text after the pruned prompt, got "
+                f"{dropped} columns that end in it. Start from a copy of the cache instead."
+            )
+        real = None if one.real is None else one.real[:, :-dropped]
+        new[id(one)] = Held(one.columns[:, :-dropped], real, one.shift)
+    return [new[id(one)] for one in held]
+
+
+def unpruned(cache: Any) -> Any:
+    """The same cache, but as long as the conversation, for who sizes masks and positions by it."""
+    view = object.__new__(_unpruned_class(type(cache)))
+    view.__dict__ = cache.__dict__
+    return view
+
+
+@functools.cache
+def _unpruned_class(kind: type) -> type:
+    def get_seq_length(self: Any, *args: Any, **kwargs: Any) -> int:
+        return int(getattr(self, _ATTRIBUTE).num_columns)
+
+    def get_mask_sizes(self: Any, query_length: int, *args: Any, **kwargs: Any) -> Any:
+        if self.is_compileable:  # of a fixed size
+            return kind.get_mask_sizes(self, query_length, *args, **kwargs)  # type: ignore[attr-defined]
+        return getattr(self, _ATTRIBUTE).num_columns + query_length, 0
+
+    members = {"get_seq_length": get_seq_length, "get_mask_sizes": get_mask_sizes}
+    return type(f"Unpruned{kind.__name__}", (kind,), members | {"is_unpruned": True})
 
 
 def read(
@@ -115,12 +151,7 @@ def read(
     """
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"prune: expected a cache that grows, got {type(cache).__name__}. "
-            "Leave cache_implementation out."
-        )
-    held = [int(cache.get_seq_length(layer)) for layer in range(num_layers)]
+    held = _lengths(cache, num_layers)
     if held[0] == 0:
         return None
     record: Record | None = getattr(cache, _ATTRIBUTE, None)
@@ -148,6 +179,14 @@ def read(
     if dropped:
         record.crop(record.num_columns - dropped)
     return record
+
+
+def _lengths(cache: Any, num_layers: int) -> list[int]:
+    """Tokens that each layer holds."""
+    lengths = [cache.get_seq_length(layer) for layer in range(num_layers)]
+    if any(isinstance(length, Tensor) for length in lengths):  # of a fixed size
+        lengths = torch.stack([torch.as_tensor(length).cpu() for length in lengths]).tolist()
+    return [int(length) for length in lengths]
 
 
 def _of_unpruned(

@@ -83,7 +83,11 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
 
 
 def attention_rows(
-    queries_BHQE: Tensor, keys_BGKE: Tensor, allowed: Tensor, scaling: float
+    queries_BHQE: Tensor,
+    keys_BGKE: Tensor,
+    allowed: Tensor,
+    scaling: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax over all keys, in float32, for the asked query rows only.
 
@@ -92,6 +96,7 @@ def attention_rows(
         keys_BGKE: Rotated keys of the whole sequence; H is a multiple of G (grouped queries).
         allowed: Bool (B, 1, Q, K), or an additive float mask of that shape.
         scaling: Factor on the logits, usually E ** -0.5.
+        softcap: Squeezes the logits into (-softcap, softcap) by a tanh, if given.
 
     Returns:
         Attention weights (B, H, Q, K), float32. A row that may attend to nothing is all zero.
@@ -103,6 +108,8 @@ def attention_rows(
     )
     logits = grouped @ keys_BGKE.float().transpose(2, 3) * scaling
     logits_BHQK = logits.view(num_rows, num_heads, num_queries, -1)
+    if softcap is not None:
+        logits_BHQK = (logits_BHQK / softcap).tanh() * softcap
     if allowed.dtype == torch.bool:
         logits_BHQK = logits_BHQK.masked_fill(~allowed, -torch.inf)
     else:

@@ -1,0 +1,12 @@
+"""The zoo: every model type that the engine prunes, as a tiny random model."""
+
+from zoo import gemma, llava, qwen
+from zoo.specimen import PROMPTS, Prompt, Specimen
+
+ZOO: dict[str, Specimen] = {
+    specimen.model_type: specimen
+    for module in (llava, qwen, gemma)
+    for specimen in module.SPECIMENS
+}
+
+__all__ = ["PROMPTS", "ZOO", "Prompt", "Specimen"]

@@ -1,0 +1,305 @@
+"""What is checked of a model type under an attention implementation, and how it is reported.
+
+Every check raises AssertionError where a pruned run is not exact. The reference is the unmodified
+model whose layers are given masks that hide what the trace says was dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tokenprune as tp
+from tokenprune.adapters import examine
+from tokenprune.masks import dense
+from zoo.specimen import PROMPTS, TEXT, VOCABULARY, Prompt, Specimen
+
+STEPS = 4
+EXACT = "exact"
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@dataclass(frozen=True)
+class ByPlace(tp.ScoreStrategy):
+    """A choice that depends on nothing but a token's place in the conversation."""
+
+    def score(self, view: tp.TokenView) -> Tensor:
+        return (view.positions * 37 % 101).float()
+
+
+def schedule(specimen: Specimen, keep: float = 0.5) -> tp.Schedule:
+    stages = [tp.Stage(cut, keep ** (number + 1)) for number, cut in enumerate(specimen.cuts)]
+    return tp.Schedule(tuple(stages))
+
+
+def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return model(**inputs, use_cache=False)
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+    # A random model would say its own placeholders, and then be asked for their images.
+    special = list(range(TEXT, VOCABULARY))
+    options = {"do_sample": False, "max_new_tokens": STEPS, "suppress_tokens": special} | options
+    return model.generate(
+        **inputs, **options, return_dict_in_generate=True, output_logits=True
+    )
+
+
+@contextmanager
+def masked(
+    model: PreTrainedModel, inputs: dict[str, Tensor], trace: tp.Trace, extra: int = 2 * STEPS
+) -> Iterator[None]:
+    """The unmodified model, with masks that hide what was dropped."""
+    anatomy = examine(model)
+    visual, padding = tp.visual_mask(model, inputs["input_ids"]), inputs["attention_mask"].bool()
+    num_rows, prompt = visual.shape
+    dropped_BLK = torch.zeros(num_rows, len(anatomy.layers), prompt + extra, dtype=torch.bool)
+    for stage in trace.stages:
+        for row, kept in enumerate(stage.kept):
+            columns = visual[row].nonzero()[:, 0]
+            gone = torch.ones(len(columns), dtype=torch.bool)
+            gone[kept] = False
+            dropped_BLK[row, stage.layer :, columns[gone]] = True
+
+    def hook(index: int, layer: nn.Module) -> Callable[..., Any]:
+        names = [
+            p.name
+            for p in inspect.signature(layer.forward).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            named = dict(zip(names, args, strict=False)) | kwargs
+            length = named["hidden_states"].shape[1]
+            rows = named["hidden_states"].shape[0]
+            cache = named.get("past_key_values")
+            offset = int(cache.get_seq_length(index)) if cache is not None else 0
+            total = offset + length
+            times = rows // num_rows  # beams
+            given = dense(named.get("attention_mask"), rows)
+            if given is None:
+                given = torch.arange(total) <= torch.arange(offset, total)[:, None]
+                real = nn.functional.pad(padding, (0, extra), value=True)[:, :total]
+                given = given & real.repeat_interleave(times, 0)[:, None, None]
+            if given.dtype == torch.bool:
+                low = torch.finfo(torch.float32).min
+                given = torch.zeros(given.shape).masked_fill(~given, low)
+            hidden = dropped_BLK[:, index, :total].repeat_interleave(times, 0)[:, None, None]
+            named["attention_mask"] = given.masked_fill(hidden, torch.finfo(given.dtype).min)
+            return (), named
+
+        return before
+
+    hooks = [
+        layer.register_forward_pre_hook(hook(i, layer), with_kwargs=True)
+        for i, layer in enumerate(anatomy.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def survivors(model: PreTrainedModel, inputs: Any, trace: tp.Trace, row: int) -> Tensor:
+    """Columns of a row that reach the last layer."""
+    visual = tp.visual_mask(model, inputs["input_ids"])[row]
+    alive = inputs["attention_mask"][row].bool() & ~visual
+    alive[visual.nonzero()[:, 0][trace.stages[-1].kept[row]]] = True
+    return alive.nonzero()[:, 0]
+
+
+def same_tokens_and_logits(ours: Any, theirs: Any) -> None:
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+# --------------------------------------------------------------------------------------- the checks
+
+
+def identity(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Keeping everything changes no bit."""
+    for side in ("left", "right"):
+        inputs = specimen.batch(model, side=side)
+        plain = forward(model, inputs).logits
+        with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen, 1.0)) as trace:
+            pruned = forward(model, inputs).logits
+        assert torch.equal(plain, pruned)
+        counts = tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
+        assert sum(counts) > 0
+        assert [[len(k) for k in stage.kept] for stage in trace.stages] == [counts] * 2
+
+
+def scores(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Attention rows are those of the model's own attention."""
+    inputs = specimen.batch(model)
+    (cut, *_), real = specimen.cuts, inputs["attention_mask"].bool()
+    plain = examine(model).decoder.config
+    before = plain._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**inputs, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation(before)
+    visual = tp.visual_mask(model, inputs["input_ids"])
+    for source, layer in (("next", cut), ("previous", cut - 1)):
+        strategy = tp.build_strategy("fastv", source=source)
+        with tp.prune(model, strategy, tp.Schedule.one_shot(cut, 0.5)) as trace:
+            forward(model, inputs)
+        for row, ours in enumerate(trace.stages[0].scores):
+            last = int(real[row].nonzero()[-1])
+            theirs = weights[layer][row, :, last].mean(0)[visual[row]]
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def drop_is_mask(specimen: Specimen, model: PreTrainedModel) -> None:
+    """A pruned forward is the unmodified model with masks."""
+    for side in ("left", "right"):
+        inputs = specimen.batch(model, side=side)
+        strategy = tp.build_strategy("pyramiddrop")
+        with tp.prune(model, strategy, schedule(specimen)) as trace:
+            pruned = forward(model, inputs).logits
+        assert all(stage.kept for stage in trace.stages)
+        with masked(model, inputs, trace):
+            reference = forward(model, inputs).logits
+        for row in range(len(pruned)):
+            columns = survivors(model, inputs, trace, row)
+            ours = pruned[row, -len(columns) :] if side == "left" else pruned[row, : len(columns)]
+            torch.testing.assert_close(ours, reference[row, columns], **CLOSE)
+
+
+def greedy(specimen: Specimen, model: PreTrainedModel) -> None:
+    """A pruned generation is the unmodified model's with masks."""
+    _generation(specimen, model)
+
+
+def sampling(specimen: Specimen, model: PreTrainedModel) -> None:
+    _generation(specimen, model, do_sample=True, num_return_sequences=2)
+
+
+def beams(specimen: Specimen, model: PreTrainedModel) -> None:
+    _generation(specimen, model, num_beams=3, num_return_sequences=2)
+
+
+def _generation(specimen: Specimen, model: PreTrainedModel, **options: Any) -> None:
+    inputs = specimen.batch(model)
+    with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen)) as trace:
+        forward(model, inputs)  # the trace of a batch that is not expanded
+        once = tp.Trace(stages=list(trace.stages))
+        torch.manual_seed(0)
+        got = generate(model, inputs, **options)
+    with masked(model, inputs, once):
+        torch.manual_seed(0)
+        expected = generate(model, inputs, **options)
+    same_tokens_and_logits(got, expected)
+
+
+def prompt_lookup(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Guesses taken back leave the cache right."""
+    inputs = specimen.batch(model, [(3, "image", 3, 3)])
+    ids = inputs["input_ids"]
+    ids[:, -3:] = ids[:, -6:-3]  # something to look up
+    with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen)):
+        plain = generate(model, inputs, max_new_tokens=8)
+        looked_up = generate(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain.sequences, looked_up.sequences)
+
+
+def static_cache(specimen: Specimen, model: PreTrainedModel) -> None:
+    """A cache of fixed size gives the same tokens."""
+    inputs = specimen.batch(model)
+    with tp.prune(model, ByPlace(), schedule(specimen)):
+        grows = generate(model, inputs)
+        fixed = generate(model, inputs, cache_implementation="static", disable_compile=True)
+    same_tokens_and_logits(fixed, grows)
+
+
+def batch_is_alone(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Each row of a padded batch gives what it gives alone."""
+    _rows_alone(specimen, model, "original")
+
+
+def renumbered(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Renumbered positions: rows alone, and a cache that makes no difference."""
+    _rows_alone(specimen, model, "renumbered")
+    _without_cache(specimen, model, "renumbered")
+
+
+def _rows_alone(specimen: Specimen, model: PreTrainedModel, positions: str) -> None:
+    prompts = [*PROMPTS, *(specimen.video_prompts if "video" in specimen.pictures else ())]
+    strategy = tp.build_strategy("uniform")
+    with tp.prune(model, strategy, schedule(specimen), positions=positions):
+        together = forward(model, specimen.batch(model, prompts)).logits
+        for row, prompt in enumerate(prompts):
+            alone = forward(model, specimen.batch(model, [prompt])).logits[0]
+            torch.testing.assert_close(together[row, -len(alone) :], alone, **CLOSE)
+
+
+def no_cache(specimen: Specimen, model: PreTrainedModel) -> None:
+    """A generation without a cache gives the same."""
+    _without_cache(specimen, model, "original")
+
+
+def _without_cache(specimen: Specimen, model: PreTrainedModel, positions: str) -> None:
+    inputs = specimen.batch(model)
+    with tp.prune(model, ByPlace(), schedule(specimen), positions=positions):
+        cached = generate(model, inputs)
+        plain = generate(model, inputs, use_cache=False)
+    same_tokens_and_logits(cached, plain)
+
+
+def training(specimen: Specimen, model: PreTrainedModel) -> None:
+    """Labels, with and without gradient checkpointing: one loss, the same gradients."""
+    inputs = specimen.batch(model)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-3] = -100
+    gradients = []
+    model.train()
+    try:
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.zero_grad()
+            with tp.prune(model, ByPlace(), schedule(specimen)) as trace:
+                loss = model(**inputs, labels=labels, use_cache=False).loss
+                loss.backward()
+            assert trace.stages
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    finally:
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
+        model.eval()
+    assert torch.isfinite(loss)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+FORWARD: dict[str, Callable[[Specimen, PreTrainedModel], None]] = {
+    check.__name__: check for check in (identity, scores, drop_is_mask, batch_is_alone, renumbered)
+}
+GENERATION: dict[str, Callable[[Specimen, PreTrainedModel], None]] = {
+    check.__name__: check
+    for check in (greedy, sampling, beams, prompt_lookup, static_cache, no_cache, training)
+}
+CHECKS = FORWARD | GENERATION
+
+
+def outcome(specimen: Specimen, model: PreTrainedModel, check: str) -> str:
+    """`exact`, or `refused: ...` where the engine says why not; an AssertionError otherwise."""
+    try:
+        CHECKS[check](specimen, model)
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        if not re.match(r"(prune|attach|schedule)\b.*: expected|.*expected .* got ", message):
+            raise
+        return f"refused: {message}"
+    return EXACT

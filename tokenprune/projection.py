@@ -1,0 +1,168 @@
+"""Queries and keys of a decoder layer, without running its attention.
+
+Two ways to the same tensors. `ordinary` repeats what LLaMA's layer does, for the asked rows alone.
+`captured` runs the layer's own code up to its attention kernel, for all rows, whatever it does on
+the way (norms in other places, partial rotation, latent projections). The first time that a layer
+is asked, both are run and compared; from then on it is the cheaper one, if it is right.
+
+Shape suffixes: B batch rows, T sequence positions, Q query rows, H query heads, G key heads,
+E head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tokenprune.tensors import take
+
+_CAPTURE = "tokenprune_capture"
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What attention weights are made of.
+
+    Attributes:
+        queries: (B, H, Q, E) of the asked rows, rotated.
+        keys: (B, G, T, E) of all tokens of the call, rotated.
+        scaling: Factor on the logits.
+        softcap: Logits are squeezed into (-softcap, softcap) by a tanh, if given.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scaling: float
+    softcap: float | None = None
+
+
+class _Captured(Exception):
+    """Carries queries and keys out of a layer."""
+
+
+def _capture(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> Any:
+    raise _Captured(
+        query, key, options.get("scaling"), options.get("softcap"), options.get("s_aux")
+    )
+
+
+AttentionInterface.register(_CAPTURE, _capture)
+
+#: Whether the ordinary way is right for a layer.
+_is_ordinary: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def project(
+    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+) -> Projected:
+    """Queries of the asked rows and keys of all, as the layer's own attention makes them.
+
+    Args:
+        layer: A decoder layer.
+        hidden: (B, T, D), what enters it.
+        rows_BQ: int64, asked rows.
+        named: The layer's other arguments.
+
+    Raises:
+        ValueError: If the layer's attention cannot be listened to.
+    """
+    if layer not in _is_ordinary:
+        whole = captured(layer, hidden, rows_BQ, named)
+        _is_ordinary[layer] = _agrees(layer, hidden, rows_BQ, named, whole)
+    if _is_ordinary[layer]:
+        return ordinary(layer, hidden, rows_BQ, named)
+    return captured(layer, hidden, rows_BQ, named)
+
+
+def ordinary(
+    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+) -> Projected:
+    """As in LLaMA: norm, linear maps, a norm per head where there is one, rotation.
+
+    Modules are called, never their weights read: sharded and offloaded weights are whole only so.
+    """
+    attention: Any = layer.self_attn
+    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+    width = attention.head_dim
+
+    def heads(projected: Tensor, norm: str) -> Tensor:  # (B, T, H * E) -> (B, H, T, E)
+        split = projected.view(*projected.shape[:-1], -1, width)
+        if getattr(attention, norm, None) is not None:
+            split = getattr(attention, norm)(split)
+        return split.transpose(1, 2)
+
+    queries = heads(attention.q_proj(take(normed, rows_BQ)), "q_norm")
+    keys = heads(attention.k_proj(normed), "k_norm")
+    if named.get("position_embeddings") is not None:
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        cos, sin = named["position_embeddings"]
+        _, keys = rotate(keys, keys, cos, sin)
+        queries, _ = rotate(queries, queries, take(cos, rows_BQ), take(sin, rows_BQ))
+    return Projected(queries, keys, getattr(attention, "scaling", width**-0.5))
+
+
+def captured(
+    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+) -> Projected:
+    """What the layer hands to its attention kernel, which is not run; nothing is cached."""
+    attention = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    if config is None:
+        raise _deaf(layer)
+    # Shallow copies: the model itself, which other threads may be running, stays as it is.
+    own_attention, own_layer = copy.copy(attention), copy.copy(layer)
+    own_attention.config = copy.copy(config)
+    own_attention.config._attn_implementation = _CAPTURE
+    own_layer._modules = {**layer._modules, "self_attn": own_attention}
+    arguments = {**named, "past_key_values": None, "use_cache": False}
+    try:
+        type(layer).forward(own_layer, hidden, **arguments)
+    except _Captured as heard:
+        queries, keys, scaling, softcap, sinks = heard.args
+    else:
+        raise _deaf(layer)
+    if sinks is not None:
+        raise ValueError(
+            f"prune: expected attention without sinks, got {type(attention).__name__}. "
+            "Choose a strategy that reads no attention."
+        )
+    scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
+    return Projected(take(queries, rows_BQ, dim=2), keys, scaling, softcap)
+
+
+def _agrees(
+    layer: nn.Module,
+    hidden: Tensor,
+    rows_BQ: Tensor,
+    named: Mapping[str, Any],
+    whole: Projected,
+) -> bool:
+    try:
+        ours = ordinary(layer, hidden, rows_BQ, named)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    if whole.softcap is not None or ours.scaling != whole.scaling:
+        return False
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        for a, b in ((ours.queries, whole.queries), (ours.keys, whole.keys))
+    )
+
+
+def _deaf(layer: nn.Module) -> ValueError:
+    return ValueError(
+        f"prune: expected an attention module that calls transformers' AttentionInterface, got "
+        f"{type(getattr(layer, 'self_attn', layer)).__name__}. Choose a strategy that reads no "
+        "attention, or give the family a `project` of its own with register_adapter."
+    )
