@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import tokenprune as tp
+from tokenprune.adapters import Anatomy
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -82,8 +83,9 @@ def test_a_masked_one_token_turn_is_no_token() -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_layers_are_not_handed_gapped_position_ids() -> None:
-    """Flash attention would take the gaps for several packed sequences."""
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_flash_attention_is_not_handed_gapped_position_ids(attention, monkeypatch) -> None:
+    """It would take the gaps for several packed sequences; others get the survivors' own."""
     model = build("llava")
     seen = {}
     for index, layer in enumerate(model.get_decoder().layers):
@@ -91,10 +93,15 @@ def test_layers_are_not_handed_gapped_position_ids() -> None:
             lambda module, args, kwargs, index=index: seen.update({index: kwargs["position_ids"]}),
             with_kwargs=True,
         )
-    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):
-        model(**batch(model, ROWS))
+    monkeypatch.setattr(Anatomy, "attention", attention)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**batch(model, ROWS[:1]))
     assert seen[0] is not None
-    assert all(seen[index] is None for index in range(1, NUM_LAYERS))
+    for index in range(1, NUM_LAYERS):
+        if attention == "sdpa":
+            assert seen[index].shape == (1, trace.lengths[index])
+        else:
+            assert seen[index] is None
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -174,8 +181,8 @@ def test_a_cache_cropped_into_the_prompt_is_refused() -> None:
         cache.crop(-1)
         again = model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         assert torch.equal(step.logits, again.logits)
-        cache.crop(-3)
-        with pytest.raises(ValueError, match="expected a cache cropped by at most 1 columns"):
+        cache.crop(-7)
+        with pytest.raises(ValueError, match="expected a cache cropped by text after the pruned"):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
@@ -199,14 +206,17 @@ def test_a_later_turn_chooses_by_attention_to_everything_before() -> None:
 # --------------------------------------------------------------------------------- what is refused
 
 
-def test_sliding_windows_are_refused() -> None:
+def test_conversations_beyond_a_sliding_window_are_refused() -> None:
     sizes = {k: v for k, v in text_config().to_dict().items() if k in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "num_key_value_heads")}  # fmt: skip
-    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
-    with pytest.raises(ValueError, match=r"expected layers with full attention, got sliding_att"):
-        tp.attach(model, PDROP, SCHEDULE)
-    tp.attach(MistralForCausalLM(MistralConfig(**sizes, sliding_window=None)), PDROP, SCHEDULE)
+    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=24)).eval()
+    prompt, visual = torch.arange(1, 23)[None], torch.zeros(1, 22, dtype=torch.bool)
+    visual[:, 2:18] = True
+    with tp.prune(model, PDROP, SCHEDULE, visual_mask=visual):
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+        with pytest.raises(ValueError, match=r"expected at most 24 tokens, because layers of Mist"):
+            model.generate(prompt, max_new_tokens=4, do_sample=False)
 
 
 def test_select_must_respect_keep() -> None:

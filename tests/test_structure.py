@@ -20,9 +20,13 @@ CORE = {
     "strategy": {"tensors"},
     "levels": {"tensors"},
     "record": {"levels", "tensors"},
-    "adapters": {"tensors"},
+    "masks": set(),
+    "projection": {"tensors"},
+    "adapters": {"projection", "tensors"},
     "published": {"schedule", "strategy"},
-    "engine": {"adapters", "levels", "record", "schedule", "strategy", "tensors", "trace"},
+    "engine": {
+        *("adapters", "levels", "masks", "record", "schedule", "strategy", "tensors", "trace")
+    },
 }
 
 

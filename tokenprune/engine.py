@@ -268,7 +268,7 @@ class Handle:
         tokens = named["input_ids"] if embeds is None else embeds
         run = self._thread.run = self._plan(call, inputs, tokens)
         if run.record is not None:
-            named["past_key_values"] = records.unpruned(run.cache)
+            named["past_key_values"] = records.unpruned(run.cache, run.record)
         return rest, named
 
     def _plan(self, call: _Call, inputs: dict[str, Any], tokens: Tensor) -> _Pass:
@@ -475,7 +475,7 @@ class Handle:
                     self._cut(run, number, module, hidden, named)
                 index_BN = run.levels[number].index
                 hidden = hidden if index_BN is None else take(hidden, index_BN)
-            self._replace_side_tensors(run, number, hidden, named)
+            self._replace_side_tensors(run, number, module, hidden, named)
             if cuts_next and run.prunes and len(run.levels) == number + 1:
                 for request in ahead:
                     run.rows[index + 1, request] = self._attend(
@@ -591,7 +591,7 @@ class Handle:
             if (layer, request) not in run.rows:
                 assert request.source == "next", "rows of the previous layer are computed in it"
                 before_cut = dict(named)
-                self._replace_side_tensors(run, number - 1, hidden, before_cut)
+                self._replace_side_tensors(run, number - 1, module, hidden, before_cut)
                 run.rows[layer, request] = self._attend(
                     run, number - 1, module, hidden, before_cut, request, layer
                 )
@@ -677,7 +677,7 @@ class Handle:
     # -- side tensors ----------------------------------------------------------------------------
 
     def _replace_side_tensors(
-        self, run: _Pass, number: int, hidden: Tensor, named: dict[str, Any]
+        self, run: _Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
     ) -> None:
         """Puts the layer's other arguments in place of those of tokens that are gone."""
         level = run.levels[number]
@@ -706,15 +706,18 @@ class Handle:
             named["position_ids"] = None if gaps and "position_embeddings" in named else given
         if cut:
             length = run.levels[0].columns.shape[1]
-            for name, dim in self._token_arguments(named, length).items():
+            for name, dim in self._token_arguments(module, named, length).items():
                 named[name] = self._once(
                     level, name, named[name], lambda value, dim=dim: take(value, index, dim=dim)
                 )
 
-    def _token_arguments(self, named: Mapping[str, Any], length: int) -> dict[str, int]:
+    def _token_arguments(
+        self, module: nn.Module, named: Mapping[str, Any], length: int
+    ) -> dict[str, int]:
         """The layer's arguments with an entry per token, and in which dimension."""
         known = self._anatomy.adapter.token_arguments
-        for name, value in named.items():
+        for name in self._parameters[module]:  # others pass through unread
+            value = named.get(name)
             if name in _OWN_ARGUMENTS or name in known or not isinstance(value, Tensor):
                 continue
             if length > 1 and length in value.shape:
@@ -745,8 +748,8 @@ class Handle:
             return known if padded else None  # keeps the fast kernel
         given = masks.dense(mask, num_rows)
         fixed = getattr(run.cache, "is_compileable", False)  # then it shows entries not yet filled
-        plain = not padded and not fixed and attention == "sdpa"
-        if plain and (length == 1 or (given is None and before == 0)):
+        plain = not padded and given is None and attention == "sdpa"
+        if plain and (before == 0 or (length == 1 and not fixed)):
             return None  # keeps the fast kernel
         if given is None:
             order = torch.arange(length, device=level.columns.device).expand(num_rows, -1)
@@ -759,7 +762,9 @@ class Handle:
         if padded:
             known = known_keys(level.columns, level.real, before, held_real)
             allowed = hide_pads(allowed, known, level.real)
-        size = given.shape[-1] if fixed and given is not None else 0
+        size = 0
+        if fixed:
+            size = run.cache.layers[0].max_cache_len if given is None else given.shape[-1]
         return masks.form(allowed, attention, dtype, size)
 
     # -- the decoder: a pass ends ----------------------------------------------------------------

@@ -113,8 +113,9 @@ def _cropped(held: Sequence[Held], dropped: int, num_columns: int) -> list[Held]
     return [new[id(one)] for one in held]
 
 
-def unpruned(cache: Any) -> Any:
+def unpruned(cache: Any, record: Record) -> Any:
     """The same cache, but as long as the conversation, for who sizes masks and positions by it."""
+    setattr(cache, _ATTRIBUTE, record)
     view = object.__new__(_unpruned_class(type(cache)))
     view.__dict__ = cache.__dict__
     return view

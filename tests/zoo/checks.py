@@ -49,9 +49,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> 
     # A random model would say its own placeholders, and then be asked for their images.
     special = list(range(TEXT, VOCABULARY))
     options = {"do_sample": False, "max_new_tokens": STEPS, "suppress_tokens": special} | options
-    return model.generate(
-        **inputs, **options, return_dict_in_generate=True, output_logits=True
-    )
+    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 
 
 @contextmanager
