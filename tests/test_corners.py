@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import tokenprune as tp
+from tokenprune import projection
 from tokenprune.adapters import Anatomy
+from tokenprune.tensors import to_device
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -173,16 +176,21 @@ def test_a_cache_is_continued_the_way_it_began() -> None:
             model(**step, past_key_values=cache)
 
 
-def test_a_cache_cropped_into_the_prompt_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [(Frozen(), "cropped by text after the pruned"), (PDROP, "keeps the token whose attention")],
+    ids=["Frozen", "PyramidDrop"],
+)
+def test_a_cache_cropped_into_the_prompt_is_refused(strategy, reason) -> None:
     model = build("llava")
-    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):
+    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE):
         cache = model(**batch(model, ROWS[:1]), use_cache=True).past_key_values
         step = model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         cache.crop(-1)
         again = model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         assert torch.equal(step.logits, again.logits)
         cache.crop(-7)
-        with pytest.raises(ValueError, match="expected a cache cropped by text after the pruned"):
+        with pytest.raises(ValueError, match=f"expected a cache (that )?{reason}"):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
@@ -215,7 +223,9 @@ def test_conversations_beyond_a_sliding_window_are_refused() -> None:
     visual[:, 2:18] = True
     with tp.prune(model, PDROP, SCHEDULE, visual_mask=visual):
         model.generate(prompt, max_new_tokens=2, do_sample=False)
-        with pytest.raises(ValueError, match=r"expected at most 24 tokens, because layers of Mist"):
+        with pytest.raises(
+            ValueError, match=r"expected at most 24 tokens, up to which every layer of Mist"
+        ):
             model.generate(prompt, max_new_tokens=4, do_sample=False)
 
 
@@ -396,3 +406,52 @@ def test_a_bare_decoder() -> None:
             model.model(**inputs)
     for ours, theirs in zip(bare.stages, whole.stages, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.kept, theirs.kept, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- devices
+
+
+class Spread:
+    """Puts layers on another device as accelerate does: their forward moves what it is given.
+
+    The meta device has no values: it shows that all tensors of an operation are on one device.
+    """
+
+    def __init__(self, layer: nn.Module, device: str) -> None:
+        self.execution_device = device
+        self.forward = layer.forward
+        layer.to(device)
+        layer._hf_hook = self
+        layer.forward = functools.wraps(layer.forward)(self)
+
+    def __call__(self, *args, **kwargs):
+        def move(value):
+            return to_device(value, torch.device(self.execution_device))
+
+        return self.forward(*map(move, args), **{k: move(v) for k, v in kwargs.items()})
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("policy", ["original", "renumbered"])
+@pytest.mark.parametrize("name", ["uniform", "pyramiddrop", "fastv"])
+def test_side_tensors_follow_the_layers_of_a_model_spread_over_devices(
+    name, policy, attention, monkeypatch
+) -> None:
+    monkeypatch.setattr(projection, "_agrees", lambda *args: True)  # compares values
+    model = build("llava", attention)
+    decoder = model.get_decoder()
+    for layer in decoder.layers[2:]:
+        Spread(layer, "meta")
+    decoder.norm.to("meta")
+    model.lm_head.to("meta")
+    inputs = batch(model, ROWS)
+    step = {"input_ids": torch.full((len(ROWS), 1), 7)}
+    step["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad(), tp.prune(model, tp.build_strategy(name), SCHEDULE, policy) as trace:
+        output = model(**inputs, use_cache=True)
+        lengths = trace.lengths.clone()
+        again = model(**step, past_key_values=output.past_key_values)
+    assert output.logits.shape[1] == lengths[-1].max()
+    assert again.logits.shape[1] == 1
+    held = [output.past_key_values.get_seq_length(layer) for layer in range(NUM_LAYERS)]
+    assert held == (lengths.max(1).values + 1).tolist()

@@ -90,7 +90,11 @@ def _layout_llava_next(
 
     tile = config.vision_config.image_size
     side = tile // config.vision_config.patch_size
-    mosaics: list[tuple[int, int]] = []
+    images: list[list[Places]] = []
+
+    def add(rows: int, columns: int) -> None:
+        images.append([_grid(0, 0, side, side), _grid(0, 1, rows, columns + 1)])
+
     if inputs.get("image_sizes") is not None:
         for height, width in inputs["image_sizes"].tolist():
             tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
@@ -99,16 +103,14 @@ def _layout_llava_next(
                 rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
             else:
                 columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
-            mosaics.append((rows, columns))
+            add(rows, columns)
     else:
         for length in inputs.get("image_lengths", ()):
             fitting = _mosaics_of_length(config, length - side * side)
-            if len(fitting) != 1:
-                return None
-            mosaics += fitting
-    images = [
-        [_grid(0, 0, side, side), _grid(0, 1, rows, columns + 1)] for rows, columns in mosaics
-    ]
+            if len(fitting) == 1:
+                add(*fitting.pop())
+            else:
+                images.append([torch.full((length, 4), -1)])  # two shapes of that length
     return _number_images(images, num_visual)
 
 
@@ -146,17 +148,50 @@ _CROSS = (
     "its decoder reads the image through cross-attention, so no visual tokens sit in the decoder's "
     "stream"
 )
+_ENCODER = (
+    "its visual tokens sit in an encoder, whose output every decoder layer reads, so none sit in "
+    "the decoder's stream"
+)
 _ADAPTERS: dict[str, Adapter] = {
+    "ernie4_5_vl_moe": Adapter(token_arguments={"moe_mm_token_type_ids": 1}),
     "llava": Adapter(layout=_layout_llava),
     "llava_next": Adapter(layout=_layout_llava_next),
+    "vipllava": Adapter(layout=_layout_llava),
+    "deepseek_vl": Adapter(layout=_layout_llava),
+    "deepseek_vl_hybrid": Adapter(layout=_layout_llava),
+    "janus": Adapter(layout=_layout_llava),
     "gemma4": Adapter(token_arguments={"per_layer_input": 1}),
     "cohere_compass": Adapter(first_layer=1),  # as models with mrope_section: see first_layer()
+    "kosmos-2": Adapter(decoder="text_model.model"),
+    "kosmos-2.5": Adapter(decoder="text_model.model"),
     "llama4": Adapter(decoder="language_model.model"),
     "mllama": Adapter(refusal=_CROSS),
     "blip": Adapter(refusal=_CROSS),
     "florence2": Adapter(refusal=_CROSS),
     "pix2struct": Adapter(refusal=_CROSS),
     "vision-encoder-decoder": Adapter(refusal=_CROSS),
+    "idefics": Adapter(refusal=_CROSS),
+    "pp_formulanet": Adapter(refusal=_CROSS),
+    "t5gemma2": Adapter(refusal=_ENCODER),
+    "udop": Adapter(refusal=_ENCODER),
+    "evolla": Adapter(
+        refusal="its decoder reads a protein through cross-attention, and sees no images"
+    ),
+    "gemma3n": Adapter(
+        refusal="its layers hand on several streams side by side, and the last ones read the keys "
+        "of earlier ones"
+    ),
+    "git": Adapter(
+        refusal="it puts them before the prompt itself, where no placeholder shows them"
+    ),
+    "pi0": Adapter(
+        refusal="its action expert reads the keys of every layer of the language model, under one "
+        "mask for all layers"
+    ),
+    "diffusion_gemma": Adapter(
+        refusal="its decoder writes blocks of text by diffusion, and reads the keys of every layer "
+        "of an encoder, under one mask for all layers"
+    ),
 }
 
 
@@ -220,10 +255,16 @@ def examine(model: nn.Module) -> Anatomy:
     adapter = _ADAPTERS.get(config.model_type, ORDINARY)
     if adapter.refusal:
         raise ValueError(
-            f"prune: expected visual tokens in the decoder's stream, got {name} "
-            f"({config.model_type}): {adapter.refusal}. Choose another model."
+            "prune: expected visual tokens in the decoder's stream that can be taken out of it, "
+            f"got {name} ({config.model_type}): {adapter.refusal}. Choose another model."
         )
+    text_config = config.get_text_config(decoder=True)
+    _check_kinds(config, text_config)
     decoder = inner.get_submodule(adapter.decoder) if adapter.decoder else inner.get_decoder()
+    while not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):  # a head around it
+        if (below := decoder.get_decoder()) is decoder:
+            break
+        decoder = below
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):
         raise ValueError(
@@ -236,7 +277,6 @@ def examine(model: nn.Module) -> Anatomy:
     for part in path.split(".")[:-1] if path else []:
         entries.append(getattr(entries[-1], part))
     ids = {getattr(config, key, None) for key in adapter.placeholder_ids}
-    text_config = config.get_text_config(decoder=True)
     return Anatomy(
         entries=tuple(entries) if path else (),
         decoder=decoder,
@@ -250,42 +290,62 @@ def examine(model: nn.Module) -> Anatomy:
 
 #: Layers that attend to everything as long as the conversation fits into this entry of the config.
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+#: Why other layers cannot be pruned; those that are not named here keep a state of what they saw.
+_KINDS = {
+    "indexed_attention": "It picks the keys that it reads by an index with a cache of its own",
+    "reference_sliding_attention": "Its cache keeps the prompt apart from a window on the answer",
+}
+
+
+def _check_kinds(config: Any, text_config: Any) -> None:
+    """Refuses layers that mix tokens in another way than by attention to keys of their own."""
+    model = type(config).__name__.removesuffix("Config")
+    if shared := getattr(text_config, "num_kv_shared_layers", 0):
+        raise ValueError(
+            f"prune: expected layers with keys of their own, got {shared} layers of {model} that "
+            "read the keys of an earlier one, where tokens may be that a cut has dropped since: "
+            "choose another model."
+        )
+    for index, kind in enumerate(getattr(text_config, "layer_types", None) or []):
+        if kind in _WINDOWS or kind == "full_attention":
+            continue
+        reason = _KINDS.get(kind, "A token that it has seen cannot be taken back")
+        raise ValueError(
+            f"prune: expected layers that mix tokens by attention alone, got {kind} in layer "
+            f"{index} of {model}. {reason}: choose another model."
+        )
 
 
 def window(anatomy: Anatomy) -> int | None:
-    """Columns up to which every layer attends to all that came before; None if there is no limit.
-
-    Raises:
-        ValueError: If a layer mixes tokens in another way than by attention to all of them.
-    """
-    text, model = anatomy.text_config, type(anatomy.config).__name__.removesuffix("Config")
-    kinds = list(getattr(text, "layer_types", None) or [])
+    """Columns up to which every layer attends to all that came before; None if without limit."""
+    text = anatomy.text_config
+    kinds = set(getattr(text, "layer_types", None) or [])
     if not kinds and getattr(text, "sliding_window", None):
-        kinds = ["sliding_attention"]
-    limits = []
-    for index, kind in enumerate(kinds):
-        if kind in _WINDOWS:
-            limits.append(getattr(text, _WINDOWS[kind]))
-        elif kind != "full_attention":
-            raise ValueError(
-                f"prune: expected layers that mix tokens by attention alone, got {kind} in layer "
-                f"{index} of {model}. A token that it has seen cannot be taken back: choose "
-                "another model."
-            )
+        kinds = {"sliding_attention"}
+    limits = [getattr(text, _WINDOWS[kind]) for kind in kinds if kind in _WINDOWS]
+    if getattr(text, "attn_temperature_tuning", False):
+        # From there on, layers scale their queries by how many tokens they hold.
+        limits.append(text.floor_scale - 1)
     return min((limit for limit in limits if limit), default=None)
 
 
-def first_layer(anatomy: Anatomy) -> int:
-    """First decoder layer before which tokens of this model can be pruned."""
-    rope = getattr(anatomy.text_config, "rope_parameters", None) or {}
-    # Such a model counts the positions of later turns from what its first layer holds.
-    counts_from_first = "mrope_section" in rope
-    return max(anatomy.adapter.first_layer, int(counts_from_first))
+def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
+    """Where a layer runs: models spread over devices move what a layer is given only inside it."""
+    hook = getattr(layer, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is not None:
+        device = hook.execution_device  # type: ignore[union-attr]
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    own = next((parameter.device for parameter in layer.parameters()), hidden.device)
+    return hidden.device if own.type == "meta" else own
 
 
 def layers_that_add_features(inputs: Mapping[str, Any]) -> int:
-    """Layers after which a call adds visual features: none of them may come after a cut."""
-    return len(inputs.get("deepstack_visual_embeds") or ())
+    """First layer at which a cut comes after all visual features that a call adds.
+
+    Those of a list are added after the first layers, those of a dict before the layers it names.
+    """
+    before: Mapping[int, Any] = inputs.get("deepstack_features") or {}
+    return max(len(inputs.get("deepstack_visual_embeds") or ()), *before, 0)
 
 
 def shows_images(inputs: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -34,9 +34,9 @@ from tokenprune import masks
 from tokenprune import record as records
 from tokenprune.adapters import (
     Anatomy,
+    device_of,
     examine,
     facts,
-    first_layer,
     layers_that_add_features,
     mark_visual,
     places,
@@ -46,7 +46,15 @@ from tokenprune.adapters import (
 from tokenprune.levels import Level
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
-from tokenprune.tensors import ascending, attention_rows, causal, hide_pads, known_keys, take
+from tokenprune.tensors import (
+    ascending,
+    attention_rows,
+    causal,
+    hide_pads,
+    known_keys,
+    take,
+    to_device,
+)
 from tokenprune.trace import Trace, TracedStage
 
 POSITIONS = ("original", "renumbered")
@@ -65,12 +73,14 @@ class _Call:
     Attributes:
         inputs: Arguments by name.
         open: Modules entered and not yet left.
+        cache: The cache, while the modules are shown an unpruned view of it.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
+    cache: Any = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
 
 
@@ -86,12 +96,14 @@ class _Pass:
         levels: Level 0, and one more per cut done.
         prunes: Whether there are visual tokens and cuts.
         max_queries: Largest number of `"last"` query rows in a batch row.
+        last_query: Column of the token whose attention chooses, if one does; else -1.
         budgets: Per cut, tokens that each row may keep.
         budgets_SB: The same, int64 (S, B), on the device.
         places: Finds the places of the visual tokens.
         rows: Attention computed for a cut, by the cut's layer and request.
         rotations: What the rotary modules gave, and how to get it for other positions.
         stages: The trace of the cuts done.
+        copies: Levels on other devices than where they were made, for models spread over several.
     """
 
     call: _Call
@@ -101,12 +113,14 @@ class _Pass:
     levels: list[Level]
     prunes: bool
     max_queries: int
+    last_query: int
     budgets: list[list[int]]
     budgets_SB: Tensor | None
     places: Callable[[], list[Tensor]]
     rows: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
     rotations: list[tuple[Any, Callable[[Tensor, Tensor], Any]]] = field(default_factory=list)
     stages: list[TracedStage] = field(default_factory=list)
+    copies: dict[tuple[int, torch.device], Level] = field(default_factory=dict)
 
     @property
     def offset(self) -> int:
@@ -118,6 +132,15 @@ class _Pass:
         if self.record is None:
             return 0, None
         return self.record.length(level), self.record.real(level)
+
+    def at(self, level: int, device: torch.device) -> Level:
+        """A level, with its tensors on the device of the layer that runs."""
+        made = self.levels[level]
+        if made.columns.device == device:
+            return made
+        if (level, device) not in self.copies:
+            self.copies[level, device] = made.on(device)
+        return self.copies[level, device]
 
 
 #: Decoders that are pruned now.
@@ -153,6 +176,7 @@ class Handle:
         #: Level that each layer runs on.
         self._level_of = [sum(c <= i for c in self._cuts) for i in range(len(anatomy.layers))]
         self._requests = strategy.attention_rows()
+        self._asks_last = any(request.queries == "last" for request in self._requests)
         self._thread = threading.local()
         # A layer recomputed by gradient checkpointing finds its pass by the tensors handed to it.
         self._passes = WeakTensorKeyDictionary()
@@ -219,12 +243,31 @@ class Handle:
         call.open.append(module)
         rest, named = self._named(module, args, kwargs)
         _merge(call.inputs, named, call.late_labels)
-        takes_mask = named.pop("visual_mask", None) is not None
+        changed = named.pop("visual_mask", None) is not None
+        changed |= self._show_unpruned(call, named)
         labels = named.get("labels")
         if labels is not None and self._cuts:
             self._promise_labels(call, module, named, labels)
-            return rest, named
-        return (rest, named) if takes_mask else None
+            changed = True
+        return (rest, named) if changed else None
+
+    def _show_unpruned(self, call: _Call, named: dict[str, Any]) -> bool:
+        """Lets a module above the decoder see a pruned cache as long as the conversation."""
+        past = named.get("past_key_values")
+        if not records.has_record(past):
+            return False
+        tokens = named.get("inputs_embeds")
+        tokens = named["input_ids"] if tokens is None else tokens
+        record = self._read(past, tokens, named.get("attention_mask"))
+        if record is None:
+            return False
+        call.cache, named["past_key_values"] = past, records.unpruned(past, record)
+        return True
+
+    def _read(self, past: Any, tokens: Tensor, mask: Any) -> records.Record | None:
+        padding = masks.padding(mask, past)
+        num_layers = len(self._anatomy.layers)
+        return records.read(past, self._policy, num_layers, tokens.shape[0], padding)
 
     def _promise_labels(
         self, call: _Call, module: nn.Module, named: dict[str, Any], labels: Tensor
@@ -247,10 +290,12 @@ class Handle:
         if call is None:
             return None
         call.open.pop()
+        if call.cache is not None and output is not None:
+            output = _with_cache(output, call.cache)
         if not call.open:
             self._thread.call = None
         if not (self._supervised and call.late_labels and isinstance(output, Mapping)):
-            return None
+            return output
         return type(output)(**{key: output[key] for key in output if key != "logits"})
 
     def _open_call(self) -> _Call | None:
@@ -275,13 +320,14 @@ class Handle:
         num_rows, length = tokens.shape[:2]
         device = tokens.device
         past = inputs.get("past_key_values")
+        past = call.cache if records.is_unpruned(past) else past
         padding = masks.padding(inputs.get("attention_mask"), past)
-        record = records.read(past, self._policy, len(self._anatomy.layers), num_rows, padding)
+        record = self._read(past, tokens, inputs.get("attention_mask"))
         offset = 0 if record is None else record.num_columns
         if self._window is not None and self._cuts and offset + length > self._window:
             raise ValueError(
-                f"prune: expected at most {self._window} tokens, because layers of "
-                f"{type(self._anatomy.config).__name__} attend to a window of that size, got "
+                f"prune: expected at most {self._window} tokens, up to which every layer of "
+                f"{type(self._anatomy.config).__name__} attends to all of them alike, got "
                 f"{offset + length}. Shorten the prompt or the answer."
             )
         visual = self._find_visual(inputs, num_rows, length, offset)
@@ -293,7 +339,8 @@ class Handle:
         blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
         labels = self._labels(inputs, device)
         to_keep = inputs.get("logits_to_keep")
-        asks = blank if visual is None else self._asking(blank, real, labels, to_keep)
+        guesses = to_keep - 1 if isinstance(to_keep, int) and to_keep > 1 else 0
+        asks = blank if visual is None else self._asking(blank, real, labels, guesses)
         per_row = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
         if visual is not None or real is not None:
             ones = torch.ones_like(blank)
@@ -347,6 +394,7 @@ class Handle:
             levels=[level],
             prunes=prunes,
             max_queries=max(num_asking),
+            last_query=offset + length - 1 - guesses if self._asks_last and prunes else -1,
             budgets=budgets,
             budgets_SB=None if counts_SB is None else counts_SB[1:],
             places=cache(self._place_finder(inputs, visual, num_visual)),
@@ -373,9 +421,9 @@ class Handle:
             return None
         if not self._anatomy.visual_ids:
             raise ValueError(
-                f"prune: expected visual_mask, because {type(self._anatomy.config).__name__} names "
-                "no placeholder ids for visual tokens. Pass it to prune or to the call, bool "
-                "(B, T)."
+                "prune: expected visual_mask, bool (B, T), or placeholder ids of visual tokens in "
+                f"the config, got neither for {type(self._anatomy.config).__name__}. Pass the mask "
+                "to prune or to the call."
             )
         ids = inputs.get("input_ids")
         if ids is None:
@@ -393,16 +441,13 @@ class Handle:
         return None if labels is None else cast(Tensor, labels.to(device))
 
     @staticmethod
-    def _asking(
-        blank: Tensor, real: Tensor | None, labels: Tensor | None, to_keep: int | Tensor | None
-    ) -> Tensor:
+    def _asking(blank: Tensor, real: Tensor | None, labels: Tensor | None, guesses: int) -> Tensor:
         """The `"last"` query rows, bool (B, T).
 
         Assisted decoding puts guesses after the prompt, and asks for logits from its last token on.
         """
         known = torch.ones_like(blank) if real is None else real
         if labels is None:
-            guesses = to_keep - 1 if isinstance(to_keep, int) and to_keep > 1 else 0
             order = torch.arange(1, blank.shape[1] + 1, device=blank.device)
             last = (known * order).argmax(1, keepdim=True)
             return order - 1 == (last - guesses).clamp_min(0)
@@ -468,12 +513,14 @@ class Handle:
                 run.cache = named.get("past_key_values", run.cache)
             elif "past_key_values" in named:
                 named["past_key_values"] = run.cache
+            device = device_of(module, hidden)
+            hidden = to_device(hidden, device)
             if run.levels[0].positions is None and (run.prunes or self._renumber):
                 self._set_positions(run, named)
             if cuts_here:
                 if len(run.levels) == number:
                     self._cut(run, number, module, hidden, named)
-                index_BN = run.levels[number].index
+                index_BN = run.at(number, device).index
                 hidden = hidden if index_BN is None else take(hidden, index_BN)
             self._replace_side_tensors(run, number, module, hidden, named)
             if cuts_next and run.prunes and len(run.levels) == number + 1:
@@ -502,7 +549,8 @@ class Handle:
         given = level.columns if given is None else given
         given = given[0] if given.dim() > 2 else given
         # A clone: a view would keep alive the tensor by which a recomputed layer finds its pass.
-        level.positions = given.expand(level.columns.shape).clone()
+        given = given.expand(level.columns.shape).to(level.columns.device)
+        level.positions = given.clone()
 
     def _rotated(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Notes how to get a rotary module's output for other positions."""
@@ -527,21 +575,25 @@ class Handle:
         self, run: _Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
     ) -> None:
         """Adds the level after cut `number`: asks the strategy, keeps what it chose."""
-        level = run.levels[-1]
-        new = level.unchanged()
+        level, device = run.at(number - 1, hidden.device), hidden.device
+        new = run.levels[-1].unchanged()
         if run.prunes:
             assert run.budgets_SB is not None
             seats_BV, valid_BV = level.seats()
             view = self._view(run, number, module, hidden, named, seats_BV, valid_BV)
             with torch.no_grad():
-                selection = self._strategy.select(view, run.budgets_SB[number - 1])
+                keep_B = to_device(run.budgets_SB[number - 1], device)
+                selection = self._strategy.select(view, keep_B)
             kept_BV, num_kept = self._checked(selection, valid_BV, level, run.budgets[number - 1])
             run.stages.append(_traced(view.layer, selection, kept_BV, num_kept, level, seats_BV))
-            new = level.after(kept_BV, num_kept, kept_BV.sum(1))
-        run.levels.append(new)
+            if num_kept != level.num_visual:
+                new = level.after(kept_BV, num_kept, kept_BV.sum(1))
         if self._renumber:
             shift = None if run.record is None else run.record.held[number].shift
-            new.renumber(run.levels[0], shift, continues=run.record is not None)
+            new = new.on(device)
+            shift = to_device(shift, device)
+            new.renumber(run.at(0, device), shift, continues=run.record is not None)
+        run.levels.append(new)
 
     def _checked(
         self, selection: Selection, valid_BV: Tensor, level: Level, budget: list[int]
@@ -578,7 +630,8 @@ class Handle:
         seats_BV: Tensor,
         valid_BV: Tensor,
     ) -> TokenView:
-        level, layer, device = run.levels[number - 1], self._cuts[number - 1], hidden.device
+        layer, device = self._cuts[number - 1], hidden.device
+        level = run.at(number - 1, device)
         assert level.positions is not None
         assert run.budgets_SB is not None
 
@@ -595,7 +648,7 @@ class Handle:
                 run.rows[layer, request] = self._attend(
                     run, number - 1, module, hidden, before_cut, request, layer
                 )
-            return run.rows[layer, request]
+            return cast(Tensor, to_device(run.rows[layer, request], device))
 
         def find_places() -> Tensor:
             table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
@@ -608,7 +661,7 @@ class Handle:
             layer=layer,
             num_layers=len(self._anatomy.layers),
             valid=valid_BV,
-            num_original=run.levels[0].alive,
+            num_original=run.at(0, device).alive,
             positions=take(level.positions, seats_BV),
             _hidden=lambda: take(hidden, seats_BV).detach(),
             _places=find_places,
@@ -628,7 +681,7 @@ class Handle:
         layer: int,
     ) -> Tensor:
         """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows."""
-        level = run.levels[number]
+        level = run.at(number, hidden.device)
         num_rows, length = level.columns.shape
         if request.queries == "all":
             weights = level.queries.new_ones(1).expand(num_rows, length)
@@ -639,13 +692,22 @@ class Handle:
             weights = level.queries
             rows_BQ = ascending(weights > 0, run.max_queries, left=False)
         weights_BQ = take(weights, rows_BQ)
+        named = {name: to_device(value, hidden.device) for name, value in named.items()}
         projected = self._anatomy.adapter.project(module, hidden, rows_BQ, named)
         keys = projected.keys
         mask = named.get("attention_mask")
         holding = self._level_of[layer]  # at a cut, the layer's cache is one level further
         before, held_real = run.held(holding)
+        held_real = to_device(held_real, hidden.device)
         if before:
             held = run.cache.layers[layer].keys[:, :, :before]
+            if held.shape[1:] != (keys.shape[1], before, keys.shape[3]):
+                raise ValueError(
+                    "prune: expected a cache of keys as they are attended to, for attention in a "
+                    f"later turn, got {type(run.cache.layers[layer]).__name__} with entries of "
+                    f"shape {tuple(held.shape)}. Choose another cache, or a strategy that reads no "
+                    "attention."
+                )
             keys = torch.cat([held.to(keys.dtype), keys], 2)
             mask = mask if holding == number else None
         known = None
@@ -680,14 +742,14 @@ class Handle:
         self, run: _Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
     ) -> None:
         """Puts the layer's other arguments in place of those of tokens that are gone."""
-        level = run.levels[number]
-        cut = level.columns is not run.levels[0].columns
+        level = run.at(number, hidden.device)
+        cut = run.levels[number].columns is not run.levels[0].columns
         if cut or (run.record is not None and run.record.differs(number)):
             named["attention_mask"] = self._once(
                 level,
                 "attention_mask",
                 named.get("attention_mask"),
-                lambda mask: self._mask(run, number, mask, hidden.dtype),
+                lambda mask: self._mask(run, number, mask, hidden),
             )
         if not cut and level.moved is None:
             return
@@ -707,9 +769,8 @@ class Handle:
         if cut:
             length = run.levels[0].columns.shape[1]
             for name, dim in self._token_arguments(module, named, length).items():
-                named[name] = self._once(
-                    level, name, named[name], lambda value, dim=dim: take(value, index, dim=dim)
-                )
+                value = to_device(named[name], hidden.device)
+                named[name] = self._once(level, name, value, partial(take, index_BN=index, dim=dim))
 
     def _token_arguments(
         self, module: nn.Module, named: Mapping[str, Any], length: int
@@ -733,20 +794,22 @@ class Handle:
         """A side tensor is made once per level, for every layer that was handed the same one."""
         key = (name, id(original[0] if isinstance(original, tuple) else original))
         if key not in level.side:
-            level.side[key] = make(original)
-        return level.side[key]
+            # The original is kept, too: another one could get its identity.
+            level.side[key] = (original, make(original))
+        return level.side[key][1]
 
-    def _mask(self, run: _Pass, number: int, mask: Any, dtype: torch.dtype) -> Any:
+    def _mask(self, run: _Pass, number: int, mask: Any, hidden: Tensor) -> Any:
         """The attention mask of a level, in the form that the attention implementation reads."""
-        level = run.levels[number]
+        level, device = run.at(number, hidden.device), hidden.device
         num_rows, length = level.columns.shape
         before, held_real = run.held(number)
+        held_real = to_device(held_real, device)
         attention = self._anatomy.attention
         padded = level.real is not None or held_real is not None
         if attention.startswith("flash"):
             known = known_keys(level.columns, level.real, before, held_real)
             return known if padded else None  # keeps the fast kernel
-        given = masks.dense(mask, num_rows)
+        given = to_device(masks.dense(mask, num_rows), device)
         fixed = getattr(run.cache, "is_compileable", False)  # then it shows entries not yet filled
         plain = not padded and given is None and attention == "sdpa"
         if plain and (before == 0 or (length == 1 and not fixed)):
@@ -757,7 +820,7 @@ class Handle:
         else:
             columns = level.columns
             if run.record is not None:
-                columns = torch.cat([run.record.columns(number), columns], 1)
+                columns = torch.cat([run.record.columns(number).to(device), columns], 1)
             allowed = take(take(given, level.columns - run.offset, dim=2), columns, dim=3)
         if padded:
             known = known_keys(level.columns, level.real, before, held_real)
@@ -765,7 +828,7 @@ class Handle:
         size = 0
         if fixed:
             size = run.cache.layers[0].max_cache_len if given is None else given.shape[-1]
-        return masks.form(allowed, attention, dtype, size)
+        return masks.form(allowed, attention, hidden.dtype, size)
 
     # -- the decoder: a pass ends ----------------------------------------------------------------
 
@@ -780,7 +843,7 @@ class Handle:
             output = _with_cache(output, run.cache)
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
-            records.write(past, self._policy, run.record, run.levels, run.prunes)
+            records.write(past, self._policy, run.record, run.levels, run.prunes, run.last_query)
         if any(run.levels[0].num_visual) or run.record is None:
             levels = [run.levels[number] for number in self._level_of]
             self.trace.stages = run.stages
@@ -822,8 +885,8 @@ class Handle:
 def _with_cache(output: Any, cache: Any) -> Any:
     """A decoder's output with the cache itself in place of its unpruned view."""
     if isinstance(output, tuple):
-        return tuple(cache if getattr(x, "is_unpruned", False) else x for x in output)
-    if output.past_key_values is not None:
+        return tuple(cache if records.is_unpruned(x) else x for x in output)
+    if records.is_unpruned(getattr(output, "past_key_values", None)):
         output.past_key_values = cache
     return output
 
@@ -858,7 +921,12 @@ def _embeddings(run: _Pass, level: Level, hidden: Tensor, pair: Any, index: Tens
         )
     # Most have a batch first; several position axes may stand before it.
     taken = tuple(
-        take(part, index, batch=max(0, part.dim() - 3), dim=max(0, part.dim() - 3) + 1)
+        take(
+            to_device(part, hidden.device),
+            index,
+            batch=max(0, part.dim() - 3),
+            dim=max(0, part.dim() - 3) + 1,
+        )
         for part in parts
     )
     return taken if isinstance(pair, tuple) else taken[0]
@@ -965,9 +1033,16 @@ def attach(
     schedule.check_depth(len(anatomy.layers))
     if anatomy.attention not in ATTENTIONS:
         raise _unsupported_attention(anatomy)
+    rotates = any(type(m).__name__.endswith("RotaryEmbedding") for m in anatomy.decoder.modules())
+    if positions == "renumbered" and not rotates:
+        raise ValueError(
+            'prune: expected rotary embeddings with positions="renumbered", got '
+            f"{type(anatomy.decoder).__name__}, which adds positions before its first layer. "
+            'Use positions="original".'
+        )
     requests = strategy.attention_rows()
     reads_previous = any(request.source == "previous" for request in requests)
-    first = max(first_layer(anatomy), int(reads_previous))
+    first = max(anatomy.adapter.first_layer, int(reads_previous))
     early = [stage.layer for stage in schedule.stages if stage.layer < first]
     if early:
         raise ValueError(

@@ -8,13 +8,13 @@ Shape suffixes: B batch rows, N positions at a level, V visual tokens alive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.tensors import ascending, take
+from tokenprune.tensors import ascending, take, to_device
 
 
 @dataclass(eq=False)
@@ -58,6 +58,13 @@ class Level:
         width = max(self.num_visual)
         order = torch.arange(width, device=self.columns.device)
         return ascending(self.visual, width, left=False), order < self.alive[:, None]
+
+    def on(self, device: torch.device) -> Level:
+        """The same level with its tensors on another device."""
+        if self.columns.device == device:
+            return self
+        tensors = {f.name: to_device(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **tensors | {"side": {}})
 
     def unchanged(self) -> Level:
         """The level after a cut that removed nothing."""

@@ -115,9 +115,9 @@ def captured(
     layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
 ) -> Projected:
     """What the layer hands to its attention kernel, which is not run; nothing is cached."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     config = getattr(attention, "config", None)
-    if config is None:
+    if attention is None or config is None:
         raise _deaf(layer)
     # Shallow copies: the model itself, which other threads may be running, stays as it is.
     own_attention, own_layer = copy.copy(attention), copy.copy(layer)

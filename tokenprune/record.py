@@ -59,6 +59,7 @@ class Record:
         num_columns: Columns of the conversation so far.
         num_visual: Visual tokens so far, per row.
         held: One entry per level. Levels that hold the same share one entry.
+        last_query: Column of the token whose attention chose what was kept, or -1.
         tail: Latest columns, text without pads, that every level holds besides.
     """
 
@@ -66,6 +67,7 @@ class Record:
     num_columns: int
     num_visual: list[int]
     held: list[Held]
+    last_query: int = -1
     tail: int = 0
 
     def length(self, level: int) -> int:
@@ -91,6 +93,13 @@ class Record:
         """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
         dropped = self.num_columns - num_columns
         further = dropped - self.tail
+        if num_columns <= self.last_query:
+            raise ValueError(
+                "prune: expected a cache that keeps the token whose attention chose, got one "
+                "cropped before it: a guess of assisted decoding, in a model that does not take "
+                "logits_to_keep, which would tell guesses from the prompt. Decode without guesses, "
+                "or choose a strategy that reads no attention of the last token."
+            )
         if further > 0:
             self.held = _cropped(self.held, further, self.num_columns - self.tail)
         self.tail = max(0, -further)
@@ -113,10 +122,21 @@ def _cropped(held: Sequence[Held], dropped: int, num_columns: int) -> list[Held]
     return [new[id(one)] for one in held]
 
 
+def has_record(cache: Any) -> bool:
+    """Whether a pruned run has written this cache, and no unpruned view of it is in use."""
+    return hasattr(cache, _ATTRIBUTE) and not is_unpruned(cache)
+
+
+def is_unpruned(cache: Any) -> bool:
+    """Whether this is a view made by `unpruned`."""
+    return getattr(cache, "is_unpruned", False)
+
+
 def unpruned(cache: Any, record: Record) -> Any:
     """The same cache, but as long as the conversation, for who sizes masks and positions by it."""
     setattr(cache, _ATTRIBUTE, record)
-    view = object.__new__(_unpruned_class(type(cache)))
+    kind: Any = type(cache)
+    view: Any = object.__new__(_unpruned_class(kind))
     view.__dict__ = cache.__dict__
     return view
 
@@ -209,7 +229,12 @@ def _of_unpruned(
 
 
 def write(
-    cache: Any, policy: Policy, before: Record | None, levels: Sequence[Level], pruned: bool
+    cache: Any,
+    policy: Policy,
+    before: Record | None,
+    levels: Sequence[Level],
+    pruned: bool,
+    last_query: int = -1,
 ) -> None:
     """Notes on the cache what it holds after a pass over `levels`."""
     length = levels[0].columns.shape[1]
@@ -242,5 +267,6 @@ def write(
         num_columns=(before.num_columns if before is not None else 0) + length,
         num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
         held=held,
+        last_query=max(last_query, -1 if before is None else before.last_query),
     )
     setattr(cache, _ATTRIBUTE, record)

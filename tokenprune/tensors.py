@@ -6,6 +6,8 @@ H query heads, G key heads, Q query rows, K keys, E head dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,15 @@ def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> T
     shape = [1] * values.dim()
     shape[batch], shape[dim] = num_rows, num_kept
     return values.gather(dim, index_BN.view(shape).expand(target))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple of tensors, on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, tuple):
+        return tuple(to_device(part, device) for part in value)
+    return value
 
 
 def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ Phases:
    whenever 85 % of the lookups are right.
 3. `final`: full scenes while the learning rate falls to zero, mostly with image tokens that do not
    see each other, so that evidence stays in its own patch.
-4. `settle`: the same as at inference, nothing hidden, at a lower learning rate.
+4. `settle`: as at inference, nothing hidden, at a lower learning rate; half of the images are
+   followed by questions whose positions start earlier, as after a shorter image.
 
 Every image carries several questions. They share its tokens, and a mask keeps them apart: each sees
 the image and itself alone, at the positions that it would have alone. Half-way up the decoder a
@@ -280,6 +281,7 @@ class Questions(Phase):
         curve: str,
         objects: int,
         hides: bool = False,
+        shifts: bool = False,
     ) -> None:
         super().__init__(model, rate, num_steps, curve)
         # Projector and words keep the common language of the first phase: at the decoder's learning
@@ -289,6 +291,7 @@ class Questions(Phase):
         model.model.language_model.norm.requires_grad_(True)
         model.model.language_model.set_attn_implementation("packed")
         self.hides = hides  # see `Packed`
+        self.shifts = shifts
         # Reads row, column, symbol and colour of the object that a word names out of that word's
         # token. Yes or no is a coin that says little; this says which lookup went wrong.
         self.pointer = nn.Linear(model.config.text_config.hidden_size, sum(POINTED_CLASSES))
@@ -308,6 +311,13 @@ class Questions(Phase):
         prefix = torch.tensor([VOCABULARY.index(word) for word in PREFIX], device=device)
         order = torch.arange(start + packed, device=device)
         positions = torch.where(order < start, order, start + (order - start) % TURN_LENGTH)
+        positions = positions.repeat(num_rows, 1)
+        if self.training and self.shifts:
+            # Images of one size would teach that questions start at one position. A model that
+            # counts on it is lost when positions are renumbered after pruning.
+            shift = torch.randint(0, GRID**2, (num_rows, 1), device=device)
+            shift = shift * torch.randint(0, 2, (num_rows, 1), device=device)
+            positions = torch.where(order < start, positions, positions - shift)
         # A small decoder copies the whole scene into every image token and looks it up in its first
         # layer; large ones keep the evidence where it is and look further in. To get the latter's
         # shape, nine batches of ten of the third phase hide image tokens from each other, and from
@@ -316,7 +326,7 @@ class Questions(Phase):
         output = self.model(
             input_ids=torch.cat([prefix.expand(num_rows, -1), ids], 1),
             pixel_values=batch["pixel_values"],
-            position_ids=positions.expand(num_rows, -1),
+            position_ids=positions,
             use_cache=False,
             logits_to_keep=packed + 1,
             output_hidden_states=True,
@@ -448,7 +458,8 @@ def main() -> None:
     epochs = arguments.final_epochs
     run("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", FULL[1], True), epochs, 100, 16)
     epochs = arguments.settle_epochs
-    run("settle", Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1]), epochs, 100, 16)
+    settle = Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1], shifts=True)
+    run("settle", settle, epochs, 100, 16)
     model.save_pretrained(folder / "model")
     build_processor().save_pretrained(folder / "model")
     publish(folder, times)

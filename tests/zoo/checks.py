@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 import tokenprune as tp
 from tokenprune.adapters import examine
 from tokenprune.masks import dense
-from zoo.specimen import PROMPTS, TEXT, VOCABULARY, Prompt, Specimen
+from zoo.flash import attention
+from zoo.specimen import NUM_LAYERS, PROMPTS, TEXT, VOCABULARY, Specimen
 
 STEPS = 4
 EXACT = "exact"
@@ -101,8 +102,11 @@ def masked(
         layer.register_forward_pre_hook(hook(i, layer), with_kwargs=True)
         for i, layer in enumerate(anatomy.layers)
     ]
+    # Masks of other implementations say less than the reference needs.
+    name = anatomy.attention if anatomy.attention in ("eager", "sdpa") else "eager"
     try:
-        yield
+        with attention(model, name):
+            yield
     finally:
         for handle in hooks:
             handle.remove()
@@ -125,6 +129,26 @@ def same_tokens_and_logits(ours: Any, theirs: Any) -> None:
 # --------------------------------------------------------------------------------------- the checks
 
 
+def every_layer(specimen: Specimen, model: PreTrainedModel) -> str:
+    """Cuts before each layer: refused up to some layer, exact from there on."""
+    inputs = specimen.batch(model)
+    reasons = []
+    for layer in range(NUM_LAYERS):
+        cut = tp.Schedule.one_shot(layer, 0.5)
+        try:
+            with tp.prune(model, tp.build_strategy("uniform"), cut) as trace:
+                forward(model, inputs)
+                once = tp.Trace(stages=list(trace.stages))
+                got = generate(model, inputs, max_new_tokens=2)
+        except ValueError as error:
+            assert len(reasons) == layer, "refused after a layer that was not"
+            reasons.append(refusal(error))
+            continue
+        with masked(model, inputs, once):
+            same_tokens_and_logits(got, generate(model, inputs, max_new_tokens=2))
+    return reasons[-1] if len(reasons) == NUM_LAYERS else f"{EXACT} from layer {len(reasons)}"
+
+
 def identity(specimen: Specimen, model: PreTrainedModel) -> None:
     """Keeping everything changes no bit."""
     for side in ("left", "right"):
@@ -142,12 +166,8 @@ def scores(specimen: Specimen, model: PreTrainedModel) -> None:
     """Attention rows are those of the model's own attention."""
     inputs = specimen.batch(model)
     (cut, *_), real = specimen.cuts, inputs["attention_mask"].bool()
-    plain = examine(model).decoder.config
-    before = plain._attn_implementation
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
+    with torch.no_grad(), attention(model, "eager"):
         weights = model(**inputs, use_cache=False, output_attentions=True).attentions
-    model.set_attn_implementation(before)
     visual = tp.visual_mask(model, inputs["input_ids"])
     for source, layer in (("next", cut), ("previous", cut - 1)):
         strategy = tp.build_strategy("fastv", source=source)
@@ -281,23 +301,28 @@ def training(specimen: Specimen, model: PreTrainedModel) -> None:
         torch.testing.assert_close(a, b)
 
 
-FORWARD: dict[str, Callable[[Specimen, PreTrainedModel], None]] = {
-    check.__name__: check for check in (identity, scores, drop_is_mask, batch_is_alone, renumbered)
+_ALL = (
+    *(every_layer, identity, scores, drop_is_mask, batch_is_alone, renumbered),
+    *(greedy, sampling, beams, prompt_lookup, static_cache, no_cache, training),
+)
+CHECKS: dict[str, Callable[[Specimen, PreTrainedModel], str | None]] = {
+    check.__name__: check for check in _ALL
 }
-GENERATION: dict[str, Callable[[Specimen, PreTrainedModel], None]] = {
-    check.__name__: check
-    for check in (greedy, sampling, beams, prompt_lookup, static_cache, no_cache, training)
-}
-CHECKS = FORWARD | GENERATION
 
 
 def outcome(specimen: Specimen, model: PreTrainedModel, check: str) -> str:
     """`exact`, or `refused: ...` where the engine says why not; an AssertionError otherwise."""
+    if check in specimen.unable:
+        return f"impossible unpruned: {specimen.unable[check]}"
     try:
-        CHECKS[check](specimen, model)
+        return CHECKS[check](specimen, model) or EXACT
     except ValueError as error:
-        message = " ".join(str(error).split())
-        if not re.match(r"(prune|attach|schedule)\b.*: expected|.*expected .* got ", message):
-            raise
-        return f"refused: {message}"
-    return EXACT
+        return refusal(error)
+
+
+def refusal(error: ValueError) -> str:
+    """What the engine said; any other error is passed on."""
+    message = " ".join(str(error).split())
+    if not re.match(r"prune: expected .* got ", message):
+        raise error
+    return f"refused: {message.removeprefix('prune: ')}"

@@ -188,6 +188,13 @@ SPECIMENS = [
         "Gemma3ForConditionalGeneration",
         extras=image_types,
     ),
+    Specimen(  # the config of ShieldGemma 2 makes a Gemma 3
+        "shieldgemma2",
+        lambda: gemma3_config(ShieldGemma2Config),
+        {"image": gemma3_image},
+        "Gemma3ForConditionalGeneration",
+        extras=image_types,
+    ),
     Specimen(
         "paligemma",
         paligemma_config,
@@ -208,5 +215,9 @@ SPECIMENS = [
         {"image": gemma4_unified_image, "video": gemma4_unified_video},
         "Gemma4UnifiedForConditionalGeneration",
         extras=modality_types,
+        unable={
+            "static_cache": "its images see themselves in sliding layers only if the cache is "
+            "fixed, and in all layers otherwise"
+        },
     ),
 ]

@@ -79,11 +79,63 @@ def qwen3_vl_config() -> Any:
     )
 
 
+def cosmos3_omni_config() -> Any:
+    return transformers.Cosmos3OmniConfig(
+        vision_config={"model_type": "qwen3_vl_vision"} | qwen3_vision(),
+        text_config={"model_type": "qwen3_vl_text"} | text_sizes(rope_parameters=ROPE),
+        **qwen_ids(),
+    )
+
+
 def qwen3_vl_moe_config() -> Any:
     return transformers.Qwen3VLMoeConfig(
         vision_config=qwen3_vision(),
         text_config=text_sizes(rope_parameters=ROPE, **qwen_experts()),
         **qwen_ids(),
+    )
+
+
+def audio_sizes() -> dict[str, int]:
+    """Sizes of a tiny audio tower, which no prompt of the zoo asks."""
+    return {
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "d_model": 16,
+        "num_mel_bins": 16,
+        "output_dim": 32,
+    }
+
+
+#: The thinkers count positions from these.
+OMNI_IDS = {
+    "audio_token_id": 106,
+    "audio_start_token_id": 107,
+    "user_token_id": 108,
+    "vision_start_token_id": BEGIN,
+}
+
+
+def qwen2_5_omni_config() -> Any:
+    return transformers.Qwen2_5OmniThinkerConfig(
+        vision_config=qwen_vision(window_size=16, fullatt_block_indexes=[1]),
+        audio_config=audio_sizes(),
+        text_config=text_sizes(rope_parameters=ROPE),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_end_token_id=109,
+        **OMNI_IDS,
+    )
+
+
+def qwen3_omni_config() -> Any:
+    return transformers.Qwen3OmniMoeThinkerConfig(
+        vision_config=qwen3_vision(),
+        audio_config=audio_sizes() | {"downsample_hidden_size": 8},
+        text_config=text_sizes(rope_parameters=ROPE, **qwen_experts()),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        **OMNI_IDS,
     )
 
 
@@ -114,6 +166,11 @@ def qwen_video(model: PreTrainedModel, own: torch.Generator) -> Picture:
 
 def qwen2_5_video(model: PreTrainedModel, own: torch.Generator) -> Picture:
     inputs = video_inputs(model, own) | {"second_per_grid_ts": torch.tensor([1.0])}
+    return Picture([BEGIN] + [VIDEO] * 12 + [END], inputs)
+
+
+def omni_video(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    inputs = video_inputs(model, own) | {"video_second_per_grid": torch.tensor([1.0])}
     return Picture([BEGIN] + [VIDEO] * 12 + [END], inputs)
 
 
@@ -150,6 +207,25 @@ SPECIMENS = [
         qwen3_vl_moe_config,
         {"image": qwen_image, "video": stamped_video},
         "Qwen3VLMoeForConditionalGeneration",
+        extras=token_types,
+    ),
+    Specimen(
+        "qwen2_5_omni_thinker",
+        qwen2_5_omni_config,
+        {"image": qwen_image, "video": omni_video},
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+    ),
+    Specimen(
+        "qwen3_omni_moe_thinker",
+        qwen3_omni_config,
+        {"image": qwen_image, "video": omni_video},
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+    ),
+    Specimen(
+        "cosmos3_omni",
+        cosmos3_omni_config,
+        {"image": qwen_image, "video": stamped_video},
+        "Cosmos3OmniForConditionalGeneration",
         extras=token_types,
     ),
 ]

@@ -7,27 +7,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import (
+    AriaConfig,
     AyaVisionConfig,
+    ChameleonConfig,
     Cohere2Config,
+    DeepseekVLConfig,
+    DeepseekVLHybridConfig,
+    Emu3Config,
+    FuyuConfig,
+    GotOcr2Config,
+    Granite4VisionConfig,
+    GraniteDoclingConfig,
     Idefics2Config,
     Idefics3Config,
     InternVLConfig,
+    JanusConfig,
+    LightOnOcrConfig,
     LlamaConfig,
     Mistral3Config,
     MistralConfig,
+    Ovis2Config,
     PixtralVisionConfig,
+    PPChart2TableConfig,
     PreTrainedModel,
+    QianfanOCRConfig,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
 
+from zoo.llava import mosaic_image, small_image
 from zoo.specimen import (
     BEGIN,
     END,
     IMAGE,
     NUM_LAYERS,
     PAD,
+    VOCABULARY,
     Picture,
     Specimen,
     pixels,
@@ -37,6 +54,8 @@ from zoo.specimen import (
 
 #: Tokens that processors put between tiles and rows of an image.
 TILE, GLOBAL, BREAK = 104, 105, 106
+#: First of the tokens that stand for codes of an image.
+CODES = 110
 
 
 def internvl_config() -> InternVLConfig:
@@ -118,8 +137,9 @@ def plain_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
 def stack_rows(pictures: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
     """Images of a row along dimension 1, filled up with zeros."""
     joined = {}
-    for key in ("pixel_values", "pixel_attention_mask"):
-        blank = next(picture.inputs[key] for row in pictures for picture in row)[:0]
+    first = next(picture for row in pictures for picture in row)
+    for key, value in first.inputs.items():
+        blank = value[:0]
         rows = [torch.cat([blank, *(picture.inputs[key] for picture in row)]) for row in pictures]
         joined[key] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return joined
@@ -163,6 +183,258 @@ def aya_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
     return Picture(ids, {"pixel_values": pixels(own, 2, 3, 32, 32)})
 
 
+def got_ocr2_parts() -> dict[str, object]:
+    vision = vision_sizes(
+        patch_size=4, mlp_dim=48, output_channels=8, window_size=4, global_attn_indexes=[1]
+    )
+    return {
+        "vision_config": vision,
+        "text_config": Qwen2Config(**text_sizes()),
+        "image_token_index": IMAGE,
+    }
+
+
+def got_ocr2_config() -> GotOcr2Config:
+    return GotOcr2Config(**got_ocr2_parts())
+
+
+def pp_chart2table_config() -> PPChart2TableConfig:
+    return PPChart2TableConfig(**got_ocr2_parts())
+
+
+def got_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """Two crops of 2 x 2 tokens."""
+    return Picture([BEGIN] + [IMAGE] * 8 + [END], {"pixel_values": pixels(own, 2, 3, 32, 32)})
+
+
+def chart_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    return Picture([BEGIN] + [IMAGE] * 4 + [END], {"pixel_values": pixels(own, 1, 3, 32, 32)})
+
+
+def ovis2_config() -> Ovis2Config:
+    return Ovis2Config(
+        vision_config=vision_sizes(vocab_size=24, hidden_stride=2),
+        text_config=Qwen2Config(**text_sizes()),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=list(range(CODES, CODES + 5)),
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+    )
+
+
+def ovis2_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """The whole image and two tiles of four tokens, between indicators of their places."""
+    four = [IMAGE] * 4
+    start, sep, column, row, end = range(CODES, CODES + 5)
+    ids = [start, *four, sep, *four, column, *four, row, end]
+    return Picture(ids, {"pixel_values": pixels(own, 3, 3, 32, 32)})
+
+
+def lighton_ocr_config() -> LightOnOcrConfig:
+    return LightOnOcrConfig(
+        vision_config=PixtralVisionConfig(**vision_sizes(patch_size=4), head_dim=8),
+        text_config=Qwen3Config(**text_sizes()),
+        image_token_id=IMAGE,
+    )
+
+
+def lighton_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    inputs = pixtral_image(model, own).inputs
+    return Picture([IMAGE] * 6, inputs)
+
+
+def deepseek_vl_config() -> DeepseekVLConfig:
+    return DeepseekVLConfig(
+        vision_config=SiglipVisionConfig(**vision_sizes(image_size=16)),
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_id=IMAGE,
+    )
+
+
+def deepseek_vl_hybrid_config() -> DeepseekVLHybridConfig:
+    fine = vision_sizes(
+        patch_size=4,
+        mlp_dim=48,
+        output_channels=8,
+        window_size=4,
+        global_attn_indexes=[1],
+        num_pos_feats=4,
+    )
+    return DeepseekVLHybridConfig(
+        vision_config=SiglipVisionConfig(**vision_sizes(image_size=16)).to_dict(),
+        high_res_vision_config=fine | {"model_type": "sam_vision_model"},
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_id=IMAGE,
+    )
+
+
+def hybrid_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """One image at two resolutions."""
+    inputs = {
+        "pixel_values": pixels(own, 1, 3, 16, 16),
+        "high_res_pixel_values": pixels(own, 1, 3, 32, 32),
+    }
+    return Picture([IMAGE] * 4, inputs)
+
+
+def janus_config() -> JanusConfig:
+    return JanusConfig(
+        vision_config=vision_sizes(image_size=16, projection_dim=32, num_image_tokens=4),
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+            "projection_dim": 32,
+            "image_token_embed_dim": 32,
+        },
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_id=IMAGE,
+    )
+
+
+def janus_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    return Picture([BEGIN] + [IMAGE] * 4 + [END], {"pixel_values": pixels(own, 1, 3, 16, 16)})
+
+
+def qianfan_ocr_config() -> QianfanOCRConfig:
+    return QianfanOCRConfig(
+        vision_config=vision_sizes(drop_path_rate=0.0),
+        text_config=Qwen3Config(**text_sizes()),
+        image_token_id=IMAGE,
+    )
+
+
+def granite4_vision_config() -> Granite4VisionConfig:
+    """Image features are added before each of the layers 0 to 3."""
+    return Granite4VisionConfig(
+        vision_config=vision_sizes(
+            model_type="clip_vision_model", hidden_size=64, image_size=16, patch_size=4
+        ),
+        text_config=text_sizes(attention_multiplier=0.3, residual_multiplier=0.5),
+        qformer_config={
+            "model_type": "blip_2_qformer",
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "cross_attention_frequency": 1,
+            "use_qformer_text_input": False,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[32, 32]],
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0], [-1, 1]],
+        spatial_target_layers=[2, 3],
+        projector_dropout=0.0,
+    )
+
+
+def aria_config() -> AriaConfig:
+    return AriaConfig(
+        vision_config=vision_sizes(model_type="idefics3_vision"),
+        text_config=text_sizes(moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1),
+        projector_patch_to_query_dict={16: 4},
+        image_token_index=IMAGE,
+    )
+
+
+def aria_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """Two crops of four tokens; the second is half padding."""
+    mask = torch.ones(2, 32, 32, dtype=torch.bool)
+    mask[1, 16:] = False
+    return Picture([IMAGE] * 8, {"pixel_values": pixels(own, 2, 3, 32, 32), "pixel_mask": mask})
+
+
+def fuyu_config() -> FuyuConfig:
+    rope = {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.5}
+    return FuyuConfig(
+        text_config=text_sizes(model_type="persimmon", rope_parameters=rope),
+        patch_size=8,
+        image_token_id=IMAGE,
+    )
+
+
+def fuyu_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """Two rows of three patches, each followed by a break."""
+    row = [IMAGE] * 3 + [BREAK]
+    return Picture(row * 2 + [END], {"pixel_values": pixels(own, 6, 8 * 8 * 3)})
+
+
+def emu3_config() -> Emu3Config:
+    codes = {f"<|visual token {code:06d}|>": CODES + code for code in range(8)}
+    return Emu3Config(
+        vq_config={
+            "codebook_size": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "hidden_size": 32,
+            "temporal_downsample_factor": 2,
+        },
+        text_config=text_sizes(attention_dropout=0.0, bos_token_id=BEGIN),
+        vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK} | codes,
+    )
+
+
+def emu3_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """2 x 3 codes and an end of line in each row, all behind placeholders."""
+    inputs = {"pixel_values": pixels(own, 1, 3, 4, 6), "image_sizes": torch.tensor([[4, 6]])}
+    return Picture([BEGIN, TILE] + [IMAGE] * 8 + [GLOBAL, END], inputs)
+
+
+def chameleon_config() -> ChameleonConfig:
+    codes = {f"IMGIMG{'ABCDEFGH'[code]}Z": CODES + code for code in range(8)}
+    return ChameleonConfig(
+        **text_sizes(),
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 8,
+            "latent_channels": 8,
+            "resolution": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+        },
+        vocabulary_map={"<image>": IMAGE} | codes,
+    )
+
+
+def chameleon_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    return Picture([BEGIN] + [IMAGE] * 16 + [END], {"pixel_values": pixels(own, 1, 3, 8, 8)})
+
+
+def granite_docling_config() -> GraniteDoclingConfig:
+    """Image features are added after the layers 0 and 1."""
+    return GraniteDoclingConfig(
+        vision_config=vision_sizes(
+            patch_size=4,
+            out_hidden_size=32,
+            deepstack_visual_indexes=[0, 1],
+            use_fine_route=False,
+        ),
+        text_config=text_sizes(attention_multiplier=0.3),
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )
+
+
+def docling_image(model: PreTrainedModel, own: torch.Generator) -> Picture:
+    """As `tiled_image`, with a mask that tells tiles from padding."""
+    inputs = {
+        "pixel_values": pixels(own, 3, 3, 32, 32),
+        "pixel_attention_mask": torch.ones(3, dtype=torch.bool),
+    }
+    return Picture(tiled_image(model, own).ids, inputs)
+
+
+#: Faults of transformers 5.23 itself where generation expands a batch.
+_INTERLEAVED = "of a row with two images, A and B, the expanded rows are shown A, A, B, B"
+_NOT_EXPANDED = "encoded images are not expanded with the rows"
+
 SPECIMENS = [
     Specimen(
         "internvl",
@@ -202,5 +474,67 @@ SPECIMENS = [
         aya_vision_config,
         {"image": aya_image},
         "AyaVisionForConditionalGeneration",
+    ),
+    Specimen("got_ocr2", got_ocr2_config, {"image": got_image}, "GotOcr2ForConditionalGeneration"),
+    Specimen("ovis2", ovis2_config, {"image": ovis2_image}, "Ovis2ForConditionalGeneration"),
+    Specimen(
+        "lighton_ocr",
+        lighton_ocr_config,
+        {"image": lighton_image},
+        "LightOnOcrForConditionalGeneration",
+    ),
+    Specimen(
+        "deepseek_vl",
+        deepseek_vl_config,
+        {"image": small_image},
+        "DeepseekVLForConditionalGeneration",
+    ),
+    Specimen(
+        "deepseek_vl_hybrid",
+        deepseek_vl_hybrid_config,
+        {"image": hybrid_image},
+        "DeepseekVLHybridForConditionalGeneration",
+    ),
+    Specimen("janus", janus_config, {"image": janus_image}, "JanusForConditionalGeneration"),
+    Specimen(
+        "qianfan_ocr",
+        qianfan_ocr_config,
+        {"image": internvl_image},
+        "QianfanOCRForConditionalGeneration",
+    ),
+    Specimen(
+        "pp_chart2table",
+        pp_chart2table_config,
+        {"image": chart_image},
+        "GotOcr2ForConditionalGeneration",
+    ),
+    Specimen(
+        "granite4_vision",
+        granite4_vision_config,
+        {"image": mosaic_image},
+        "Granite4VisionForConditionalGeneration",
+        unable={"sampling": _INTERLEAVED, "beams": _INTERLEAVED},
+    ),
+    Specimen("aria", aria_config, {"image": aria_image}, "AriaForConditionalGeneration"),
+    Specimen(
+        "fuyu",
+        fuyu_config,
+        {"image": fuyu_image},
+        "FuyuForCausalLM",
+        unable={"sampling": _NOT_EXPANDED, "beams": _NOT_EXPANDED},
+    ),
+    Specimen("emu3", emu3_config, {"image": emu3_image}, "Emu3ForConditionalGeneration"),
+    Specimen(
+        "chameleon",
+        chameleon_config,
+        {"image": chameleon_image},
+        "ChameleonForConditionalGeneration",
+    ),
+    Specimen(
+        "granite_docling",
+        granite_docling_config,
+        {"image": docling_image},
+        "GraniteDoclingForConditionalGeneration",
+        join=stack_rows,
     ),
 ]

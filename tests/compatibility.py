@@ -1,0 +1,200 @@
+"""Runs every check of the zoo and writes docs/compatibility.csv and docs/compatibility.md.
+
+`python tests/compatibility.py [model type ...]` renews the rows of these types, or all.
+`tests/test_compatibility.py` holds the table to what the code does.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from zoo import REFUSED, ZOO, Specimen
+from zoo.checks import CHECKS, EXACT, outcome
+from zoo.flash import attention, stand_in
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLE = DOCS / "compatibility.csv"
+COLUMNS = ("model_type", "attention", "mode", "outcome")
+#: Implementations that not every machine or type has, and the types they are shown on.
+OTHERS = {
+    "flex_attention": ("llava", "llava_next", "gemma3"),
+    "flash_attention_2": ("llava", "llava_next", "qwen2_5_vl"),
+}
+#: flex_attention: forward passes only; without its compiler, it has no gradients on a CPU.
+NOT_OF_FLEX = ("scores", "training", "static_cache")
+
+Row = tuple[str, str, str, str]
+
+
+def cells() -> list[tuple[str, str]]:
+    """Model types of this transformers, and attention implementations to check them under."""
+    found = [(name, kind) for name in ZOO if exists(ZOO[name]) for kind in ("eager", "sdpa")]
+    return found + [(name, kind) for kind, names in OTHERS.items() for name in names]
+
+
+def exists(specimen: Specimen) -> bool:
+    return hasattr(transformers, specimen.model_class)
+
+
+@contextmanager
+def built(model_type: str, kind: str) -> Iterator[PreTrainedModel]:
+    with ExitStack() as stack:
+        if kind == "flash_attention_2":
+            stack.enter_context(stand_in())
+            model = ZOO[model_type].build("eager")
+            stack.enter_context(attention(model, kind))
+        else:
+            model = ZOO[model_type].build(kind)
+        yield model
+
+
+def rows(model_type: str, kind: str) -> list[Row]:
+    """Outcome of every check for a model type under an attention implementation."""
+    found = []
+    with built(model_type, kind) as model:
+        for check in CHECKS:
+            if kind == "flex_attention" and check in NOT_OF_FLEX:
+                continue
+            found.append((model_type, kind, check, outcome(ZOO[model_type], model, check)))
+    return found
+
+
+def refused_rows() -> list[Row]:
+    return [
+        (name, "any", "any", f"refused: {one.reason()}")
+        for name, one in REFUSED.items()
+        if hasattr(transformers, one.model_class)
+    ]
+
+
+def read() -> list[Row]:
+    with TABLE.open(newline="") as file:
+        return [(r["model_type"], r["attention"], r["mode"], r["outcome"])
+                for r in csv.DictReader(file)]  # fmt: skip
+
+
+def write(table: list[Row]) -> None:
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(table)
+    (DOCS / "compatibility.md").write_text(page(table))
+
+
+def page(table: list[Row]) -> str:
+    """The table for readers: a line per model type, reasons as numbered notes below."""
+    notes: dict[str, int] = {}
+
+    def cell(outcomes: list[str]) -> str:
+        parts = []
+        for one in dict.fromkeys(outcomes):
+            if one.startswith(EXACT):
+                parts.append(one.removeprefix(EXACT).strip() or EXACT)
+            else:
+                parts.append(f"[{notes.setdefault(one, len(notes) + 1)}]")
+        return " ".join(parts) or "-"
+
+    proven = [row for row in table if row[1] != "any"]
+    types = list(dict.fromkeys(row[0] for row in proven))
+    lines = []
+    for name in types:
+        kinds = ("eager", "sdpa")
+        own = [
+            cell([o for t, k, m, o in proven if (t, m) == (name, check) and k in kinds])
+            for check in CHECKS
+        ]
+        lines.append(f"| `{name}` | " + " | ".join(own) + " |")
+    others = []
+    for kind, names in OTHERS.items():
+        for name in names:
+            own = [cell([o for t, k, m, o in proven if (t, k, m) == (name, kind, check)])
+                   for check in CHECKS]  # fmt: skip
+            others.append(f"| `{name}` | {kind} | " + " | ".join(own) + " |")
+    head = " | ".join(check.replace("_", " ") for check in CHECKS)
+    rule = " --- |" * (len(CHECKS) + 1)
+    refused = [
+        f"| `{name}` | {reason.removeprefix('refused: ')} |"
+        for name, kind, _, reason in table
+        if kind == "any"
+    ]
+    says = "\n".join(
+        f"* **{check.replace('_', ' ')}**: {' '.join((CHECKS[check].__doc__ or '').split())}"
+        for check in CHECKS
+    )
+    return PAGE.format(
+        num=len(types),
+        version=transformers.__version__,
+        says=says,
+        head=f"| model type | {head} |\n|{rule}",
+        lines="\n".join(lines),
+        head_others=f"| model type | attention | {head} |\n|{rule} --- |",
+        others="\n".join(others),
+        notes="\n".join(f"{number}. {text}" for text, number in notes.items()),
+        refused="\n".join(refused),
+    )
+
+
+PAGE = """# Which models, which attention, which way to generate
+
+{num} model types of transformers {version}, each proven on a tiny random model built from its config, with images
+through its own vision tower. Written by `python tests/compatibility.py`; `make test-all` fails when the code and this page
+differ. The same as [CSV](compatibility.csv), a row per model type, attention implementation and mode.
+
+What a column says:
+
+{says}
+
+`exact` holds for `eager` and `sdpa` attention; a number is the note that says what is refused, and why. Numbers of layers are those
+of the tiny model: "from layer 2" means that its first two layers add visual features of their own.
+
+{head}
+{lines}
+
+## Other attention implementations
+
+`flex_attention` runs without its compiler. `flash_attention_2` runs transformers' own code around a stand-in of the package's
+kernels, written in plain PyTorch.
+
+{head_others}
+{others}
+
+## Notes
+
+{notes}
+
+## Refused
+
+| model type | reason |
+| --- | --- |
+{refused}
+
+A type that is in neither table was not tried: most others have the ordinary layout and need nothing ([add a model](add_a_model.md));
+`tokenprune verify` proves it on your own weights.
+"""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = sys.argv[1:]
+    table = read() if TABLE.exists() and names else []
+    table = [row for row in table if row[1] != "any" and row[0] not in names]
+    for model_type, kind in cells():
+        if not names or model_type in names:
+            table += rows(model_type, kind)
+            print(model_type, kind, flush=True)
+    order = {name: number for number, name in enumerate(ZOO)}
+    table.sort(key=lambda row: order[row[0]])
+    write(table + refused_rows())
+
+
+if __name__ == "__main__":
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    main()
