@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -181,6 +183,25 @@ def test_bad_rows_are_named(tmp_path, rows, message):
         FolderDataset(_folder(tmp_path, rows))
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path):
+    question = "a\u2028b\u0085c"
+    row = json.dumps(ROW | {"question": question}, ensure_ascii=False)
+    data = FolderDataset(_folder(tmp_path, [row, ROW]))
+    assert (len(data), data[0].turns[0].question) == (2, question)
+
+
+def test_images_outside_the_folder_are_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    for image in ("../secret.png", str(tmp_path / "secret.png")):
+        folder = _folder(tmp_path / "data", [ROW, ROW | {"image": image}])
+        with pytest.raises(ValueError, match=r"row 2: expected an image in the data's own folder"):
+            FolderDataset(folder)
+        module = VQADataModule.from_folder(path=str(folder), allow_outside=True)
+        assert module.test[1].image.size == (4, 4)
+    own = str(tmp_path / "data" / "a.png")
+    assert len(FolderDataset(_folder(tmp_path / "data", [ROW | {"image": own}]))) == 1
+
+
 def test_an_unreadable_image_is_named_when_it_is_opened(tmp_path):
     data = FolderDataset(_folder(tmp_path, [ROW, ROW | {"image": "broken.png", "id": "b"}]))
     assert data[0].turns[0].answer == "red"
@@ -293,12 +314,14 @@ def test_hub_names_the_row_of_a_bad_image(tmp_path):
         )
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+        for name in ("a.png", "bad.png"):
+            shutil.copy(tmp_path / name, folder)
         return str(folder)
 
-    good, bad = (str(tmp_path / name) for name in ("a.png", "bad.png"))
+    good, bad = "a.png", "bad.png"
     text = datasets.Value("string")
     with pytest.raises(ValueError, match=r"row 2 \(id 'y'\): expected 'image', got none. Fill"):
-        HubDataset(save([good, None], datasets.Image()), id_column="id")
+        HubDataset(save([str(tmp_path / good), None], datasets.Image()), id_column="id")
     with pytest.raises(ValueError, match=r"row 2: expected an image file, got '.*gone.png'"):
         HubDataset(save([good, "gone.png"], text))
     embedded = [{"bytes": (tmp_path / name).read_bytes()} for name in ("a.png", "bad.png")]
@@ -307,6 +330,30 @@ def test_hub_names_the_row_of_a_bad_image(tmp_path):
         assert data[0].image.size == (4, 4)
         with pytest.raises(ValueError, match=r"row 2 \(id 'y'\): expected an image that Pillow"):
             data[1]
+
+
+def test_hub_checks_every_row_when_it_is_built(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path.parent / "secret.png")
+
+    def build(**changes) -> HubDataset:
+        row = {"image": "a.png", "question": "q", "answer": "a", "id": "x"}
+        rows = [row, row | {"id": "y"} | changes]
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        return HubDataset(str(path), id_column="id")
+
+    assert len(build()) == 2
+    with pytest.raises(ValueError, match=r"row 2 \(id 'y'\): expected 'answer', got None"):
+        build(answer=None)
+    with pytest.raises(ValueError, match=r"row 2 \(id 'x'\): expected an id of its own, .* row 1"):
+        build(id="x")
+    outside = ["../secret.png", str(tmp_path.parent / "secret.png")]
+    outside += [f"file://{outside[1]}", f"zip://secret.png::{outside[1]}"]
+    for image in outside:
+        with pytest.raises(ValueError, match=r"row 2 .*: expected an image"):
+            build(image=image)
 
 
 # ---------------------------------------------------------------------------------------- collators
@@ -426,6 +473,16 @@ def test_a_template_that_marks_answers_agrees_with_its_prompts():
     torch.testing.assert_close(collate(SAMPLES)["inputs"]["labels"], expected)
 
 
+def test_an_end_of_turn_that_has_no_name_ends_answers():
+    """As in Gemma 3, whose <end_of_turn> is special and not among the named special tokens."""
+    processor = build_processor("llava", CHATML.replace("<|im_end|>", "<turn>"))
+    processor.tokenizer.add_tokens(AddedToken("<turn>", special=True))
+    assert "<turn>" not in processor.tokenizer.all_special_tokens
+    labels = ConversationCollator(processor)(SAMPLES[:1])["inputs"]["labels"][0]
+    text = processor.tokenizer.decode(labels[labels != IGNORED])
+    assert text.replace(" ", "") == "red<turn>"
+
+
 def test_a_template_with_neither_is_refused():
     rigid = CHATML.replace("assistant\\n", "assistant\\nWell:").replace(
         "assistant\n", "assistant: "
@@ -486,6 +543,20 @@ def test_shuffling_is_seeded_per_epoch_and_resumes():
     resumed.set_epoch(1)
     assert list(resumed) == epochs[1][12:]
     assert len(list(resumed)) == 20
+
+
+def test_validation_gives_each_sample_to_one_process():
+    def ids(rank: int, processes: int) -> list[str]:
+        scenes = SceneDataset("validation", 5)
+        data = VQADataModule(
+            validation=scenes, test=scenes, processor=build_processor("llava", None), batch_size=2
+        )
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        return [sample.id for batch in data.val_dataloader() for sample in batch["samples"]]
+
+    assert sorted(ids(0, 2) + ids(1, 2)) == [f"validation-0-{i}" for i in range(5)]
+    with pytest.raises(ValueError, match=r"one process per sample of 'validation', got 6 for 5"):
+        ids(0, 6)
 
 
 def test_the_module_says_what_is_missing(tmp_path):

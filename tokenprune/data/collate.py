@@ -93,7 +93,9 @@ class _Writer:
         text = self._render([Turn(_PROBE, _PROBE)])
         after = text[text.rindex(_PROBE) + len(_PROBE) :]
         tokenizer = processor.tokenizer
-        if not any(token in after for token in tokenizer.all_special_tokens):
+        # Some chat models' end of turn is special, but none of the named special tokens.
+        added = [own.content for own in tokenizer.added_tokens_decoder.values() if own.special]
+        if not any(token in after for token in (*tokenizer.all_special_tokens, *added)):
             self._end = tokenizer.eos_token or ""
 
     def prompt(self, sample: Sample, turns: Sequence[Turn]) -> str:

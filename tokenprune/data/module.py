@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProcessorMixin
 
@@ -91,6 +92,7 @@ class VQADataModule(pl.LightningDataModule):
         path: str | None = None,
         train_path: str | None = None,
         validation_path: str | None = None,
+        allow_outside: bool = False,
         processor: ProcessorMixin | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -102,6 +104,7 @@ class VQADataModule(pl.LightningDataModule):
             path: What is evaluated.
             train_path: What is trained on.
             validation_path: What training is validated on.
+            allow_outside: Opens images outside the data's folder, too.
             processor: Belongs to the model.
             batch_size: Samples per batch.
             num_workers: Processes that prepare batches.
@@ -115,10 +118,14 @@ class VQADataModule(pl.LightningDataModule):
                 "data: expected the path of a .jsonl file or its folder, got none. "
                 "Set data.path to evaluate, data.train_path to train."
             )
+
+        def load(own: str | None) -> FolderDataset | None:
+            return None if own is None else FolderDataset(own, allow_outside)
+
         return cls(
-            train=None if train_path is None else FolderDataset(train_path),
-            validation=None if validation_path is None else FolderDataset(validation_path),
-            test=None if path is None else FolderDataset(path),
+            train=load(train_path),
+            validation=load(validation_path),
+            test=load(path),
             processor=processor,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -200,10 +207,18 @@ class VQADataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Sample]:
         data = self._data(self.validation, "validation")
-        return self._loader(data, ConversationCollator(self._processor()))
+        sampler: Any = None
+        trainer: Any = self.trainer
+        if (processes := self._processes(data, "validation")) > 1:
+            # The trainer's own would repeat samples until all processes have as many.
+            rank = trainer.global_rank
+            sampler = UnrepeatedDistributedSampler(data, processes, rank, shuffle=False)
+        return self._loader(data, ConversationCollator(self._processor()), sampler)
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        return self._loader(self._data(self.test, "test"), PromptCollator(self._processor()))
+        data = self._data(self.test, "test")
+        self._processes(data, "test")
+        return self._loader(data, PromptCollator(self._processor()))
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         return self.test_dataloader()
@@ -234,6 +249,17 @@ class VQADataModule(pl.LightningDataModule):
             # Without one of its own a loader draws its workers' seed from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _processes(self, data: Dataset[Sample], name: str) -> int:
+        """How many processes share a loop's samples; each needs one."""
+        trainer: Any = self.trainer
+        number = 1 if trainer is None else int(trainer.world_size)
+        if number > _length(data):
+            raise ValueError(
+                f"trainer.devices: expected at most one process per sample of {name!r}, got "
+                f"{number} for {_length(data)}. Lower trainer.devices."
+            )
+        return number
 
     def _processor(self) -> ProcessorMixin:
         if self.processor is None:

@@ -1,13 +1,15 @@
 """Questions about images from a local folder or from a Hugging Face data set.
 
 All rows are checked when a data set is built, missing image files included, so that a run does not
-fail half-way; images are opened when they are asked for. Rows count from 1.
+fail half-way; images are opened when they are asked for. Rows count from 1. Evaluation copies
+pictures into its results, so a data set may name no image outside its own folder.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,19 @@ class FolderDataset(Dataset[Sample]):
 
     Args:
         path: The .jsonl file, or a folder that holds exactly one. Image paths are relative to it.
+        allow_outside: Opens images outside the file's folder, too: absolute paths, and `..`.
 
     Raises:
         ValueError: The file is missing or empty, or a row is not as expected.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, allow_outside: bool = False) -> None:
         self.path = _lines_file(Path(path).expanduser())
         self._rows: list[tuple[str, Path, Turn]] = []
         ids: dict[str, int] = {}
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines: JSON text may hold U+2028 and others that split there.
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"FolderDataset: expected a file with UTF-8 text, got {str(self.path)!r}: "
@@ -74,6 +78,8 @@ class FolderDataset(Dataset[Sample]):
             ids[name] = number
             turn = _turn(row, "question", "answer", "kind" if "kind" in row else None, where)
             image = self.path.parent / _text(row, "image", where)
+            if not allow_outside:
+                _check_inside(image, [self.path.parent], where, ", or set data.allow_outside=true")
             _check_file(image, where)
             self._rows.append((name, image, turn))
         if not self._rows:
@@ -107,8 +113,8 @@ class HubDataset(Dataset[Sample]):
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: `datasets` is not installed, the data set cannot be loaded or is empty, or a
-            column or an image file is missing.
+        ValueError: `datasets` is not installed, the data set cannot be loaded or is empty, a column
+            is missing, or a row is not as expected.
     """
 
     def __init__(
@@ -155,8 +161,14 @@ class HubDataset(Dataset[Sample]):
             )
         local = Path(path).expanduser()
         self._folder = local if local.is_dir() else local.parent
-        self._data = data.select_columns([column for column in columns if column])
-        self._check_images()
+        # Where images may be; what `datasets` fetched or unpacked is in its cache.
+        self._roots = [self._folder] if local.exists() else []
+        if isinstance(feature, datasets.Image):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            self._roots += [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+        self._data = data.select_columns(list(dict.fromkeys(c for c in columns if c)))
+        self._check_rows()
 
     def __len__(self) -> int:
         return len(self._data)
@@ -176,7 +188,7 @@ class HubDataset(Dataset[Sample]):
             return _open(self._folder / value, where)
         if value["bytes"] is not None:
             return _open(io.BytesIO(value["bytes"]), where)
-        if "://" not in value["path"]:
+        if not _is_address(value["path"]):
             return _open(self._folder / value["path"], where)
         import datasets
 
@@ -186,26 +198,37 @@ class HubDataset(Dataset[Sample]):
             raise _unreadable(value["path"], where, error) from error
         return image.convert("RGB")
 
-    def _check_images(self) -> None:
-        """Looks at every row for an image, in Arrow's memory: no image is read."""
+    def _check_rows(self) -> None:
+        """Looks at every row, images in Arrow's memory: none is read."""
         number = 0
+        ids: dict[str, int] = {}
+        columns = (self.question_column, self.answer_column, self.id_column, self.kind_column)
+        texts = list(dict.fromkeys(column for column in columns if column))
         for table in self._data.with_format("arrow").iter(batch_size=1000):
             column = table[self.image_column].combine_chunks()
             embedded = None
             if str(column.type).startswith("struct"):
                 embedded = column.field("bytes").is_valid().to_pylist()
                 column = column.field("path")
-            for row, path in enumerate(column.to_pylist()):
+            rows = table.select(texts).to_pylist()
+            for index, (row, path) in enumerate(zip(rows, column.to_pylist(), strict=True)):
                 number += 1
-                if embedded is not None and embedded[row]:
-                    continue
-                name = None
+                where = f"{self.path}, row {number}"
                 if self.id_column is not None:
-                    name = str(table[self.id_column][row].as_py())
-                where = _where(self.path, number, name)
+                    name = _name(row[self.id_column], number, where)
+                    where = _where(self.path, number, name)
+                    if ids.setdefault(name, number) != number:
+                        raise ValueError(
+                            f"{where}: expected an id of its own, got that of row {ids[name]}. "
+                            "Set id_column=null to number the rows."
+                        )
+                _turn(row, self.question_column, self.answer_column, self.kind_column, where)
+                if embedded is not None and embedded[index]:
+                    continue
                 if not path:
                     raise _no_value(self.image_column, where)
-                if "://" not in path:
+                if not _is_address(path):
+                    _check_inside(self._folder / path, self._roots, where)
                     _check_file(self._folder / path, where)
 
 
@@ -311,6 +334,21 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 def _turn(row: Mapping[str, Any], question: str, answer: str, kind: str | None, where: str) -> Turn:
     asked, told = _text(row, question, where), _text(row, answer, where)
     return Turn(asked, told) if kind is None else Turn(asked, told, _text(row, kind, where))
+
+
+def _is_address(path: str) -> bool:
+    """Whether an image is fetched; `file://` and chains such as `zip://a.png::/b.zip` are not."""
+    return path.startswith(("https://", "http://", "hf://")) and "::" not in path
+
+
+def _check_inside(path: Path, roots: Sequence[Path], where: str, remedy: str = "") -> None:
+    """Refuses absolute paths and `..` that lead out; links inside are the owner's own doing."""
+    own = Path(os.path.abspath(path))
+    if not any(own.is_relative_to(os.path.abspath(root)) for root in roots):
+        raise ValueError(
+            f"{where}: expected an image in the data's own folder, got {str(path)!r}. "
+            f"Move it there{remedy}."
+        )
 
 
 def _check_file(path: Path, where: str) -> None:
