@@ -36,12 +36,12 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
         from tokenprune import results
-        from tokenprune.sweep import expand, run_name
+        from tokenprune.sweep import expand, run_names
 
         assert self.config is not None
         assert self.launcher is not None
         jobs = expand(self.grids, arguments)
-        names = [run_name(job) for job in jobs]
+        names = run_names(jobs)
         named = [
             [*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)
         ]

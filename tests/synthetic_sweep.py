@@ -21,7 +21,7 @@ SKILL = {"pyramiddrop": 0.9, "fastv": 0.6, "random": 0.0, "uniform": 0.12}
 NEED = {"read": 0.5, "colour": 0.45, "exist": 0.2, "relation": 0.6, "text": 1.0}
 COLUMNS = [
     *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "positions", "seed"),
-    *("num_samples", "accuracy", "accuracy_low", "accuracy_high"),
+    *("num_samples", "accuracy", "ci_low", "ci_high"),
     *(f"accuracy_{kind}" for kind in KINDS),
     *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
     *("num_visual", "model", "run"),
@@ -143,6 +143,7 @@ def write_run(folder: Path, settings: dict[str, Any], num_pictures: int) -> dict
     }
     write_json(run / "metrics.json", metrics)
     row = {column: metrics.get(column) for column in COLUMNS}
+    row |= {"ci_low": low, "ci_high": high}
     row |= {f"accuracy_{kind}": entry["accuracy"] for kind, entry in kinds.items()}
     row["layers"] = " ".join(map(str, layers)) or None
     row["keeps"] = " ".join(map(str, keeps)) or None

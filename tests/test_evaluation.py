@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import tokenprune as tp
 from tokenprune import evaluation, models
 from tokenprune.cli import compose
+from tokenprune.data import Sample
 from tokenprune.evaluation import normalise, summarise, wilson
 
 NUM_SAMPLES = 10
@@ -38,7 +42,7 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
         ],
     )
     strategy = "none" if config.strategy is None else config.strategy.name
-    names = {"strategy": strategy, "schedule": "pyramid", "model": "random"}
+    names = {"strategy": strategy, "schedule": "pyramid", "model": "random", "data": "scenes"}
     return evaluation.evaluate(config, folder, names)
 
 
@@ -182,9 +186,28 @@ def test_a_complete_run_is_not_run_again(
 ) -> None:
     first = run(checkpoint, tmp_path, "strategy=uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_model", lambda config: pytest.fail("loaded again"))
+        patch.setattr(evaluation, "load_model", lambda *given: pytest.fail("loaded again"))
         assert run(checkpoint, tmp_path, "strategy=uniform") == first
     assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
+
+
+def test_other_weights_are_run_again(checkpoint: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    run(own, tmp_path / "run", "strategy=none")
+    first = predictions(tmp_path / "run")
+    weights = load_file(own / "model.safetensors")
+    name = next(name for name in weights if "lm_head" in name)
+    weights[name] = -weights[name]
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    run(own, tmp_path / "run", "strategy=none")
+    assert predictions(tmp_path / "run") != first
+
+
+def test_the_seed_is_the_one_that_draws(checkpoint: Path, tmp_path: Path) -> None:
+    for overrides in (["seed=3"], ["strategy.seed=3"], ["strategy.seed=3", "seed=5"]):
+        metrics = run(checkpoint, tmp_path, "strategy=random", *overrides)
+        assert metrics["seed"] == 3
+    assert run(checkpoint, tmp_path, "strategy=fastv", "seed=4")["seed"] == 4
 
 
 def test_small_data_is_prepared_once_and_large_data_streams() -> None:
@@ -193,7 +216,9 @@ def test_small_data_is_prepared_once_and_large_data_streams() -> None:
 
         def __iter__(self) -> Any:
             self.passes += 1
-            return iter([{"inputs": {"x": torch.zeros(4), "y": "text"}, "i": i} for i in range(3)])
+            tensors = {"x": torch.zeros(2), "y": "text"}
+            sample = Sample("a", Image.new("L", (4, 2)), ())  # 8 bytes, as many as the tensor
+            return iter([{"inputs": tensors, "samples": [sample], "i": i} for i in range(3)])
 
         def __len__(self) -> int:
             return 3

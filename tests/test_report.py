@@ -129,7 +129,7 @@ def test_finding_is_computed_from_the_tightest_common_budget(sweep: Path, page: 
     whole = next(row for row in rows if row["strategy"] == "none")
     sentence = page.text.replace("\xa0", " ").replace("\u2060", "")
     assert f"(pyramid, λ = 0.3, 4 stages), {best['strategy']} gets" in sentence
-    low, high = (100 * float(best[f"accuracy_{end}"]) for end in ("low", "high"))
+    low, high = (100 * float(best[f"ci_{end}"]) for end in ("low", "high"))
     accuracy = 100 * float(best["accuracy"])
     assert f"{accuracy:.1f} % (95 % interval {low:.1f}–{high:.1f}) of the questions" in sentence
     assert f"the unpruned model {100 * float(whole['accuracy']):.1f} %" in sentence
@@ -286,7 +286,7 @@ def test_seeds_are_averaged_and_do_not_narrow_the_interval(tmp_path: Path) -> No
     values = [run.number("accuracy") for run in runs]
     assert group.accuracy.value == pytest.approx(sum(v for v in values if v is not None) / 3)
     assert group.accuracy.low is not None
-    widths = [(run.number("accuracy") or 0) - (run.number("accuracy_low") or 0) for run in runs]
+    widths = [(run.number("accuracy") or 0) - (run.number("ci_low") or 0) for run in runs]
     assert group.accuracy.value - group.accuracy.low >= sum(widths) / 3
 
 
@@ -299,6 +299,97 @@ def test_position_policies_of_one_strategy_are_two_series(tmp_path: Path) -> Non
     series = {group.series for group in summary.average(runs)}
     assert series == {"fastv (original)", "fastv (renumbered)"}
     report.build(tmp_path)
+
+
+def configure(folder: Path, name: str, **config: Any) -> None:
+    (folder / name / "config.yaml").write_text(json.dumps(config))
+
+
+def runs_with(folder: Path, configs: list[dict[str, Any]], **settings: Any) -> list[summary.Group]:
+    """Groups of runs that are alike but for their configs."""
+    common = plan("fastv", "pyramid", [2, 4], [0.5, 0.25], lam=0.5, num_stages=3, **settings)
+    for number, config in enumerate(configs):
+        row = write_run(folder, {**common, "seed": number}, num_pictures=0)
+        configure(folder, row["run"], **config)
+    return summary.average(summary.load(folder)[1])
+
+
+def test_only_seeds_are_averaged(tmp_path: Path) -> None:
+    seeds = [
+        {"seed": i, "strategy": {"name": "fastv", "seed": i}, "data": {"path": "a", "seed": i}}
+        for i in range(3)
+    ]
+    (group,) = runs_with(tmp_path / "seeds", seeds)
+    assert (group.num_seeds, group.setting) == (3, "tiny")
+
+    data = [{"data": {"path": path, "test": {"seed": i}}} for i, path in enumerate("ab")]
+    data += [{"data": {"path": "b", "test": {"seed": 1}}, "max_new_tokens": 4}]
+    groups = runs_with(tmp_path / "data", data)
+    assert [len(group.runs) for group in groups] == [1, 1, 1]
+    assert groups[0].setting == "tiny, data.path=a, data.test.seed=0"
+    assert groups[2].setting == "tiny, data.path=b, data.test.seed=1, max_new_tokens=4"
+    assert "max_new_tokens=4" in Reader(report.build(tmp_path / "data").read_text()).text
+
+    rounding = [{"schedule": {"lam": 0.5, "rounding": way}} for way in ("floor", "nearest")]
+    groups = runs_with(tmp_path / "rounding", rounding)
+    series = {"fastv (rounding=floor)", "fastv (rounding=nearest)"}
+    assert {group.series for group in groups} == series
+
+
+def test_models_and_data_go_by_the_names_in_the_table() -> None:
+    def run(data: str, **config: str) -> summary.Run:
+        values = {"strategy": "fastv", "model": "tiny", "data": data, "accuracy": "0.5"}
+        return summary.Run(values, None, config)
+
+    groups = summary.average([run("a", **{"data.path": "/long/a"}), run("b")])
+    assert [group.setting for group in groups] == ["tiny, data=a", "tiny, data=b"]
+
+
+def test_pyramids_that_cut_elsewhere_are_apart(tmp_path: Path) -> None:
+    for layers in ([2, 4], [1, 6]):
+        for lam in (0.3, 0.5):
+            keeps = [lam, lam**2]
+            settings = plan("fastv", "pyramid", layers, keeps, lam=lam, num_stages=3, seed=0)
+            write_run(tmp_path, settings, num_pictures=0)
+    groups = summary.average(summary.load(tmp_path)[1])
+    matrix = report._matrix(groups, "tiny")
+    assert matrix is not None
+    assert matrix["heads"] == [("3 stages at 1 6", 2), ("3 stages at 2 4", 2)]
+    ((_, _, cells),) = matrix["rows"]
+    shown = sorted(cell.text for cell in cells)
+    assert shown == sorted(f"{100 * group.accuracy.value:.1f}" for group in groups)
+    report.build(tmp_path)
+    assert "3 stages at 2 4" in (tmp_path / "figures" / "accuracy.svg").read_text()
+
+
+# From any table of Student's t, two-sided 95 %.
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [
+        (1, 12.7062),
+        (2, 4.3027),
+        (3, 3.1824),
+        (9, 2.2622),
+        (10, 2.2281),
+        (29, 2.0452),
+        (120, 1.9799),
+    ],
+)
+def test_quantiles_of_student(degrees: int, quantile: float) -> None:
+    assert summary.student(degrees) == pytest.approx(quantile, abs=5e-5)
+
+
+def test_kinds_called_like_the_interval_are_shown(tmp_path: Path) -> None:
+    write_sweep(tmp_path, strategies=("random",), num_stages=(4,), num_pictures=0)
+
+    def rename(rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            row["accuracy_low"] = row["accuracy_read"]
+
+    edit_table(tmp_path, rename)
+    groups = summary.average(summary.load(tmp_path)[1])
+    assert "low" in groups[0].kinds
+    assert groups[0].accuracy.low is not None
 
 
 def test_each_model_has_its_own_figures(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tokenprune import results
-from tokenprune.sweep import expand, run_name, sweep_name
+from tokenprune.sweep import expand, run_name, run_names, sweep_name
 
+MARKS = {"torch": "2", "data.path": "old", "device": "cpu"}
 CONFIG = {"seed": 0, "model": {"path": "tiny"}, "strategy": None, "layers": [1, 2]}
 METRICS = {
     "strategy": "fastv",
@@ -46,15 +48,17 @@ def write(folder: Path, **changes: object) -> None:
         predictions=[{"id": "a", "answer": "é"}],
         kept=[],
         images={"images/a.png": Image.new("RGB", (4, 4))},
-        device="cpu",
+        versions=MARKS,
     )
 
 
 def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
-    assert not results.is_complete(tmp_path, CONFIG)
+    assert results.changes(tmp_path, CONFIG, MARKS) is None
     write(tmp_path)
-    assert results.is_complete(tmp_path, CONFIG)
-    assert not results.is_complete(tmp_path, CONFIG | {"seed": 1})
+    assert results.changes(tmp_path, CONFIG, MARKS) == []
+    assert results.changes(tmp_path, CONFIG | {"seed": 1}, MARKS) == ["seed"]
+    assert results.changes(tmp_path, CONFIG, MARKS | {"torch": "9"}) == ["torch"]
+    assert results.changes(tmp_path, CONFIG, MARKS | {"data.path": "new"}) == ["data.path"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml",
         "images",
@@ -77,7 +81,48 @@ def test_a_run_that_stops_halfway_is_not_complete(
     monkeypatch.setattr(results, "write_text", full)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path)
-    assert not results.is_complete(tmp_path, CONFIG)
+    assert results.changes(tmp_path, CONFIG, MARKS) is None
+
+
+@pytest.mark.parametrize("limit", [results._WHOLE, 1])
+def test_the_contents_of_model_and_data_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(results, "_WHOLE", limit)  # large folders are read at their ends
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    rows.write_text("one")
+    config = {
+        "model": {"path": str(model), "name_or_path": None},
+        "data": {"path": "not/here", "test": {"train_path": str(rows), "split": str(rows)}},
+    }
+    first = results.fingerprint(config)
+    assert set(first) == {"tokenprune", "torch", "transformers"} | {
+        "model.path",
+        "data.test.train_path",
+    }
+    os.utime(rows, (1, 1))
+    assert results.fingerprint(config) == first
+    rows.write_text("two")
+    (model / "model.safetensors").write_bytes(b"0")
+    second = results.fingerprint(config)
+    assert {key for key in first if first[key] != second[key]} == {
+        "model.path",
+        "data.test.train_path",
+    }
+    assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
+
+
+def test_kinds_do_not_pass_for_the_interval(tmp_path: Path) -> None:
+    write(tmp_path / "a", kinds={"low": {"accuracy": 1.0}, "high": {"accuracy": 0.0}})
+    rows = results.collect(tmp_path)
+    assert (rows[0]["ci_low"], rows[0]["ci_high"]) == (0.3, 0.95)
+    assert (rows[0]["accuracy_low"], rows[0]["accuracy_high"]) == (1.0, 0.0)
+    results.print_table(rows, "interval from the run")
+    with results.write_table(tmp_path, rows).open(newline="") as file:
+        (read,) = csv.DictReader(file)
+    assert (read["ci_low"], read["accuracy_low"]) == ("0.3", "1.0")
 
 
 def test_table_is_tidy(tmp_path: Path) -> None:
@@ -114,11 +159,15 @@ def test_cuts_without_lam_are_spelt_out() -> None:
     assert results._schedule(entry) == "explicit, 0.5 at 2, 0.25 at 4"
 
 
-@pytest.mark.parametrize("identifier", ["../../etc/passwd", "a/b c", "ä", "", "...", "test-0-1"])
-def test_pictures_stay_in_their_folder(identifier: str) -> None:
-    path = Path(results.image_name(identifier))
-    assert path.parent == Path("images")
-    assert path.suffix == ".png"
+def test_pictures_stay_in_their_folder_and_apart() -> None:
+    ids = ["../../etc/passwd", "a/b", "a_b", "图一", "图二", "", "...", "x" * 300, "\ud800"]
+    paths = [Path(results.image_name(3, name)) for name in ids]
+    assert len(set(paths)) == len(ids)
+    assert results.image_name(1, "a") != results.image_name(2, "a")
+    for path in paths:
+        assert path.parent == Path("images")
+        assert path.suffix == ".png"
+        assert len(path.name) < 40
 
 
 def test_grids_expand_one_after_another() -> None:
@@ -148,4 +197,10 @@ def test_names_of_runs_are_stable_and_distinct() -> None:
     paths = [run_name([f"model.path=/a/{name}"]) for name in ("b?", "b*", "x" * 300)]
     assert len(set(paths)) == 3
     assert all(len(path) <= 120 and "/" not in path for path in paths)
+    assert run_name(["strategy=random", "strategy.seed=1"]) != run_name(
+        ["strategy=random", "seed=1"]
+    )
+    assert run_names([["strategy=a"], ["schedule=a"], ["x=1"]])[2] == "x=1"
+    assert len(set(run_names([["strategy=a"], ["schedule=a"]]))) == 2
+    assert run_name(["seed=1", "ckpt_path=last"]) == run_name(["seed=1"])
     assert sweep_name(["a=1", "b=2"]) == sweep_name(["b=2", "a=1"]) != sweep_name(["a=1"])

@@ -102,6 +102,7 @@ class Evaluator(pl.LightningModule):
         pruning: Strategy, schedule and positions; None for the unpruned model.
         folder: Where the run's files go.
         config: The run's resolved config.
+        marks: Its `results.fingerprint`.
         names: Entries of metrics.json that name the run.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
@@ -113,6 +114,7 @@ class Evaluator(pl.LightningModule):
         pruning: Pruning | None,
         folder: Path,
         config: Mapping[str, Any],
+        marks: Mapping[str, str],
         names: Mapping[str, Any],
         max_new_tokens: int,
         num_pictures: int,
@@ -122,6 +124,7 @@ class Evaluator(pl.LightningModule):
         self.pruning = pruning
         self.folder = folder
         self.config = dict(config)
+        self.marks = dict(marks)
         self.names = dict(names)
         self.max_new_tokens = max_new_tokens
         self.num_pictures = num_pictures
@@ -210,6 +213,9 @@ class Evaluator(pl.LightningModule):
             records, seconds, self.shape, self.loaded.model.dtype.itemsize
         )
         device = self.loaded.model.device
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        pictured = records[: self.num_pictures]
+        pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
         results.write_run(
             folder=self.folder,
             config=self.config,
@@ -217,20 +223,18 @@ class Evaluator(pl.LightningModule):
             predictions=[{key: record[key] for key in _PREDICTION} for record in records],
             kept=[
                 {key: record[key] for key in _PREDICTION if key != "correct"}
-                | {"image": results.image_name(record["id"])}
+                | {"image": picture}
                 | record["kept"]
-                for record in records[: self.num_pictures]
+                for picture, record in zip(pictures, pictured, strict=True)
             ],
             images={
-                results.image_name(record["id"]): record["image"]
-                for record in records[: self.num_pictures]
+                picture: record["image"] for picture, record in zip(pictures, pictured, strict=True)
             },
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            versions=self.marks | {"device": on},
         )
         if self.trainer.loggers:
-            numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-            for kind, values in metrics["kinds"].items():
-                numbers[f"accuracy_{kind}"] = values["accuracy"]
+            row = results.row(metrics, self.folder.name)
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers)
                 logger.save()
@@ -330,7 +334,7 @@ class RememberedBatches:
 
     Args:
         loader: Gives batches with tensors under `inputs`.
-        limit: Bytes of tensors that may stay.
+        limit: Bytes of tensors and pictures that may stay.
     """
 
     def __init__(self, loader: Any, limit: int = 2**29) -> None:
@@ -348,6 +352,8 @@ class RememberedBatches:
         size = 0
         for batch in self.loader:
             size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
+            images = [sample.image for sample in batch["samples"]]
+            size += sum(image.width * image.height * len(image.getbands()) for image in images)
             if size <= self.limit:
                 seen.append(batch)
             else:
@@ -362,7 +368,7 @@ class RememberedBatches:
 def _load_model(config: str) -> LoadedModel:
     from hydra.utils import instantiate
 
-    loaded = instantiate(OmegaConf.create(json.loads(config)))
+    loaded = instantiate(OmegaConf.create(json.loads(config)[0]))
     assert isinstance(loaded, LoadedModel)
     return loaded
 
@@ -371,7 +377,8 @@ def _load_model(config: str) -> LoadedModel:
 def _load_data(config: str, model: str) -> pl.LightningDataModule:
     from hydra.utils import instantiate
 
-    data = instantiate(OmegaConf.create(json.loads(config)), processor=_load_model(model).processor)
+    own = OmegaConf.create(json.loads(config)[0])
+    data = instantiate(own, processor=_load_model(model).processor)
     assert isinstance(data, pl.LightningDataModule)
     return data
 
@@ -384,13 +391,14 @@ def _load_batches(config: str, model: str) -> RememberedBatches:
     return RememberedBatches(data.predict_dataloader())
 
 
-def load_model(config: DictConfig) -> LoadedModel:
+def load_model(config: DictConfig, marks: Mapping[str, str] | None = None) -> LoadedModel:
     """The model of a run, from memory if the run before had the same."""
-    return _load_model(_key(config.model))
+    return _load_model(_key(config.model, marks))
 
 
-def _key(config: DictConfig) -> str:
-    return json.dumps(compose.plain(config))
+def _key(config: DictConfig, marks: Mapping[str, str] | None) -> str:
+    """Names what is in memory: files that changed since are read again."""
+    return json.dumps([compose.plain(config), marks])
 
 
 def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
@@ -399,7 +407,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     Args:
         config: As `configs/eval.yaml` composes it.
         folder: The run's folder.
-        names: What to call `strategy`, `schedule` and `model` in the metrics.
+        names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
 
     Returns:
         The metrics, as in metrics.json.
@@ -410,23 +418,25 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     from hydra.utils import instantiate
 
     resolved = compose.plain(config)
-    if results.is_complete(folder, resolved):
+    marks = results.fingerprint(resolved)
+    if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer = instantiate(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )
-    loaded = load_model(config)
+    loaded = load_model(config, marks)
     num_layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
     pruning = compose.build_pruning(config, num_layers)
     if pruning is not None:
         with tp.prune(loaded.model, pruning.strategy, pruning.schedule, pruning.positions):
             pass  # refuses here, before any data is read, what the model does not support
     source: dict[str, Any]
+    model, data = _key(config.model, marks), _key(config.data, marks)
     if trainer.world_size == 1:
-        source = {"dataloaders": _load_batches(_key(config.data), _key(config.model))}
+        source = {"dataloaders": _load_batches(data, model)}
     else:
-        source = {"datamodule": _load_data(_key(config.data), _key(config.model))}
+        source = {"datamodule": _load_data(data, model)}
         del loaded  # the processes have their own
         _load_model.cache_clear()
     stages = pruning.schedule.stages if pruning is not None else None
@@ -439,14 +449,19 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         "layers": None if stages is None else [stage.layer for stage in stages],
         "keeps": None if stages is None else [stage.keep for stage in stages],
         "positions": config.positions,
-        "seed": config.seed,
+        # A strategy's own seed counts, whether it was set or follows the run's.
+        "seed": config.seed
+        if config.strategy is None
+        else config.strategy.get("seed", config.seed),
         "model": names["model"],
+        "data": names["data"],
     }
     evaluator = Evaluator(
-        load=partial(_load_model, _key(config.model)),
+        load=partial(_load_model, model),
         pruning=pruning,
         folder=folder,
         config=resolved,
+        marks=marks,
         names=labels,
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,

@@ -68,8 +68,8 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "seed": ("seed", "number", "The seed of the run."),
     "num_samples": ("questions", "number", "The number of questions asked."),
     "accuracy": ("right (%)", "percent", "The share of the questions answered right."),
-    "accuracy_low": ("low (%)", "percent", "Lower end of the 95 % interval of accuracy (Wilson)."),
-    "accuracy_high": ("high (%)", "percent", "Upper end of that interval."),
+    "ci_low": ("from (%)", "percent", "Lower end of the 95 % interval of accuracy (Wilson)."),
+    "ci_high": ("to (%)", "percent", "Upper end of that interval."),
     "tflops": (
         "FLOPs",
         "flops",
@@ -97,6 +97,7 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     ),
     "num_visual": ("visual tokens", "number", "Visual tokens before any cut, mean."),
     "model": ("model", "text", "The checkpoint that was evaluated."),
+    "data": ("data", "text", "The data that was asked about."),
     "run": ("run", "text", "The folder of the run, relative to this page."),
 }
 
@@ -187,10 +188,10 @@ def build(folder: Path) -> Path:
     figures.mkdir(exist_ok=True)
     axes = _axes(groups)
     looks = charts.looks([group.first.strategy for group in groups])
-    for number, model in enumerate(summary.models_of(groups)):
+    for number, model in enumerate(summary.settings_of(groups)):
         suffix = f"_{number + 1}" if number else ""
-        inside = [group for group in groups if group.first.text("model") == model]
-        name = f" ({model})" if len(summary.models_of(groups)) > 1 else ""
+        inside = [group for group in groups if group.setting == model]
+        name = f" ({model})" if len(summary.settings_of(groups)) > 1 else ""
         page.drawings += _draw(page, figures, inside, axes.get(model), looks, suffix, name)
     _gallery(page, figures, groups)
 
@@ -201,7 +202,7 @@ def build(folder: Path) -> Path:
             page=page,
             matrices=[
                 m
-                for model in summary.models_of(groups)
+                for model in summary.settings_of(groups)
                 if (m := _matrix(groups, model)) is not None
             ],
             table=_table(columns, runs),
@@ -243,7 +244,7 @@ def _draw(
         Point(
             strategy=group.first.strategy,
             series=group.series,
-            panel=summary.family(group.first),
+            panel=summary.family(group.first, [other.first for other in groups]),
             cost=cost(group),
             accuracy=group.accuracy,
             kinds=group.kinds,
@@ -350,8 +351,8 @@ def _axes(
 ) -> dict[str, tuple[Axis, Callable[[Group], float | None]]]:
     """The horizontal axis of each model, and what reads a group's place on it."""
     result = {}
-    for model in summary.models_of(groups):
-        inside = [group for group in groups if group.first.text("model") == model]
+    for model in summary.settings_of(groups):
+        inside = [group for group in groups if group.setting == model]
         column = summary.cost_column(inside)
         if column is None:
             continue
@@ -389,7 +390,7 @@ def _gallery(page: Page, figures: Path, groups: Sequence[Group]) -> None:
     for group in groups:
         records = _kept(group.first)
         if records and group.first.strategy != UNPRUNED:
-            key = (group.first.text("model"), *group.first.budget)
+            key = (group.setting, *group.first.budget)
             pictured.setdefault(key, []).append((group, records))
     if not pictured:
         page.notes.append("No pictures of kept tokens: no run has a kept.json with stages.")
@@ -404,15 +405,9 @@ def _gallery(page: Page, figures: Path, groups: Sequence[Group]) -> None:
     members = max(pictured.values(), key=telling)
     ranks = charts.order([group.first.strategy for group, _ in members])
     members = sorted(members, key=lambda pair: ranks.index(pair[0].first.strategy))
-    run = members[0][0].first
-    whole = next(
-        (
-            group.first
-            for group in groups
-            if group.first.strategy == UNPRUNED and group.first.text("model") == run.text("model")
-        ),
-        None,
-    )
+    run, setting = members[0][0].first, members[0][0].setting
+    unpruned = [g.first for g in groups if g.first.strategy == UNPRUNED and g.setting == setting]
+    whole = next(iter(unpruned), None)
     # The first question of each kind, then more in order: no choice by outcome.
     shared = [
         record
@@ -519,11 +514,20 @@ def _matrix(groups: Sequence[Group], model: str) -> dict[str, Any] | None:
     inside = [
         group
         for group in groups
-        if group.first.text("model") == model
+        if group.setting == model
         and group.first.number("lam") is not None
         and group.first.number("num_stages") is not None
     ]
-    keys = sorted({_lam_stages(group) for group in inside})
+    among = [group.first for group in inside]
+
+    def place(group: Group) -> tuple[float, str, float]:
+        stages, lam = group.first.number("num_stages"), group.first.number("lam")
+        assert stages is not None, "only runs with stages are in the matrix"
+        assert lam is not None, "only runs with λ are in the matrix"
+        words = summary.family(group.first, among).removeprefix(f"{group.first.text('schedule')}, ")
+        return stages, words, lam
+
+    keys = sorted({place(group) for group in inside})
     if len(keys) < 2:
         return None
     values = [group.accuracy.value for group in inside]
@@ -534,7 +538,7 @@ def _matrix(groups: Sequence[Group], model: str) -> dict[str, Any] | None:
         for name in sorted(name for name in series if series[name] == strategy):
             cells = []
             for key in keys:
-                at = [group for group in inside if _lam_stages(group) == key]
+                at = [group for group in inside if place(group) == key]
                 own = next((group for group in at if group.series == name), None)
                 if own is None:
                     cells.append(Cell("–"))
@@ -552,24 +556,17 @@ def _matrix(groups: Sequence[Group], model: str) -> dict[str, Any] | None:
             rows.append((name, strategy, cells))
     shares = []
     for key in keys:
-        ratios = [g.mean("tflops_ratio") for g in inside if _lam_stages(g) == key]
+        ratios = [g.mean("tflops_ratio") for g in inside if place(g) == key]
         known = [ratio for ratio in ratios if ratio is not None]
         shares.append(f"{100 * statistics.fmean(known):.0f}" if known else "–")
-    stages = [stage for stage, _ in keys]
+    heads = [words for _, words, _ in keys]
     return {
-        "model": model if len(summary.models_of(groups)) > 1 else "",
-        "heads": [(f"{stage:g} stages", stages.count(stage)) for stage in dict.fromkeys(stages)],
-        "lams": [f"{lam:g}" for _, lam in keys],
+        "model": model if len(summary.settings_of(groups)) > 1 else "",
+        "heads": [(head, heads.count(head)) for head in dict.fromkeys(heads)],
+        "lams": [f"{lam:g}" for _, _, lam in keys],
         "shares": shares,
         "rows": rows,
     }
-
-
-def _lam_stages(group: Group) -> tuple[float, float]:
-    stages, lam = group.first.number("num_stages"), group.first.number("lam")
-    assert stages is not None, "only runs with stages are in the matrix"
-    assert lam is not None, "only runs with λ are in the matrix"
-    return stages, lam
 
 
 def _table(columns: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
@@ -619,7 +616,11 @@ def _definitions(columns: Sequence[str]) -> list[tuple[str, str, str]]:
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     strategies = charts.order([run.strategy for run in runs])
     facts = [("runs", str(len(runs))), ("strategies", ", ".join(strategies) or "none")]
-    for column, label in (("num_samples", "questions per run"), ("model", "model")):
+    for column, label in (
+        ("num_samples", "questions per run"),
+        ("model", "model"),
+        ("data", "data"),
+    ):
         values = sorted({run.text(column) for run in runs} - {""}, key=lambda v: (len(v), v))
         if values:
             facts.append((label, ", ".join(summary.short(value) for value in values)))

@@ -9,18 +9,22 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from tokenprune import results
 
 UNPRUNED = "unpruned"
-NOT_KINDS = ("accuracy_low", "accuracy_high")
-# Two-sided 95 % quantiles of Student's t by number of seeds; beyond the table the normal one.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
-NORMAL = 1.96
+# Entries of a config in which the seeds of one experiment may differ, and those without effect on
+# the answers. `data.seed` orders training samples; `data.test.seed` asks other questions.
+SEEDS = ("seed", "strategy.seed", "data.seed")
+NO_EFFECT = ("logger", "num_pictures", "data.num_workers", "trainer.callbacks")
+# Entries of a schedule that its row in results.csv tells, as its budget.
+BUDGET = ("lam", "num_stages", "layers", "layer", "keep", "stages", "num_layers", "_target_")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Run:
 
     values: Mapping[str, str]
     folder: Path | None
+    #: The run's resolved config by dotted key; empty where it is not known.
+    config: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, column: str) -> str:
         return self.values.get(column, "").strip()
@@ -59,6 +65,25 @@ class Run:
         """What the runs of several strategies must share to be compared."""
         return tuple(self.text(c) for c in ("schedule", "lam", "num_stages", "layers", "keeps"))
 
+    @property
+    def circumstances(self) -> dict[str, str]:
+        """All but strategy, schedule, positions and seeds: model, data, how answers are made."""
+        own = {"model": self.text("model"), "data": self.text("data")}
+        return own | _without(self.config, ("strategy", "schedule", "positions"))
+
+    @property
+    def variant(self) -> dict[str, str]:
+        """What tells runs of one strategy at one budget apart, seeds left out."""
+        if self.strategy == UNPRUNED:
+            return {}
+        own = {"positions": self.text("positions")}
+        inside = {k: v for k, v in self.config.items() if k.startswith(("strategy.", "schedule."))}
+        return own | {
+            key.split(".", 1)[1]: value
+            for key, value in _without(inside, ()).items()
+            if not key.startswith("schedule.") or key.split(".")[1] not in BUDGET
+        }
+
 
 @dataclass(frozen=True)
 class Group:
@@ -68,6 +93,8 @@ class Group:
     series: str
     accuracy: Interval
     kinds: Mapping[str, Interval]
+    #: What the runs have in common besides strategy and budget: only such groups are compared.
+    setting: str = ""
 
     @property
     def first(self) -> Run:
@@ -114,7 +141,8 @@ def load(folder: Path) -> tuple[list[str], list[Run]]:
                 f"report: expected results.csv or a run's metrics.json in {folder}, got neither. "
                 "Run `tokenprune eval` first, and give its output folder."
             )
-    runs = [Run(row, inside(folder, row.get("run", ""))) for row in rows]
+    places = [inside(folder, row.get("run", "")) for row in rows]
+    runs = [Run(row, place, _config(place)) for row, place in zip(rows, places, strict=True)]
     if not any(run.number("accuracy") is not None for run in runs):
         raise ValueError(
             f"report: expected rows with a column accuracy in {where}, got {len(runs)} rows with "
@@ -131,18 +159,21 @@ def average(runs: Sequence[Run]) -> list[Group]:
     interval (Student's t) of the mean over seeds.
     """
     scored = [run for run in runs if run.number("accuracy") is not None]
-    gathered: dict[tuple[str, ...], list[Run]] = {}
-    for run in scored:
-        key = (run.text("model"), run.strategy, *run.budget, run.text("positions"))
+    settings = _settings(scored)
+    gathered: dict[tuple[Any, ...], list[Run]] = {}
+    for run, setting in zip(scored, settings, strict=True):
+        key = (setting, run.strategy, run.budget, tuple(sorted(run.variant.items())))
         gathered.setdefault(key, []).append(run)
-    # A strategy's position policy is worth a mention only where a budget has it both ways.
-    policies: dict[tuple[str, ...], set[str]] = {}
+    # A position policy or a rounding is worth a mention only where a budget has it both ways.
+    variants: dict[tuple[Any, ...], list[dict[str, str]]] = {}
     for key in gathered:
-        policies.setdefault(key[:-1], set()).add(key[-1])
-    ambiguous = {key[1] for key, several in policies.items() if len(several) > 1}
+        variants.setdefault(key[:-1], []).append(dict(key[-1]))
+    mentioned: dict[str, set[str]] = {}
+    for (_, strategy, _), several in variants.items():
+        mentioned.setdefault(strategy, set()).update(_differing(several))
 
     groups = []
-    for key, members in gathered.items():
+    for (setting, strategy, _, variant), members in gathered.items():
         details = [_kind_details(run) for run in members]
         kinds = {
             kind: _mean(
@@ -154,24 +185,82 @@ def average(runs: Sequence[Run]) -> list[Group]:
             for kind in _kinds(members)
         }
         accuracy = _mean(
-            [
-                (r.number("accuracy"), r.number("accuracy_low"), r.number("accuracy_high"))
-                for r in members
-            ]
+            [(r.number("accuracy"), r.number("ci_low"), r.number("ci_high")) for r in members]
         )
         assert accuracy is not None, "runs without an accuracy were left out above"
-        series = f"{key[1]} ({key[-1]})" if key[1] in ambiguous and key[-1] else key[1]
-        groups.append(
-            Group(tuple(members), series, accuracy, {k: v for k, v in kinds.items() if v})
-        )
+        told = [
+            value if key == "positions" else f"{key}={value}"
+            for key, value in variant
+            if key in mentioned[strategy] and value
+        ]
+        series = f"{strategy} ({', '.join(told)})" if told else strategy
+        present = {kind: interval for kind, interval in kinds.items() if interval}
+        groups.append(Group(tuple(members), series, accuracy, present, setting))
     return groups
+
+
+def _settings(runs: Sequence[Run]) -> list[str]:
+    """Each run's circumstances in words: its model, and in what else the runs differ."""
+    own = [run.circumstances for run in runs]
+    differing = _differing(own)
+    # Two names of one choice; the shorter one is a column of results.csv.
+    for group in ("model", "data"):
+        if len({one[group] for one in own}) == len({_part(one, group) for one in own}):
+            differing = [key for key in differing if not key.startswith(f"{group}.")]
+    return [
+        ", ".join(
+            [one["model"], *(f"{k}={one[k]}" for k in differing if k != "model" and k in one)]
+        )
+        for one in own
+    ]
+
+
+def _part(circumstances: Mapping[str, str], group: str) -> tuple[tuple[str, str], ...]:
+    """A group's own entries and its name."""
+    return tuple(item for item in circumstances.items() if item[0].split(".")[0] == group)
+
+
+def _differing(several: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys under which not all have the same."""
+    keys = dict.fromkeys(key for one in several for key in one)
+    return [key for key in keys if len({one.get(key) for one in several}) > 1]
+
+
+def _without(config: Mapping[str, str], groups: Sequence[str]) -> dict[str, str]:
+    """A config without seeds, what has no effect, and whole groups."""
+    left_out = (*SEEDS, *NO_EFFECT, *groups, "ckpt_path")
+    return {
+        key: value
+        for key, value in config.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+    }
+
+
+def _config(folder: Path | None) -> dict[str, str]:
+    """The resolved config of a run by dotted key; empty where there is none to read."""
+    path = folder / results.CONFIG if folder else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception:  # whatever the readers of YAML make of something else
+        return {}  # the report shows it as it is
+    return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
 
 
 def finding(groups: Sequence[Group]) -> str:
     """One sentence: the best strategy at the tightest budget that the strategies share."""
-    models = models_of(groups)
-    model = max(models, key=lambda name: sum(g.first.text("model") == name for g in groups))
-    inside = [group for group in groups if group.first.text("model") == model]
+    settings = settings_of(groups)
+    setting = max(settings, key=lambda name: sum(group.setting == name for group in groups))
+    inside = [group for group in groups if group.setting == setting]
     pruned = [group for group in inside if group.first.strategy != UNPRUNED]
     whole = next((group for group in inside if group.first.strategy == UNPRUNED), None)
     reference = f"the unpruned model {percent(whole.accuracy)}" if whole else ""
@@ -208,7 +297,8 @@ def finding(groups: Sequence[Group]) -> str:
         rest.append(f"random gets {percent(random.accuracy)}")
     if reference:
         rest.append(reference)
-    return sentence + "".join(f"; {part}" for part in rest) + "."
+    where = f" ({setting})" if len(settings) > 1 else ""
+    return sentence + "".join(f"; {part}" for part in rest) + f"{where}."
 
 
 def _apart(best: Interval, second: Interval) -> bool | None:
@@ -239,12 +329,20 @@ def budget_words(run: Run) -> str:
     return ", ".join(words)
 
 
-def family(run: Run) -> str:
-    """What the points of a curve share: the schedule without its budget."""
+def family(run: Run, among: Sequence[Run] = ()) -> str:
+    """What the points of a curve share: the schedule without its budget.
+
+    Args:
+        run: The run in question.
+        among: Others; where they cut a pyramid of as many stages elsewhere, the layers are named.
+    """
     name = run.text("schedule") or "schedule unknown"
-    if run.number("lam") is not None and run.text("num_stages"):
-        return f"{name}, {short(run.text('num_stages'))} stages"
-    return name
+    if run.number("lam") is None or not run.text("num_stages"):
+        return name
+    alike = [r for r in among if family(r) == family(run) and r.number("lam") is not None]
+    layers = {r.text("layers") for r in alike} | {run.text("layers")}
+    where = f" at {run.text('layers').strip('[]()')}" if len(layers) > 1 else ""
+    return f"{name}, {short(run.text('num_stages'))} stages{where}"
 
 
 def _mean(values: Sequence[tuple[float | None, float | None, float | None]]) -> Interval | None:
@@ -257,7 +355,7 @@ def _mean(values: Sequence[tuple[float | None, float | None, float | None]]) -> 
     seeds = 0.0
     if number > 1:
         spread = statistics.stdev(value for value, _, _ in present)
-        seeds = STUDENT.get(number, NORMAL) * spread / math.sqrt(number)
+        seeds = student(number - 1) * spread / math.sqrt(number)
     downs = [value - low for value, low, _ in present if low is not None]
     ups = [high - value for value, _, high in present if high is not None]
     if len(downs) < number or len(ups) < number:
@@ -265,6 +363,29 @@ def _mean(values: Sequence[tuple[float | None, float | None, float | None]]) -> 
     down = math.hypot(statistics.fmean(downs), seeds)
     up = math.hypot(statistics.fmean(ups), seeds)
     return Interval(mean, max(0.0, mean - down), min(1.0, mean + up))
+
+
+def student(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t, by bisection of its closed form.
+
+    Abramowitz & Stegun, 26.7.3 (odd degrees of freedom) and 26.7.4 (even ones).
+    """
+
+    def inside(t: float) -> float:
+        angle = math.atan(t / math.sqrt(degrees))
+        odd = degrees % 2
+        term = total = 0.0 if degrees == 1 else math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, degrees, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            total += term
+        share = math.sin(angle) * total
+        return 2 / math.pi * (angle + share) if odd else share
+
+    low, high = 1.9, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return low
 
 
 def cost_column(groups: Sequence[Group]) -> str | None:
@@ -288,17 +409,14 @@ def _kind_details(run: Run) -> dict[str, tuple[float | None, float | None]]:
 
 def _kinds(runs: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(
-        name
-        for run in runs
-        for name in run.values
-        if name.startswith("accuracy_") and name not in NOT_KINDS
+        name for run in runs for name in run.values if name.startswith("accuracy_")
     )
     return [name.removeprefix("accuracy_") for name in names]
 
 
-def models_of(groups: Sequence[Group]) -> list[str]:
-    """The models in the order of first appearance."""
-    return list(dict.fromkeys(group.first.text("model") for group in groups))
+def settings_of(groups: Sequence[Group]) -> list[str]:
+    """The settings in the order of first appearance."""
+    return list(dict.fromkeys(group.setting for group in groups))
 
 
 def _row(metrics: Mapping[str, Any], run: str) -> dict[str, str]:

@@ -50,15 +50,30 @@ def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> l
 
 def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
-    parts = [part for part in overrides if not re.match(r"[+]*(experiment|hydra)\b", part)]
-    full = ",".join(parts)
-    # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3
-    short = ",".join(re.sub(r"^(strategy|schedule)[=.]", "", part.lstrip("+")) for part in parts)
+    # Where a training goes on from does not make it another one.
+    left_out = r"[+]*(experiment|hydra|ckpt_path)\b"
+    parts = [part for part in overrides if not re.match(left_out, part)]
+    # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3; but not
+    # strategy.seed=1 -> seed=1, which is another run.
+    pattern = r"^(strategy=|schedule[=.])"
+    short = ",".join(re.sub(pattern, "", part.lstrip("+")) for part in parts)
     safe = re.sub(r"[^\w.,=+-]", "_", short)
     if safe != short or len(safe) > _LONGEST_NAME:
-        digest = hashlib.blake2b(full.encode(), digest_size=4).hexdigest()
-        safe = f"{safe[: _LONGEST_NAME - 9]}-{digest}"
+        safe = f"{safe[: _LONGEST_NAME - 9]}-{_digest(parts)}"
     return safe or "default"
+
+
+def run_names(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Folders of a sweep's runs, each with one of its own."""
+    names = [run_name(job) for job in jobs]
+    return [
+        name if names.count(name) == 1 else f"{name}-{_digest(job)}"
+        for name, job in zip(names, jobs, strict=True)
+    ]
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.blake2b(",".join(parts).encode(), digest_size=4).hexdigest()
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
