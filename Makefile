@@ -1,10 +1,12 @@
 # make demo: the ablation on the shipped model, from a bare machine. make test: the tests.
+# make test-all: and every model type, attention and mode. make test-oldest: the oldest transformers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
-.PHONY: install demo test check format wheel clean
+.PHONY: install demo test test-all test-oldest check format wheel clean
 
 install: $(STAMP)
 
@@ -23,6 +25,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Two processes: the matrix is many small models.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" --numprocesses 2
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/test_golden.py tests/test_oracles.py tests/test_engine.py tests/test_adapters.py
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" --constraint constraints-oldest.txt
+	touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -36,4 +50,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
