@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,34 @@ def test_bugs_keep_their_traceback(
     assert list(Path().iterdir()) == []
 
 
+def test_only_our_own_messages_are_told_in_a_line() -> None:
+    def told(text: str, file: str | Path) -> str | None:
+        raising = compile(f"raise ValueError({text!r})", str(file), "exec")
+        with pytest.raises(ValueError, match=r".") as caught:
+            exec(raising)
+        return cli.explain(caught.value)
+
+    ours, message = Path(cli.__file__).parent, "x: expected a, got b."
+    assert told(message, ours / "data" / "sources.py") == message
+    assert told(message, "/home/u/tokenprune/.venv/lib/torch/nn/functional.py") is None
+    assert told("not enough values to unpack (expected 1, got 0)", ours / "training.py") is None
+
+
+def test_an_interruption_is_told_as_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning's loops do
+
+    monkeypatch.setattr("tokenprune.evaluation.evaluate", interrupted)
+    assert cli.main(["eval", *random_llava(checkpoint)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------- runs
 
 
@@ -319,6 +348,30 @@ def test_a_sweep_makes_a_table_and_skips_what_is_complete(
     pytest.importorskip("tokenprune.report")
     assert cli.main(["report", str(folder)]) == 0
     assert (folder / "report.html").is_file()
+
+
+def test_a_sweep_runs_again_what_has_other_data(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "a.png", "question": "what ?", "answer": "red"}))
+    command = ["eval", "-m", *random_llava(checkpoint), *TINY, "data=folder", f"data.path={rows}"]
+    command += ["strategy=random", "strategy.seed=1,2"]
+    assert cli.main(command) == 0
+    rows.write_text(rows.read_text().replace("red", "green"))
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("again: data.path changed") == 2
+    (folder,) = Path("outputs").iterdir()
+    with (folder / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["seed"], row["data"], row["strategy"]) for row in table] == [
+        ("1", str(rows), "random"),
+        ("2", str(rows), "random"),
+    ]
+    assert json.loads((folder / table[0]["run"] / "predictions.jsonl").read_text())["answer"] == (
+        "green"
+    )
 
 
 def test_the_ablation_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +436,32 @@ def test_show_prints_both_answers_and_draws(
     assert f"visual tokens   {NUM_VISUAL} -> 2" in printed
     with Image.open("outputs/show/picture-uniform.png") as drawn:
         assert drawn.width > drawn.height
+
+
+def test_show_turns_a_photo_as_data_sets_do(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken upright, stored lying
+    Image.new("RGB", (40, 32), "red").save("photo.png", exif=exif)
+    seen = []
+    prompt = cli._prompt
+    monkeypatch.setattr(
+        cli,
+        "_prompt",
+        lambda loaded, image, q: (seen.append(image.size), prompt(loaded, image, q))[1],
+    )
+    assert cli.main(["show", "photo.png", "what ?", *random_llava(checkpoint)]) == 0
+    assert seen == [(32, 40)]
+
+
+@pytest.mark.parametrize("stages", ["[]", "[{layer:2,keep:1}]"])
+def test_verify_needs_a_cut(
+    stages: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", *random_llava(checkpoint), "schedule=explicit"]
+    message = refused([*command, f"schedule.stages={stages}"], capsys)
+    assert "verify: expected a schedule that drops visual tokens" in message
 
 
 def test_verify_passes_on_an_exact_engine_and_fails_otherwise(

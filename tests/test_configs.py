@@ -115,6 +115,12 @@ def test_explicit_stages() -> None:
     assert pruning.schedule.stages == (tp.Stage(1, 0.5), tp.Stage(3, 0.1))
 
 
+@pytest.mark.parametrize("data", ["scenes", "folder", "hub"])
+def test_the_order_of_training_samples_follows_the_seed(data: str) -> None:
+    assert compose("train", [f"data={data}", "seed=7"]).data.seed == 7
+    assert compose("train", [f"data={data}", "seed=7", "data.seed=1"]).data.seed == 1
+
+
 def test_one_seed_for_everything_that_draws() -> None:
     pruning = build_pruning(compose("eval", ["strategy=random", "seed=7"]), 8)
     assert pruning is not None

@@ -307,7 +307,11 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         (["learning_rate=0"], "learning_rate: expected a number above 0, got 0. Set"),
         (["warmup=1.5"], "warmup: expected a number between 0 and 1, got 1.5. Set"),
         (["weight_decay=-1"], "weight_decay: expected a number >= 0, got -1. Set"),
-        (["model.dtype=float16"], "model.dtype: expected float32 or bfloat16 .* got float16"),
+        (
+            ["model.dtype=float16"],
+            "model.dtype: expected float32 for training, got float16, .*mixed",
+        ),
+        (["model.dtype=bfloat16"], "model.dtype: expected float32 for training, got bfloat16"),
         (["ckpt_path=last"], r"ckpt_path: expected a checkpoint, got '.*last.ckpt', which .* Set"),
         (["data=folder"], "data: expected the path of a .jsonl file or its folder, got none. Set"),
     ],
@@ -321,6 +325,88 @@ def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
     assert text is not None
     assert re.match(message, text), text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "pickled", "tensors", "half"])
+def test_broken_checkpoints_are_refused(checkpoint, tmp_path, kind):
+    path = tmp_path / "broken.ckpt"
+    if kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "pickled":
+        torch.save({"loops": Ran()}, path)
+    elif kind == "tensors":
+        torch.save({"weight": torch.zeros(2)}, path)
+    else:
+        torch.save({"loops": torch.zeros(2000)}, path)
+        path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(ValueError, match=r"ckpt_path: expected a checkpoint that `tok.*. Choose"):
+        training.train(config(checkpoint, f"ckpt_path={path}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Ran:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code in a checkpoint ran",))
+
+
+def test_a_finished_training_keeps_its_record(checkpoint, tmp_path, capsys):
+    training.train(config(checkpoint, "checkpoint_every=2"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    own = config(checkpoint, "checkpoint_every=2", "ckpt_path=last")
+    training.train(own, tmp_path)
+    assert "nothing left to train: " in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+
+    # Stopped between its last step and its record.
+    (tmp_path / training.SUMMARY).unlink()
+    training.train(own, tmp_path)
+    told, first = summary(tmp_path), json.loads(before[training.SUMMARY])
+    assert (told["steps"], told["train_loss"]) == (6, None)
+    assert told["validation"]["accuracy"] == first["validation"]["accuracy"]
+
+
+def test_training_without_validation_batches_keeps_its_model(checkpoint, tmp_path):
+    own = config(checkpoint, "+trainer.limit_val_batches=0", "trainer.max_steps=1")
+    training.train(own, tmp_path)
+    assert summary(tmp_path)["validation"] == {}
+    assert weights(tmp_path)
+
+
+def test_bfloat16_is_for_the_arithmetic_not_for_the_weights(checkpoint, tmp_path):
+    own = config(checkpoint, "trainer.precision=bf16-mixed", "trainer.max_steps=15")
+    training.train(own, tmp_path)
+    after, before = weights(tmp_path), load(checkpoint).model.state_dict()
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    name = next(
+        name for name in after if "layers.0.self_attn.q_proj" in name and "language" in name
+    )
+    assert not torch.equal(after[name], before[name])
+    assert summary(tmp_path)["validation"]["loss"] < 4
+
+
+def test_a_sweep_of_trainings_goes_on(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "-m", "model=hub", f"model.path={checkpoint}", "data.batch_size=4"]
+    command += ["data.train.num_samples=8", "data.validation.num_samples=4", "trainer.max_steps=2"]
+    command += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false", "seed=0,1"]
+    command += ["checkpoint_every=1", "hydra.sweep.dir=sweep"]
+    assert cli.main(command) == 0
+    runs = sorted(Path("sweep").iterdir())
+    assert len(runs) == 2
+    first, second = (weights(run) for run in runs)
+    assert any(not torch.equal(first[name], second[name]) for name in first)  # another order
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
+    (runs[0] / training.SUMMARY).unlink()  # as if it had been stopped
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("goes on from its checkpoint") == printed.count("complete already") == 1
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
+    assert sorted(Path("sweep").iterdir()) == runs
 
 
 def test_the_command_trains(checkpoint, tmp_path, capsys):

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,11 +127,13 @@ def _eval_task(config: DictConfig) -> float:
         from tokenprune import results
         from tokenprune.evaluation import evaluate
 
-        was_complete = results.is_complete(folder, recipes.plain(config))
-        metrics = evaluate(config, folder, names())
+        resolved = recipes.plain(config)
+        changes = results.changes(folder, resolved, results.fingerprint(resolved))
+        metrics = evaluate(config, folder, names(resolved))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             number = HydraConfig.get().job.num
-            state = "complete already" if was_complete else f"{metrics['accuracy']:.3f}"
+            state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
+            state += f", again: {', '.join(changes)} changed" if changes else ""
             print(f"[{number}] {folder.name}: {state}", flush=True)
         else:
             results.print_table([results.row(metrics, folder.name)], str(folder))
@@ -143,17 +145,34 @@ def _train_task(config: DictConfig) -> None:
     with _tidy(folder), _quiet():
         from tokenprune import compose as recipes
         from tokenprune import results
-        from tokenprune.training import SUMMARY, train
+        from tokenprune.training import CHECKPOINT, SUMMARY, train
 
-        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
-        if sweeps and results.is_complete(folder, recipes.plain(config), SUMMARY):
-            print(f"[{HydraConfig.get().job.num}] {folder.name}: complete already", flush=True)
-        else:
-            train(config, folder)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            resolved = recipes.plain(config)
+            marks = results.fingerprint(resolved)
+            label = f"[{HydraConfig.get().job.num}] {folder.name}"
+            changes = results.changes(folder, resolved, marks, SUMMARY)
+            if changes == []:
+                print(f"{label}: complete already", flush=True)
+                return
+            if changes:
+                print(f"{label}: again, {', '.join(changes)} changed", flush=True)
+            elif results.changes(folder, resolved, marks, CHECKPOINT) == []:
+                print(f"{label}: goes on from its checkpoint", flush=True)
+                config.ckpt_path = "last"
+            elif config.ckpt_path == "last":  # of a sweep that had not come so far
+                config.ckpt_path = None
+        train(config, folder)
 
 
-def names() -> dict[str, str]:
-    """What the metrics call strategy, schedule and model: their choices, and changed fields."""
+def names(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the metrics call a run's strategy, schedule, model and data.
+
+    Their choices, a strategy's changed fields, and paths instead of `hub` and `folder`.
+
+    Args:
+        config: The resolved config.
+    """
     hydra = HydraConfig.get()
     choices = hydra.runtime.choices
     changed = [
@@ -162,15 +181,11 @@ def names() -> dict[str, str]:
         if override.startswith("strategy.") and not override.startswith("strategy.seed=")
     ]
     strategy = str(choices.get("strategy"))
-    model = str(choices.get("model"))
-    for override in hydra.overrides.task:
-        if override.startswith("model.path="):
-            model = override.removeprefix("model.path=")
-    return {
-        "strategy": f"{strategy}({', '.join(changed)})" if changed else strategy,
-        "schedule": str(choices.get("schedule")),
-        "model": model,
-    }
+    named = {key: str(choices.get(key)) for key in ("schedule", "model", "data")}
+    for group in ("model", "data"):
+        if any(override.startswith(f"{group}.path=") for override in hydra.overrides.task):
+            named[group] = str(config[group]["path"])
+    return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
 
 
 @contextlib.contextmanager
@@ -181,6 +196,8 @@ def _tidy(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:  # an interruption, too
         _discard(folder, before)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning makes exit code 1 of it
         if not isinstance(error, Exception):
             raise
         message = explain(error)
@@ -362,7 +379,8 @@ def explain(error: BaseException) -> str | None:
         return _one_line(last.split(": ", 1)[1])
     if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
         return f"config: expected a key that its target knows, got {_one_line(text)}. Remove it."
-    if isinstance(cause, ValueError | KeyError) and "expected" in text and _is_ours(cause):
+    # Our messages start "where: expected"; "not enough values to unpack (expected 2" is a bug.
+    if isinstance(cause, ValueError | KeyError) and ": expected " in text and _is_ours(cause):
         return _one_line(text)
     if isinstance(cause, OSError) and cause.filename is not None:
         return f"files: expected to read and write what a run needs, got: {_one_line(text)}."
@@ -371,7 +389,8 @@ def explain(error: BaseException) -> str | None:
     if type(cause).__name__ == "OutOfMemoryError":
         return (
             f"memory: expected model and batch to fit the device, got: {_one_line(text)} "
-            "Lower data.batch_size, or choose model.dtype=bfloat16."
+            "Lower data.batch_size, or choose model.dtype=bfloat16 (to train, "
+            "trainer.precision=bf16-mixed)."
         )
     return None
 
@@ -381,7 +400,11 @@ def _is_ours(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and "tokenprune" in Path(frame.tb_frame.f_code.co_filename).parts
+    if frame is None:
+        return False
+    # By the whole path: a checkout, and the .venv in it, may be in a folder called tokenprune.
+    source = Path(frame.tb_frame.f_code.co_filename)
+    return source.is_relative_to(Path(__file__).parent)
 
 
 def _one_line(text: str) -> str:
@@ -525,10 +548,10 @@ def _show(arguments: list[str]) -> int:
     config = _single_run(args.overrides)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image = Image.open(args.image).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")  # as data sets do
     except (OSError, UnidentifiedImageError) as error:
         raise BadInput(
             f"show: expected a picture, got {str(args.image)!r}: {_one_line(str(error))}. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 import warnings
 from collections import defaultdict
@@ -32,6 +33,8 @@ from tokenprune.models import LoadedModel
 PARTS = ("vision_tower", "projector", "decoder")
 #: What a finished training says about itself; `metrics.json` would make it a run of a sweep.
 SUMMARY = "training.json"
+#: Where an interrupted training goes on from.
+CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -118,10 +121,12 @@ class FineTune(pl.LightningModule):
                     f"it does not have apart. Choose from {[name for name in PARTS if own[name]]}."
                 )
             for parameter in own[part]:
-                if parameter.dtype == torch.float16:
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    name = str(parameter.dtype).removeprefix("torch.")
                     raise ValueError(
-                        "model.dtype: expected float32 or bfloat16 for training, got float16, "
-                        "whose updates vanish. Set model.dtype=bfloat16."
+                        f"model.dtype: expected float32 for training, got {name}, in which small "
+                        "updates vanish. Keep model.dtype=float32 and set "
+                        "trainer.precision=bf16-mixed."
                     )
                 parameter.requires_grad_(True)
 
@@ -279,6 +284,20 @@ class FineTune(pl.LightningModule):
             self.attach("supervised")
 
 
+class _Begin(pl.Callback):
+    """Notes what is trained once there is something to train: not when a checkpoint has it all."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str]) -> None:
+        self.folder, self.config, self.marks = folder, config, marks
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
+            results.write_text(self.folder / results.CONFIG, text)
+            results.write_versions(self.folder, self.marks)
+
+
 class _Detach(pl.Callback):
     """Takes the pruning off when a loop ends by an exception: modules are not told."""
 
@@ -313,7 +332,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
     """Fine-tunes a model and saves it in Hugging Face format.
 
     The folder gets `model/` (weights and processor, for `from_pretrained` and `model=hub
-    model.path=...`), `checkpoints/last.ckpt`, `config.yaml` and, last, `training.json`.
+    model.path=...`), `checkpoints/last.ckpt`, `config.yaml`, `versions.json` and, last,
+    `training.json`. A finished training that is asked to go on is left as it is.
 
     Args:
         config: As `configs/train.yaml` composes it.
@@ -326,7 +346,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
 
     resolved = compose.plain(config)
     checkpoints = output_dir / "checkpoints"
-    start = _checkpoint(config.ckpt_path, checkpoints)
+    start = _checkpoint(config.ckpt_path, output_dir)
+    marks = results.fingerprint(resolved)
     # Not from the evaluation's memory: this model changes.
     loaded = instantiate(config.model)
     shape = tp.cost.DecoderShape.from_config(loaded.model.config)
@@ -359,20 +380,25 @@ def train(config: DictConfig, output_dir: Path) -> None:
         options["limit_val_batches"] = 0
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer = instantiate(options, logger=logger, enable_model_summary=False)
-    (output_dir / SUMMARY).unlink(missing_ok=True)
-    results.write_text(output_dir / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    trainer.callbacks.append(_Begin(output_dir, resolved, marks))
     torch.manual_seed(config.seed)  # dropout, where a model has it
     with _quiet(resumes=start is not None):
-        trainer.fit(module, datamodule=data, ckpt_path=start)
-    numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if data.validation is not None:
-        with _quiet():
-            (last,) = trainer.validate(module, datamodule=data, verbose=False)
-        numbers |= {name: float(value) for name, value in last.items()}
-    if trainer.is_global_zero:
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    if start is not None and (output_dir / SUMMARY).is_file():
+        print(f"nothing left to train: {output_dir}", flush=True)
+        return
+    if trainer.is_global_zero:  # before anything else can go wrong
         loaded.model.eval()
         loaded.model.save_pretrained(output_dir / "model")
         loaded.processor.save_pretrained(output_dir / "model")
+    numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if data.validation is not None:
+        with _quiet():
+            found = trainer.validate(module, datamodule=data, verbose=False)
+        # None where trainer.limit_val_batches=0.
+        numbers |= {name: float(value) for own in found for name, value in own.items()}
+    if trainer.is_global_zero:
+        numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
         summary = _summary(module, numbers)
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         print(_sentence(summary, output_dir / "model"), flush=True)
@@ -385,7 +411,7 @@ def _quiet(resumes: bool = False) -> Iterator[None]:
         ".*in eval mode at the start of training",  # what is frozen has no dropout
         ".*overridden `transfer_batch_to_device`",  # pictures stay where they are
         ".*does not have many workers",
-        ".*Using `DistributedSampler` with the dataloaders",  # repeats a few samples at most
+        ".*Using `DistributedSampler` with the dataloaders",  # ours repeats no sample
         ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ]
     if resumes:
@@ -401,11 +427,22 @@ def _checkpoint(choice: str | None, folder: Path) -> str | None:
     """The checkpoint to go on from."""
     if choice is None:
         return None
-    path = folder / "last.ckpt" if choice == "last" else Path(choice).expanduser()
+    path = folder / CHECKPOINT if choice == "last" else Path(choice).expanduser()
     if not path.is_file():
         raise ValueError(
             f"ckpt_path: expected a checkpoint, got {str(path)!r}, which does not exist. Set "
             "hydra.run.dir to the folder of the interrupted run, or ckpt_path=null to start anew."
+        )
+    try:
+        # Mapped, not read; pickled code does not run.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        reason = "" if isinstance(content, dict) and "loops" in content else "it has no loops"
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+    if reason:
+        raise ValueError(
+            f"ckpt_path: expected a checkpoint that `tokenprune train` wrote, got {str(path)!r}: "
+            f"{reason}. Choose another one, or ckpt_path=null to start anew."
         )
     return str(path)
 
@@ -426,9 +463,10 @@ def _summary(module: FineTune, numbers: Mapping[str, float]) -> dict[str, Any]:
         }
     return {
         "steps": int(numbers["step"]),
-        "train_loss": numbers["train_loss"],
+        # None where all steps were done before this call.
+        "train_loss": numbers.get("train_loss"),
         "validation": validation,
-        "samples_per_second": numbers["samples_per_second"],
+        "samples_per_second": numbers.get("samples_per_second"),
         "avg_tokens": numbers.get("avg_tokens"),
         "num_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "num_parameters": sum(p.numel() for p in module.parameters()),
@@ -437,8 +475,10 @@ def _summary(module: FineTune, numbers: Mapping[str, float]) -> dict[str, Any]:
 
 def _sentence(summary: Mapping[str, Any], folder: Path) -> str:
     """The summary for people."""
-    parts = [f"{summary['steps']} steps, {summary['samples_per_second']:.1f} samples/s"]
-    parts.append(f"training loss {summary['train_loss']:.3f}")
+    parts = [f"{summary['steps']} steps"]
+    if summary["train_loss"] is not None:
+        parts.append(f"{summary['samples_per_second']:.1f} samples/s")
+        parts.append(f"training loss {summary['train_loss']:.3f}")
     if summary["validation"]:
         own = summary["validation"]
         parts.append(f"validation loss {own['loss']:.3f}, accuracy {100 * own['accuracy']:.1f} %")

@@ -61,6 +61,9 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
         inputs: One prompt with an image (one row), on the model's device.
         pruning: What to check; drop = mask always uses original positions, because renumbering
             has no counterpart in the unmodified model.
+
+    Raises:
+        ValueError: If the schedule drops nothing: all checks would pass.
     """
     model = loaded.model
     plain_logits, plain_ids = _generate(model, inputs)
@@ -76,6 +79,12 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
         checks.append(Check(f"identity, {positions} positions", 0.0 if same else 1.0, 0.0))
     with tp.prune(model, pruning.strategy, pruning.schedule, "original") as trace:
         logits, ids = _generate(model, inputs)
+    num_visual = int(tp.visual_mask(model, inputs["input_ids"]).sum())
+    if not trace.stages or len(trace.stages[-1].kept[0]) == num_visual:
+        raise ValueError(
+            f"verify: expected a schedule that drops visual tokens, got one that keeps all "
+            f"{num_visual}. Choose another schedule."
+        )
     masked = _masked_logits(model, inputs, ids, trace)
     scale = max(masked.abs().max().item(), 1e-6)
     limit = TOLERANCES.get(model.dtype, 1e-4)
