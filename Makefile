@@ -47,6 +47,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 wheel: $(STAMP)
+	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:

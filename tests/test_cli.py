@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune import cli
+from tokenprune.cli import compose
+from tokenprune.compose import config_dir
 
 TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
 
@@ -79,6 +83,31 @@ def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Schedule.pyramid" in printed
     assert "positions: original" in printed
     assert list(Path().iterdir()) == []
+
+
+def commands() -> list[str]:
+    """Every command in the README and in the help of eval and train."""
+    root = Path(__file__).parent.parent
+    files = (root / "README.md", config_dir() / "hydra" / "default.yaml")
+    text = "\n".join(file.read_text() for file in files)
+    found = re.findall(r"^ *`?(tokenprune \S.*?)(?:`|  |$)", text, re.MULTILINE)
+    return [line for line in dict.fromkeys(found) if " COMMAND" not in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_the_documents_are_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(commands()) > 10
+    monkeypatch.setattr(cli, "_check", lambda config: None)  # needs the model
+    monkeypatch.setattr(cli, "_run_hydra", lambda **arguments: None)
+    name, *rest = shlex.split(command)[1:]
+    if name in ("eval", "train"):
+        assert cli.main([name, *rest]) == 0
+    elif name in ("verify", "show"):
+        compose("eval", [item for item in rest if "=" in item])
+    else:
+        assert name in ("list", "report")
 
 
 def test_list_shows_every_strategy_and_choice(capsys: pytest.CaptureFixture[str]) -> None:
