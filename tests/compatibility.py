@@ -69,7 +69,7 @@ def rows(model_type: str, kind: str) -> list[Row]:
 
 def refused_rows() -> list[Row]:
     return [
-        (name, "any", "any", f"refused: {one.reason()}")
+        (name, "any", "any", f"refused: {one.said()}")
         for name, one in REFUSED.items()
         if hasattr(transformers, one.model_class)
     ]
@@ -144,24 +144,26 @@ def page(table: list[Row]) -> str:
 
 PAGE = """# Which models, which attention, which way to generate
 
-{num} model types of transformers {version}, each proven on a tiny random model built from its config, with images
-through its own vision tower. Written by `python tests/compatibility.py`; `make test-all` fails when the code and this page
-differ. The same as [CSV](compatibility.csv), a row per model type, attention implementation and mode.
+{num} model types of transformers {version}, each proven on a tiny random model built from its
+config, with images through its own vision tower. Written by `python tests/compatibility.py`;
+`make test-all` fails when the code and this page differ. The [CSV](compatibility.csv) has a row per
+model type, attention implementation and mode.
 
 What a column says:
 
 {says}
 
-`exact` holds for `eager` and `sdpa` attention; a number is the note that says what is refused, and why. Numbers of layers are those
-of the tiny model: "from layer 2" means that its first two layers add visual features of their own.
+`exact` holds for `eager` and `sdpa` attention; a number is the note that says what is refused, and
+why. Layers are those of the tiny model: "from layer 2" means that features are added to its visual
+tokens up to there.
 
 {head}
 {lines}
 
 ## Other attention implementations
 
-`flex_attention` runs without its compiler. `flash_attention_2` runs transformers' own code around a stand-in of the package's
-kernels, written in plain PyTorch.
+`flex_attention` runs without its compiler. `flash_attention_2` runs transformers' own code around a
+stand-in of the package's kernels, written in plain PyTorch.
 
 {head_others}
 {others}
@@ -176,8 +178,8 @@ kernels, written in plain PyTorch.
 | --- | --- |
 {refused}
 
-A type that is in neither table was not tried: most others have the ordinary layout and need nothing ([add a model](add_a_model.md));
-`tokenprune verify` proves it on your own weights.
+A type that is in neither table was not tried: an ordinary layout needs nothing
+([add a model](add_a_model.md)), and `tokenprune verify` proves it on your own weights.
 """
 
 

@@ -111,6 +111,9 @@ def test_models_without_a_usable_decoder_are_refused() -> None:
     class Config:
         model_type = "odd"
 
+        def get_text_config(self, decoder):
+            return self
+
     class Odd(nn.Module):
         config = Config()
 

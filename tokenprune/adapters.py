@@ -161,7 +161,6 @@ _ADAPTERS: dict[str, Adapter] = {
     "deepseek_vl_hybrid": Adapter(layout=_layout_llava),
     "janus": Adapter(layout=_layout_llava),
     "gemma4": Adapter(token_arguments={"per_layer_input": 1}),
-    "cohere_compass": Adapter(first_layer=1),  # as models with mrope_section: see first_layer()
     "kosmos-2": Adapter(decoder="text_model.model"),
     "kosmos-2.5": Adapter(decoder="text_model.model"),
     "llama4": Adapter(decoder="language_model.model"),
@@ -258,13 +257,13 @@ def examine(model: nn.Module) -> Anatomy:
             "prune: expected visual tokens in the decoder's stream that can be taken out of it, "
             f"got {name} ({config.model_type}): {adapter.refusal}. Choose another model."
         )
-    text_config = config.get_text_config(decoder=True)
-    _check_kinds(config, text_config)
     decoder = inner.get_submodule(adapter.decoder) if adapter.decoder else inner.get_decoder()
     while not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):  # a head around it
         if (below := decoder.get_decoder()) is decoder:
             break
         decoder = below
+    text_config = config.get_text_config(decoder=True)
+    _check_kinds(config, text_config)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(layers[0], "self_attn"):
         raise ValueError(

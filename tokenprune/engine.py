@@ -265,7 +265,7 @@ class Handle:
         return True
 
     def _read(self, past: Any, tokens: Tensor, mask: Any) -> records.Record | None:
-        padding = masks.padding(mask, past)
+        padding = masks.padding(mask, past, known=records.has_record(past))
         num_layers = len(self._anatomy.layers)
         return records.read(past, self._policy, num_layers, tokens.shape[0], padding)
 
@@ -321,7 +321,7 @@ class Handle:
         device = tokens.device
         past = inputs.get("past_key_values")
         past = call.cache if records.is_unpruned(past) else past
-        padding = masks.padding(inputs.get("attention_mask"), past)
+        padding = masks.padding(inputs.get("attention_mask"), past, records.has_record(past))
         record = self._read(past, tokens, inputs.get("attention_mask"))
         offset = 0 if record is None else record.num_columns
         if self._window is not None and self._cuts and offset + length > self._window:
@@ -360,7 +360,8 @@ class Handle:
         )
         prunes = any(num_visual) and bool(self._cuts)
         if prunes:
-            self._check_inputs(inputs, any(turns_back), padded=any(n < length for n in num_real))
+            padded = any(n < length for n in num_real)
+            self._check_inputs(inputs, any(turns_back), padded, offset)
         budgets = [
             [
                 count if labels is not None and not asking else self._schedule.count(stage, count)
@@ -454,7 +455,9 @@ class Handle:
         labelled = labels != -100
         return ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:] & known
 
-    def _check_inputs(self, inputs: Mapping[str, Any], turns_back: bool, padded: bool) -> None:
+    def _check_inputs(
+        self, inputs: Mapping[str, Any], turns_back: bool, padded: bool, offset: int
+    ) -> None:
         """Refuses what cannot be honoured in a pass that prunes."""
         if self._anatomy.attention not in ATTENTIONS:
             raise _unsupported_attention(self._anatomy)
@@ -472,6 +475,11 @@ class Handle:
                 "padded one. Use batches of one, or output_router_logits=False."
             )
         first = layers_that_add_features(inputs)
+        if getattr(inputs.get("past_key_values"), "is_compileable", False) and offset > 0:
+            raise ValueError(
+                "prune: expected a cache that grows, for images of a later turn, got "
+                f"{type(inputs['past_key_values']).__name__}. Leave cache_implementation out."
+            )
         if self._cuts[0] < first:
             raise ValueError(
                 f"prune: expected cuts at layer {first} or later, because the model adds visual "
@@ -811,6 +819,9 @@ class Handle:
             return known if padded else None  # keeps the fast kernel
         given = to_device(masks.dense(mask, num_rows), device)
         fixed = getattr(run.cache, "is_compileable", False)  # then it shows entries not yet filled
+        size = given.shape[-1] if given is not None and fixed else 0
+        if fixed and run.record is not None:
+            given = None  # `generate` made it, by the length of a layer that may be pruned
         plain = not padded and given is None and attention == "sdpa"
         if plain and (before == 0 or (length == 1 and not fixed)):
             return None  # keeps the fast kernel
@@ -825,9 +836,8 @@ class Handle:
         if padded:
             known = known_keys(level.columns, level.real, before, held_real)
             allowed = hide_pads(allowed, known, level.real)
-        size = 0
-        if fixed:
-            size = run.cache.layers[0].max_cache_len if given is None else given.shape[-1]
+        if fixed and not size:
+            size = run.cache.layers[0].max_cache_len
         return masks.form(allowed, attention, hidden.dtype, size)
 
     # -- the decoder: a pass ends ----------------------------------------------------------------

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 
-def padding(mask: Any, cache: Any) -> Tensor | None:
+def padding(mask: Any, cache: Any, known: bool) -> Tensor | None:
     """Which tokens of the conversation are real, (B, columns), as far as a mask tells.
 
     A 2-D mask says it. For a cache of fixed size `generate` hands a 4-D one that it has made of it,
-    or one per kind of layer: there the last row sees every real token.
+    or one per kind of layer: there the last row sees every real token. Once it is `known` what the
+    cache holds, there is no more to learn from it.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
-    if not getattr(cache, "is_compileable", False) or not isinstance(mask, Tensor):
+    fixed = getattr(cache, "is_compileable", False)
+    if not fixed or known or not isinstance(mask, Tensor):
         return None
     last = mask[:, 0, -1]
     return last if last.dtype == torch.bool else last == 0

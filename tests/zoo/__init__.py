@@ -1,6 +1,7 @@
 """The zoo: every model type that the engine prunes, as a tiny random model."""
 
 from zoo import gemma, glm, llava, odd, qwen, tiles
+from zoo.refused import REFUSED
 from zoo.specimen import PROMPTS, Prompt, Specimen
 
 ZOO: dict[str, Specimen] = {
@@ -9,4 +10,4 @@ ZOO: dict[str, Specimen] = {
     for specimen in module.SPECIMENS
 }
 
-__all__ = ["PROMPTS", "ZOO", "Prompt", "Specimen"]
+__all__ = ["PROMPTS", "REFUSED", "ZOO", "Prompt", "Specimen"]

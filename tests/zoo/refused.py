@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+import tokenprune as tp
+
 CROSS = "reads the image through cross-attention"
 ENCODER = "visual tokens sit in an encoder"
 STATE = "A token that it has seen cannot be taken back"
@@ -38,6 +40,14 @@ class Refused:
         config = self.config()
         with torch.device("meta"):
             return getattr(transformers, self.model_class)(config)
+
+    def said(self) -> str:
+        """What the engine says when it is asked to prune such a model."""
+        try:
+            tp.attach(self.build(), tp.build_strategy("uniform"), tp.Schedule.one_shot(3, 0.5))
+        except ValueError as error:
+            return " ".join(str(error).split()).removeprefix("prune: ")
+        raise AssertionError("it was not refused")
 
 
 def sized(model_type: str, text: str = "text_config", **sizes: Any) -> Callable[[], Any]:
