@@ -114,12 +114,15 @@ def test_the_contents_of_model_and_data_count(
     assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
 
 
-def test_kinds_do_not_pass_for_the_interval(tmp_path: Path) -> None:
+def test_kinds_do_not_pass_for_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "a", kinds={"low": {"accuracy": 1.0}, "high": {"accuracy": 0.0}})
     rows = results.collect(tmp_path)
     assert (rows[0]["ci_low"], rows[0]["ci_high"]) == (0.3, 0.95)
     assert (rows[0]["accuracy_low"], rows[0]["accuracy_high"]) == (1.0, 0.0)
-    results.print_table(rows, "interval from the run")
+    results.print_table([*rows, rows[0] | {"data": "other.jsonl"}], "interval from the run")
+    assert "other.jsonl" in capsys.readouterr().out  # said where runs differ in it
     with results.write_table(tmp_path, rows).open(newline="") as file:
         (read,) = csv.DictReader(file)
     assert (read["ci_low"], read["accuracy_low"]) == ("0.3", "1.0")

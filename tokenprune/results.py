@@ -244,7 +244,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("strategy", "schedule", "positions"):
+    told = [name for name in ("model", "data", "seed") if len({e.get(name) for e in rows}) > 1]
+    for name in ("strategy", "schedule", "positions", *told):
         table.add_column(name)
     for name in ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -254,6 +255,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
             escape(entry["strategy"]),
             escape(_schedule(entry)) if pruned else "",
             entry["positions"] if pruned else "",
+            *(escape(str(entry.get(name))) for name in told),
             f"{100 * entry['accuracy']:.1f} %",
             f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
             f"{entry['avg_tokens']:.1f}",
