@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from compatibility import DOCS, EXACT, OTHERS, cells, page, read, refused_rows, rows
+from compatibility import DOCS, EXACT, OTHERS, cells, page, proven_types, read, refused_rows, rows
 from zoo import REFUSED, ZOO
 from zoo.refused import REFUSED_SIZES
 
@@ -39,10 +39,10 @@ def test_some_sizes_of_a_type_are_refused(model_type) -> None:
 
 
 def test_the_page_is_that_of_the_table() -> None:
-    assert (DOCS / "compatibility.md").read_text().splitlines()[2].startswith(f"{len(ZOO)} model")
-    if transformers.__version__.startswith("5.23"):
-        assert (DOCS / "compatibility.md").read_text() == page(TABLE)
-        assert [row for row in TABLE if row[1] == "any"] == refused_rows()
+    if not transformers.__version__.startswith("5.23"):
+        pytest.skip("the page is that of transformers 5.23")
+    assert (DOCS / "compatibility.md").read_text() == page(TABLE)
+    assert [row for row in TABLE if row[1] == "any"] == refused_rows()
 
 
 def test_the_table_is_worth_having() -> None:
@@ -51,14 +51,5 @@ def test_the_table_is_worth_having() -> None:
     assert {name for name, _, _ in table} == set(ZOO)
     for outcome in table.values():
         assert outcome.startswith((EXACT, "refused: expected", "impossible unpruned: "))
-    for kind in ("eager", "sdpa"):
-        proven = [
-            name
-            for name in ZOO
-            if all(
-                table[name, kind, mode] == EXACT
-                for mode in ("identity", "drop_is_mask", "greedy", "training")
-            )
-        ]
-        assert len(proven) >= 30
+    assert len(proven_types(TABLE)) >= 30
     assert all(name in ZOO for names in OTHERS.values() for name in names)

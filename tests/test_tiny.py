@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from statistics import mean
 
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -60,10 +61,14 @@ def test_pruning_it_is_exact(capsys) -> None:
 
 def test_it_answers_and_pruning_matters(tiny) -> None:
     unpruned = answers(tiny)
-    # The recipe's results/test.json has the figures on 2 000 scenes; the margin is for 200.
-    for kind, bar in {"read": 0.9, "colour": 0.8, "text": 0.8}.items():
-        assert unpruned[kind] > bar, (kind, unpruned)
-    early = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.3)
-    guided = answers(tiny, (tp.build_strategy("pyramiddrop"), early))
-    chance = answers(tiny, (tp.build_strategy("random"), early))
-    assert guided["text"] > chance["text"] + 0.2, (guided, chance)
+    assert all(right >= 0.9 for right in unpruned.values()), unpruned
+    harsh = tp.Schedule.one_shot(layer=2, keep=0.1)
+    guided = mean(answers(tiny, (tp.build_strategy("pyramiddrop"), harsh)).values())
+    chance = mean(answers(tiny, (tp.build_strategy("random"), harsh)).values())
+    assert mean(unpruned.values()) > chance + 0.2
+    assert guided > chance + 0.2
+
+
+def test_renumbered_positions_do_not_lose_it(tiny) -> None:
+    published = answers(tiny, tp.published("pyramiddrop", num_layers=8))
+    assert mean(published.values()) > 0.9, published
