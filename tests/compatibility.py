@@ -155,10 +155,10 @@ def proven_types(table: list[Row]) -> list[str]:
 
 PAGE = """# Which models, which attention, which way to generate
 
-{num} model types of transformers {version} are exact in forward passes, generation and training, each
-proven on a tiny random model built from its config, with images through its own vision tower. Written by `python tests/compatibility.py`;
-`make test-all` fails when the code and this page differ. The [CSV](compatibility.csv) has a row per
-model type, attention implementation and mode.
+{num} model types of transformers {version} are exact in forward passes, generation and
+training, each proven on a tiny random model built from its config, with images through its own
+vision tower. Written by `python tests/compatibility.py`; `make test-all` fails when the code and
+this page differ. The [CSV](compatibility.csv) has a row per model type, attention and mode.
 
 What a column says:
 

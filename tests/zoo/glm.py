@@ -62,8 +62,8 @@ def glm4v_config() -> Any:
     )
 
 
-def glm46v_config() -> Any:
-    return transformers.Glm46VConfig(
+def glm46v_config(kind: str = "Glm46VConfig") -> Any:
+    return getattr(transformers, kind)(
         vision_config={"model_type": "glm4v_vision"} | qwen_vision(image_size=32),
         text_config={"model_type": "glm4v_text"} | half_rotated(),
         **glm_ids(),
@@ -400,6 +400,13 @@ SPECIMENS = [
     Specimen(
         "glm46v",
         glm46v_config,
+        {"image": glm_image},
+        "Glm46VForConditionalGeneration",
+        extras=token_types,
+    ),
+    Specimen(
+        "glmga",
+        lambda: glm46v_config("GlmgaConfig"),
         {"image": glm_image},
         "Glm46VForConditionalGeneration",
         extras=token_types,
