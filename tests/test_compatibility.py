@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import transformers
 from compatibility import DOCS, EXACT, OTHERS, cells, page, proven_types, read, refused_rows, rows
 from zoo import REFUSED, ZOO
@@ -12,14 +11,8 @@ from zoo.refused import REFUSED_SIZES
 TABLE = read()
 
 
-@pytest.fixture(autouse=True)
-def no_compiler():
-    """flex_attention without torch.compile, which takes minutes on a CPU."""
-    with torch._dynamo.config.patch(disable=True):
-        yield
-
-
 @pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore")  # models warn of much that is their own affair
 @pytest.mark.parametrize(("model_type", "attention"), cells())
 def test_outcomes_are_those_of_the_table(model_type, attention) -> None:
     known = [row for row in TABLE if row[:2] == (model_type, attention)]

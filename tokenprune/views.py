@@ -1,0 +1,153 @@
+"""What a strategy sees: the view of a cut, and attention for the rows that it asks for.
+
+Shape suffixes: B batch rows, V visual tokens alive, Q query rows, K keys, H heads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.passes import Pass
+from tokenprune.side import replace_side_tensors
+from tokenprune.strategy import AttentionRows, TokenView
+from tokenprune.tensors import ascending, attention_rows, causal, known_keys, take, to_device
+
+#: Bytes of float32 attention weights that one chunk of query rows may take.
+CHUNK_BYTES = 2**27
+
+
+def make_view(
+    run: Pass,
+    number: int,
+    module: nn.Module,
+    hidden: Tensor,
+    named: dict[str, Any],
+    seats_BV: Tensor,
+    valid_BV: Tensor,
+) -> TokenView:
+    """What the strategy sees at cut `number`, before the layer `module`."""
+    layer, device = run.settings.cuts[number - 1], hidden.device
+    level = run.at(number - 1, device)
+    assert level.positions is not None
+    assert run.budgets_SB is not None
+
+    def rows(request: AttentionRows) -> Tensor:
+        if request not in run.settings.requests:
+            raise ValueError(
+                f"{type(run.settings.strategy).__name__}: expected attention declared in "
+                f"attention_rows(), {list(run.settings.requests)}, got {request}. Declare it there."
+            )
+        if (layer, request) not in run.rows:
+            assert request.source == "next", "rows of the previous layer are computed in it"
+            before_cut = dict(named)
+            replace_side_tensors(run, number - 1, module, hidden, before_cut)
+            run.rows[layer, request] = attend(
+                run, number - 1, module, hidden, before_cut, request, layer
+            )
+        return cast(Tensor, to_device(run.rows[layer, request], device))
+
+    def find_places() -> Tensor:
+        table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+        own_BV = take(level.coordinate, seats_BV)
+        if run.record is not None:
+            own_BV = own_BV - torch.tensor(run.record.num_visual, device=device)[:, None]
+        return take(table.to(device), own_BV.masked_fill(~valid_BV, 0))
+
+    return TokenView(
+        layer=layer,
+        num_layers=len(run.settings.anatomy.layers),
+        valid=valid_BV,
+        num_original=run.at(0, device).alive,
+        positions=take(level.positions, seats_BV),
+        _hidden=lambda: take(hidden, seats_BV).detach(),
+        _places=find_places,
+        _attend=rows,
+        _random=lambda seed: _random(run, level.num_visual, seed, layer).to(device),
+    )
+
+
+@torch.no_grad()
+def attend(
+    run: Pass,
+    number: int,
+    module: nn.Module,
+    hidden: Tensor,
+    named: Mapping[str, Any],
+    request: AttentionRows,
+    layer: int,
+) -> Tensor:
+    """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows."""
+    level = run.at(number, hidden.device)
+    num_rows, length = level.columns.shape
+    if request.queries == "all":
+        weights = level.queries.new_ones(1).expand(num_rows, length)
+        weights = weights if level.real is None else weights * level.real
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+        rows_BQ = torch.arange(length, device=hidden.device).expand(num_rows, -1)
+    else:
+        weights = level.queries
+        rows_BQ = ascending(weights > 0, run.max_queries, left=False)
+    weights_BQ = take(weights, rows_BQ)
+    named = {name: to_device(value, hidden.device) for name, value in named.items()}
+    projected = run.settings.anatomy.adapter.project(module, hidden, rows_BQ, named)
+    keys = projected.keys
+    mask = named.get("attention_mask")
+    holding = run.settings.level_of[layer]  # at a cut, the layer's cache is one level further
+    before, held_real = run.held(holding)
+    held_real = to_device(held_real, hidden.device)
+    if before:
+        held = run.cache.layers[layer].keys[:, :, :before]
+        if held.shape[1:] != (keys.shape[1], before, keys.shape[3]):
+            raise ValueError(
+                "prune: expected a cache of keys as they are attended to, for attention in a "
+                f"later turn, got {type(run.cache.layers[layer]).__name__} with entries of "
+                f"shape {tuple(held.shape)}. Choose another cache, or a strategy that reads no "
+                "attention."
+            )
+        keys = torch.cat([held.to(keys.dtype), keys], 2)
+        mask = mask if holding == number else None
+    known = None
+    if level.real is not None or held_real is not None:
+        known = known_keys(level.columns, level.real, before, held_real)
+    total: Tensor | None = None
+    num_heads = projected.queries.shape[1]
+    chunk = max(1, CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))
+    for start in range(0, rows_BQ.shape[1], chunk):
+        part_BQ = rows_BQ[:, start : start + chunk]
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            allowed = take(mask[..., : keys.shape[2]].expand(num_rows, -1, -1, -1), part_BQ, dim=2)
+        else:
+            allowed = causal(part_BQ, keys.shape[2], before, known)
+        rows = attention_rows(
+            projected.queries[:, :, start : start + chunk],
+            keys,
+            allowed,
+            projected.scaling,
+            projected.softcap,
+        )
+        part = torch.einsum("bhqk,bq->bhk", rows, weights_BQ[:, start : start + chunk])
+        total = part if total is None else total + part
+    assert total is not None
+    return take(total, level.seats()[0] + before, dim=2)
+
+
+def _random(run: Pass, num_alive: list[int], seed: int, layer: int) -> Tensor:
+    """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
+    level = run.levels[0]
+    ids = None if run.ids is None else run.ids.cpu()
+    real = None if level.real is None else level.real.cpu()
+    numbers = torch.zeros(len(num_alive), max(num_alive))
+    for row, count in enumerate(num_alive):
+        if ids is None:
+            own = [level.num_real[row], level.num_visual[row]]
+        else:
+            own = (ids[row] if real is None else ids[row][real[row]]).tolist()
+        digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        numbers[row, :count] = torch.rand(count, generator=generator)
+    return numbers
