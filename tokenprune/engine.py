@@ -3,15 +3,14 @@
 The only part that touches a model. A call goes through three kinds of hook:
 
 * on the modules above the decoder, which see `input_ids`, `labels` and `visual_mask`;
-* on the decoder: a pass over its layers begins (`Pass`) and ends;
-* on each decoder layer from the one before the first cut on: tokens are cut, and side tensors
-  (mask, rotary embeddings, positions) replaced by those of the tokens that are left.
+* on the decoder: a pass over its layers is planned (`passes.py`), and ends;
+* on each decoder layer from the one before the first cut on: tokens are cut, as the strategy says
+  of what it sees (`views.py`), and the layer's other arguments follow them (`side.py`).
 
 Nothing of a run is stored on the model, the strategy or the schedule: a pass lives in a
 thread-local variable, and what the cache holds is a `Record` on the cache object.
 
-Shape suffixes: B batch rows, T positions of a call, N positions at a level, V visual tokens alive,
-Q query rows, K keys, H heads, D hidden size, S cuts.
+Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, D hidden size, S cuts.
 """
 
 from __future__ import annotations
