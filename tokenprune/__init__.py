@@ -3,6 +3,7 @@
 from tokenprune import cost, strategies
 from tokenprune.adapters import Adapter, register_adapter, visual_mask
 from tokenprune.engine import POSITIONS, Handle, attach, prune
+from tokenprune.projection import Projected
 from tokenprune.published import published
 from tokenprune.schedule import Schedule, Stage
 from tokenprune.strategy import (
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionStrategy",
     "Handle",
     "Published",
+    "Projected",
     "PruningStrategy",
     "Schedule",
     "ScoreStrategy",

@@ -221,6 +221,11 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
         )
     visual = _find_visual(settings, inputs, num_rows, length, offset)
     real = None
+    if padding is not None and padding.shape[1] < offset + length:
+        raise ValueError(
+            f"prune: expected an attention_mask of {offset + length} columns, all of the "
+            f"conversation, got {padding.shape[1]}. Lengthen it turn by turn."
+        )
     if padding is not None:
         real = padding[:, offset : offset + length].to(device=device, dtype=torch.bool)
     if visual is not None:
