@@ -101,7 +101,8 @@ def attend(
     before, held_real = run.held(holding)
     held_real = to_device(held_real, hidden.device)
     if before:
-        held = run.cache.layers[layer].keys[:, :, :before]
+        held = run.cache.layers[layer].keys
+        held = held[:, :, :before] if held.dim() == 4 else held
         if held.shape[1:] != (keys.shape[1], before, keys.shape[3]):
             raise ValueError(
                 "prune: expected a cache of keys as they are attended to, for attention in a "
