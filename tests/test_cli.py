@@ -18,7 +18,6 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune import cli
 from tokenprune.cli import compose
-from tokenprune.compose import config_dir
 
 TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
 
@@ -70,6 +69,14 @@ def test_eval_help_lists_choices_config_and_examples(capsys: pytest.CaptureFixtu
     assert "tokenprune eval -m experiment=ablation" in text
 
 
+def test_eval_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stands under the comment on it, in whichever file it is."""
+    assert cli.main(["eval", "--help", "strategy=fastv", "schedule=one_shot"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for key in ("positions: original", "keep: 0.5", "attention: sdpa", "batch_size: 32"):
+        assert lines[lines.index(key) - 1].startswith("#"), key
+
+
 @pytest.mark.parametrize("command", ["report", "list", "show", "verify"])
 def test_help_of_other_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
@@ -88,8 +95,7 @@ def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
 def commands() -> list[str]:
     """Every command in the README and in the help of eval and train."""
     root = Path(__file__).parent.parent
-    files = (root / "README.md", config_dir() / "hydra" / "default.yaml")
-    text = "\n".join(file.read_text() for file in files)
+    text = (root / "README.md").read_text() + cli.EXAMPLES
     found = re.findall(r"^ *`?(tokenprune \S.*?)(?:`|  |$)", text, re.MULTILINE)
     return [line for line in dict.fromkeys(found) if " COMMAND" not in line]
 
@@ -135,7 +141,7 @@ def test_list_shows_every_strategy_and_choice(capsys: pytest.CaptureFixture[str]
         (["eval", "hydra.run.dirr=x"], "hydra.run.dirr: expected a key of the config"),
         (["eval", "--cfg", "job", "model.pth=x"], "Did you mean 'model.path'?"),
         (["eval", "--cfg", "job", "-m"], "--cfg: expected a single run, got -m as well"),
-        (["eval", "--resolve"], "--resolve: expected --cfg or --help"),
+        (["eval", "--resolve"], "--resolve: expected --cfg beside it"),
         (["eval", "strategy=fastv,random"], "expected one value, got 'fastv,random'. Add -m"),
         (["eval", "-m", "strategy=fastv,rondom"], "got 'rondom'. Did you mean 'random'?"),
         (["eval", "max_new_tokens=0"], "max_new_tokens: expected an integer >= 1, got 0"),

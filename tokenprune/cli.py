@@ -56,7 +56,10 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints take one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{self.prog}: {message}. See {self.prog} --help.")
+        # Everything that may be left out is called overrides.
+        message = message.replace(", overrides", "")
+        command = self.prog.removeprefix("tokenprune ")
+        raise BadInput(f"{command}: {message}. See {self.prog} --help.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         message = explain(error)
+        if isinstance(error, BrokenPipeError):  # `tokenprune list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if message is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         print(f"tokenprune: {message}", file=sys.stderr)
@@ -98,9 +104,11 @@ def _run(command: str, arguments: list[str], task: Callable[[DictConfig], Any]) 
     args = parser.parse_intermixed_args(arguments)
     if args.cfg and args.multirun:
         raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
-    if args.resolve and not (args.cfg or args.help):
-        raise BadInput("--resolve: expected --cfg or --help beside it, got neither. Add --cfg job.")
-    if args.help or args.hydra_help or args.info or args.shell_completion:
+    if args.resolve and not args.cfg:
+        raise BadInput("--resolve: expected --cfg beside it, got none. Add --cfg job.")
+    if args.help:
+        return _help(command, args)
+    if args.hydra_help or args.info or args.shell_completion:
         pass
     elif args.cfg:
         compose(command, args.overrides, args.config_dir)
@@ -116,6 +124,35 @@ def _run(command: str, arguments: list[str], task: Callable[[DictConfig], Any]) 
         )
     finally:
         GlobalHydra.instance().clear()
+    return 0
+
+
+EXAMPLES = """\
+tokenprune eval strategy=fastv                         FastV as published, on the shipped model
+tokenprune eval strategy=fastv schedule=pyramid        FastV's choice on PyramidDrop's schedule
+tokenprune eval -m strategy=fastv,pyramiddrop schedule=pyramid schedule.lam=0.3,0.5
+tokenprune eval -m experiment=ablation                 the ablation: outputs/ablation/results.csv
+tokenprune eval model=llava_1_5_7b trainer=gpu data=folder data.path=my/questions.jsonl
+tokenprune eval model=hub model.path=/my/checkpoint    any model that transformers loads
+tokenprune train strategy=pyramiddrop data=folder data.train_path=my/train.jsonl
+
+--cfg job prints the config and stops; -m sweeps over comma-separated values;
+`tokenprune list` describes every choice; --hydra-help has Hydra's own options."""
+
+
+def _help(command: str, args: Any) -> int:
+    """Choices, keys with their comments, examples."""
+    from tokenprune.guide import config_lines
+
+    config = compose(command, args.overrides, args.config_dir)
+    print("Override anything below: `group=choice` picks a file, `key=value` sets a value.\n")
+    print("== Choices (group=choice) ==")
+    for group in GROUPS:
+        choices = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        print(f"{group}: {', '.join(choices)}")
+    print("\n== Config (key=value) ==")
+    print("\n".join(config_lines(config)))
+    print(f"\n== Examples ==\n{EXAMPLES}")
     return 0
 
 
