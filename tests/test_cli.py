@@ -130,7 +130,7 @@ def test_list_shows_every_strategy_and_choice(capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         (["evla"], "command: expected one of"),
-        (["eval", "--foo"], "tokenprune eval: unrecognized arguments: --foo"),
+        (["eval", "--foo"], "eval: unrecognized arguments: --foo"),
         (["eval", "foo"], "override: expected key=value, got 'foo'"),
         (["eval", "strategy=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
         (["eval", "schedule=pyramidd"], "got 'pyramidd'. Did you mean 'pyramid'?"),
@@ -152,7 +152,7 @@ def test_list_shows_every_strategy_and_choice(capsys: pytest.CaptureFixture[str]
         (["report", "/no/where"], "report: expected a folder with results, got /no/where"),
         (["report", "."], "report: expected results.csv or a run's metrics.json"),
         (["show", "no.png", "what?"], "show: expected a picture, got 'no.png'"),
-        (["show"], "tokenprune show: the following arguments are required"),
+        (["show"], "show: the following arguments are required"),
         (["verify", "strategy=none"], "strategy: expected one that prunes, got 'none'"),
         (["train", "strategy=fastvv"], "Did you mean 'fastv'?"),
     ],
