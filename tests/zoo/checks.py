@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import tokenprune as tp
 from tokenprune.adapters import examine
@@ -57,7 +57,14 @@ def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> 
 def masked(
     model: PreTrainedModel, inputs: dict[str, Tensor], trace: tp.Trace, extra: int = 2 * STEPS
 ) -> Iterator[None]:
-    """The unmodified model, with masks that hide what was dropped."""
+    """The unmodified model, with masks that hide what was dropped.
+
+    Args:
+        model: The model.
+        inputs: Those of the whole conversation.
+        trace: Of a run over it; `kept` over all visual tokens of the conversation.
+        extra: Columns that may come after it.
+    """
     anatomy = examine(model)
     visual, padding = tp.visual_mask(model, inputs["input_ids"]), inputs["attention_mask"].bool()
     num_rows, prompt = visual.shape
@@ -221,6 +228,47 @@ def _generation(specimen: Specimen, model: PreTrainedModel, **options: Any) -> N
     same_tokens_and_logits(got, expected)
 
 
+def later_turn(specimen: Specimen, model: PreTrainedModel) -> str | None:
+    """A second turn brings another image to the cache of the first."""
+    first = specimen.batch(model, [(3, "image", 5)])
+    second = specimen.batch(model, [(2, "image", 4)])
+    whole = {
+        key: torch.cat([first[key], second[key]], 1) for key in ("input_ids", "attention_mask")
+    }
+    turns = [
+        {key: value for key, value in turn.items() if key != "attention_mask"}
+        for turn in (first, second)
+    ]
+
+    def talk(note: Callable[[], None] = lambda: None) -> list[Tensor]:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        logits = []
+        for turn in turns:
+            with torch.no_grad():
+                output = model(**turn, past_key_values=cache, use_cache=True)
+            logits.append(output.logits[0, -1])
+            note()
+        assert cache.get_seq_length() > 0
+        return logits
+
+    try:
+        talk()
+    except (AttributeError, RuntimeError) as error:
+        return f"impossible unpruned: {type(error).__name__} in a later call with an image"
+    seen: list[list[tp.TracedStage]] = []
+    with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen)) as trace:
+        ours = talk(lambda: seen.append(list(trace.stages)))
+    both = [
+        tp.TracedStage(layer=a.layer, kept=[torch.cat([a.kept[0], b.kept[0]])], scores=None)
+        for a, b in zip(*seen, strict=True)
+    ]
+    with masked(model, whole, tp.Trace(stages=both)):
+        theirs = talk()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    return None
+
+
 def prompt_lookup(specimen: Specimen, model: PreTrainedModel) -> None:
     """Guesses taken back leave the cache right."""
     inputs = specimen.batch(model, [(3, "image", 3, 3)])
@@ -303,7 +351,7 @@ def training(specimen: Specimen, model: PreTrainedModel) -> None:
 
 _ALL = (
     *(every_layer, identity, scores, drop_is_mask, batch_is_alone, renumbered),
-    *(greedy, sampling, beams, prompt_lookup, static_cache, no_cache, training),
+    *(greedy, sampling, beams, prompt_lookup, static_cache, no_cache, later_turn, training),
 )
 CHECKS: dict[str, Callable[[Specimen, PreTrainedModel], str | None]] = {
     check.__name__: check for check in _ALL
