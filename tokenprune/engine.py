@@ -208,11 +208,12 @@ class Handle:
                     self._cut(run, number, module, hidden, named)
                 index_BN = run.at(number, device).index
                 hidden = hidden if index_BN is None else take(hidden, index_BN)
+            mask = named.get("attention_mask")
             replace_side_tensors(run, number, module, hidden, named)
             if cuts_next and run.prunes and len(run.levels) == number + 1:
                 for request in ahead:
                     run.rows[index + 1, request] = attend(
-                        run, number, module, hidden, named, request, index
+                        run, number, module, hidden, named, mask, request, index
                     )
             return (hidden, *rest[1:]), named
 

@@ -154,6 +154,11 @@ class Pass:
         """Columns of the conversation before this pass."""
         return 0 if self.record is None else self.record.num_columns
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the cache has a fixed size, and shows entries that are not filled yet."""
+        return bool(getattr(self.cache, "is_compileable", False))
+
     def held(self, level: int) -> tuple[int, Tensor | None]:
         """Keys that a layer of a level holds from before: how many, and which are real."""
         if self.record is None:

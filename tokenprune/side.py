@@ -95,38 +95,62 @@ def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) ->
     return level.side[key][1]
 
 
+def visible(
+    run: Pass, number: int, holding: int, mask: Any, rows_BQ: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Which keys the asked rows of a level may attend to, as far as the layer's own mask tells.
+
+    Args:
+        run: The pass.
+        number: Level of the rows.
+        holding: Level of the layer's cache.
+        mask: What the layer was given, for the whole conversation.
+        rows_BQ: int64, positions at the level.
+
+    Returns:
+        Bool or additive (B, 1, Q, K), over what the cache holds and then the level's tokens; and
+        which of these are no pads, bool (B, K), or None if all are.
+    """
+    device = rows_BQ.device
+    level = run.at(number, device)
+    before, held_real = run.held(holding)
+    known = None
+    if level.real is not None or held_real is not None:
+        known = known_keys(level.columns, level.real, before, to_device(held_real, device))
+    given = to_device(masks.dense(mask, len(rows_BQ)), device)
+    if given is None or (run.is_fixed and run.record is not None):
+        # A fixed cache's mask was made by `generate`, by the length of a layer that may be pruned.
+        allowed = causal(rows_BQ, before + level.columns.shape[1], before, None)
+        return allowed.expand(len(rows_BQ), -1, -1, -1), known
+    columns = level.columns
+    if run.record is not None:
+        columns = torch.cat([run.record.columns(holding).to(device), columns], 1)
+    rows = take(given, take(level.columns, rows_BQ) - run.offset, dim=2)
+    return take(rows, columns, dim=3), known
+
+
 def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     """The attention mask of a level, in the form that the attention implementation reads."""
-    level, device = run.at(number, hidden.device), hidden.device
+    level, attention = run.at(number, hidden.device), run.settings.anatomy.attention
     num_rows, length = level.columns.shape
     before, held_real = run.held(number)
-    held_real = to_device(held_real, device)
-    attention = run.settings.anatomy.attention
     padded = level.real is not None or held_real is not None
     if attention.startswith("flash"):
-        known = known_keys(level.columns, level.real, before, held_real)
-        return known if padded else None  # keeps the fast kernel
-    given = to_device(masks.dense(mask, num_rows), device)
-    fixed = getattr(run.cache, "is_compileable", False)  # then it shows entries not yet filled
-    size = given.shape[-1] if given is not None and fixed else 0
-    if fixed and run.record is not None:
-        given = None  # `generate` made it, by the length of a layer that may be pruned
-    plain = not padded and given is None and attention == "sdpa"
-    if plain and (before == 0 or (length == 1 and not fixed)):
+        if not padded:
+            return None  # keeps the fast kernel
+        return known_keys(level.columns, level.real, before, to_device(held_real, hidden.device))
+    given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+    one_by_one = length == 1 and not run.is_fixed
+    if attention == "sdpa" and not padded and not given and (before == 0 or one_by_one):
         return None  # keeps the fast kernel
-    if given is None:
-        order = torch.arange(length, device=level.columns.device).expand(num_rows, -1)
-        allowed = causal(order, before + length, before, None).expand(num_rows, -1, -1, -1)
-    else:
-        columns = level.columns
-        if run.record is not None:
-            columns = torch.cat([run.record.columns(number).to(device), columns], 1)
-        allowed = take(take(given, level.columns - run.offset, dim=2), columns, dim=3)
-    if padded:
-        known = known_keys(level.columns, level.real, before, held_real)
+    rows_BQ = torch.arange(length, device=hidden.device).expand(num_rows, -1)
+    allowed, known = visible(run, number, number, mask, rows_BQ)
+    if known is not None:
         allowed = hide_pads(allowed, known, level.real)
-    if fixed and not size:
-        size = run.cache.layers[0].max_cache_len
+    size = 0
+    if run.is_fixed:  # it shows entries not yet filled
+        whole = isinstance(mask, Tensor) and mask.dim() == 4
+        size = mask.shape[-1] if whole else run.cache.layers[0].max_cache_len
     return masks.form(allowed, attention, hidden.dtype, size)
 
 

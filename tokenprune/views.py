@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.passes import Pass
-from tokenprune.side import replace_side_tensors
+from tokenprune.side import replace_side_tensors, visible
 from tokenprune.strategy import AttentionRows, TokenView
-from tokenprune.tensors import ascending, attention_rows, causal, known_keys, take, to_device
+from tokenprune.tensors import ascending, attention_rows, hide_pads, take, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
 CHUNK_BYTES = 2**27
@@ -44,10 +44,10 @@ def make_view(
             )
         if (layer, request) not in run.rows:
             assert request.source == "next", "rows of the previous layer are computed in it"
-            before_cut = dict(named)
+            mask, before_cut = named.get("attention_mask"), dict(named)
             replace_side_tensors(run, number - 1, module, hidden, before_cut)
             run.rows[layer, request] = attend(
-                run, number - 1, module, hidden, before_cut, request, layer
+                run, number - 1, module, hidden, before_cut, mask, request, layer
             )
         return cast(Tensor, to_device(run.rows[layer, request], device))
 
@@ -78,10 +78,22 @@ def attend(
     module: nn.Module,
     hidden: Tensor,
     named: Mapping[str, Any],
+    mask: Any,
     request: AttentionRows,
     layer: int,
 ) -> Tensor:
-    """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows."""
+    """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows.
+
+    Args:
+        run: The pass.
+        number: Level of the tokens.
+        module: The layer.
+        hidden: (B, N, D), what enters it.
+        named: Its other arguments, for these tokens.
+        mask: The mask that it was given, for the whole conversation.
+        request: Which rows.
+        layer: The layer's number.
+    """
     level = run.at(number, hidden.device)
     num_rows, length = level.columns.shape
     if request.queries == "all":
@@ -96,10 +108,8 @@ def attend(
     named = {name: to_device(value, hidden.device) for name, value in named.items()}
     projected = run.settings.anatomy.adapter.project(module, hidden, rows_BQ, named)
     keys = projected.keys
-    mask = named.get("attention_mask")
     holding = run.settings.level_of[layer]  # at a cut, the layer's cache is one level further
-    before, held_real = run.held(holding)
-    held_real = to_device(held_real, hidden.device)
+    before, _ = run.held(holding)
     if before:
         held = run.cache.layers[layer].keys
         held = held[:, :, :before] if held.dim() == 4 else held
@@ -111,19 +121,14 @@ def attend(
                 "attention."
             )
         keys = torch.cat([held.to(keys.dtype), keys], 2)
-        mask = mask if holding == number else None
-    known = None
-    if level.real is not None or held_real is not None:
-        known = known_keys(level.columns, level.real, before, held_real)
     total: Tensor | None = None
     num_heads = projected.queries.shape[1]
     chunk = max(1, CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))
     for start in range(0, rows_BQ.shape[1], chunk):
         part_BQ = rows_BQ[:, start : start + chunk]
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            allowed = take(mask[..., : keys.shape[2]].expand(num_rows, -1, -1, -1), part_BQ, dim=2)
-        else:
-            allowed = causal(part_BQ, keys.shape[2], before, known)
+        allowed, known = visible(run, number, holding, mask, part_BQ)
+        if known is not None:
+            allowed = hide_pads(allowed, known, None)
         rows = attention_rows(
             projected.queries[:, :, start : start + chunk],
             keys,
