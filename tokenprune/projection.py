@@ -120,7 +120,7 @@ def captured(
     if attention is None or config is None:
         raise _deaf(layer)
     # Shallow copies: the model itself, which other threads may be running, stays as it is.
-    own_attention, own_layer = copy.copy(attention), copy.copy(layer)
+    own_attention, own_layer = _shallow(attention), _shallow(layer)
     own_attention.config = copy.copy(config)
     own_attention.config._attn_implementation = _CAPTURE
     own_layer._modules = {**layer._modules, "self_attn": own_attention}
@@ -138,6 +138,13 @@ def captured(
         )
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     return Projected(take(queries, rows_BQ, dim=2), keys, scaling, softcap)
+
+
+def _shallow(module: nn.Module) -> Any:
+    """A shallow copy, made past the class's own `__new__`: FSDP2's makes a module from nothing."""
+    own = object.__new__(type(module))
+    own.__dict__ = dict(module.__dict__)
+    return own
 
 
 def _agrees(
