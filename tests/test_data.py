@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -533,16 +535,92 @@ def test_workers_give_the_same_batches():
         torch.testing.assert_close(a["inputs"]["labels"], b["inputs"]["labels"])
 
 
+def _epoch(order: EpochShuffle, epoch: int) -> list[int]:
+    order.set_epoch(epoch)
+    return list(order)
+
+
 def test_shuffling_is_seeded_per_epoch_and_resumes():
-    order = EpochShuffle(20, seed=1)
-    epochs = [list(order), list(order)]
+    order = EpochShuffle(20, 3, seed=1)
+    epochs = [_epoch(order, epoch) for epoch in range(2)]
     assert epochs[0] != epochs[1]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert list(EpochShuffle(20, seed=2)) != epochs[0]
-    resumed = EpochShuffle(20, seed=1, seen=(1, 12))
-    resumed.set_epoch(1)
-    assert list(resumed) == epochs[1][12:]
-    assert len(list(resumed)) == 20
+    assert list(EpochShuffle(20, 3, seed=2)) != epochs[0]
+    resumed = EpochShuffle(20, 3, seed=1, start=(1, 4))
+    assert list(resumed) == epochs[1][12:]  # before anyone has set its epoch
+    assert len(resumed) == 20
+    assert _epoch(resumed, 2) == _epoch(order, 2)
+
+
+@given(length=st.integers(4, 50), batch=st.integers(1, 7), processes=st.integers(1, 4))
+def test_processes_share_the_steps_of_one(length, batch, processes):
+    """A step has the same samples, however many processes share its batch."""
+
+    def steps(number: int, size: int, seen: int = 0) -> list[set[int]]:
+        shares = []
+        for rank in range(number):
+            start = (3, seen)
+            order = EpochShuffle(length, size, processes=number, rank=rank, start=start)
+            own = list(order)
+            assert len(own) == max(0, len(order) - seen * size)
+            shares.append([own[i : i + size] for i in range(0, len(own), size)])
+        assert len(set(map(len, shares))) == 1  # or one waits for the others for ever
+        return [set().union(*parts) for parts in zip(*shares, strict=True)]
+
+    alone, together = steps(1, batch * processes), steps(processes, batch)
+    assert set().union(*alone) == set(range(length))
+    assert together[:-1] == alone[:-1]
+    if len(alone[-1]) >= processes:
+        assert together[-1] == alone[-1]
+    else:
+        assert together[-1] - alone[-1] <= alone[0] | alone[-1]
+    assert steps(processes, batch, seen=1) == together[1:]
+
+
+def _trainer(batches: int, per_epoch: int, processes: int = 1) -> SimpleNamespace:
+    progress = SimpleNamespace(total=SimpleNamespace(processed=batches))
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    return SimpleNamespace(
+        fit_loop=loops, num_training_batches=per_epoch, world_size=processes, global_rank=0
+    )
+
+
+def test_the_order_does_not_change_in_the_middle_of_an_epoch():
+    """At its end it may: another batch size counts on from there."""
+
+    def module(batches: int, per_epoch: int, **options) -> VQADataModule:
+        processor = build_processor("llava", LLAVA)
+        options = {"batch_size": 4, "seed": 3} | options
+        data = VQADataModule(train=SceneDataset("train", 14), processor=processor, **options)
+        data.trainer = _trainer(batches, per_epoch, options.pop("processes", 1))
+        return data
+
+    middle, end = module(6, 4).state_dict(), module(8, 4).state_dict()
+    assert (middle["epoch"], middle["batch"], end["epoch"], end["batch"]) == (1, 2, 2, 0)
+    data = module(6, 4)
+    data.load_state_dict(middle)
+    epoch = _epoch(EpochShuffle(14, 4, seed=3), 1)
+    assert list(data.train_dataloader().sampler) == epoch[8:]
+
+    for change, message in {
+        "batch_size": "data.batch_size: expected 4, as when .*, got 2. Set it back",
+        "seed": "data.seed: expected 3, as when .*, got 2. Set it back",
+    }.items():
+        data = module(6, 4, **{change: 2})
+        data.load_state_dict(middle)
+        with pytest.raises(ValueError, match=message):
+            data.train_dataloader()
+    data = module(6, 4)
+    data.trainer.world_size = 2
+    data.load_state_dict(middle)
+    with pytest.raises(ValueError, match=r"trainer.devices: expected 1, as when .*, got 2. Set"):
+        data.train_dataloader()
+
+    data = module(8 + 9, 7, batch_size=2)
+    data.load_state_dict(end)
+    assert list(data.train_dataloader().sampler) == _epoch(EpochShuffle(14, 2, seed=3), 2)
+    again = data.state_dict()
+    assert (again["epoch"], again["batch"]) == (3, 2)
 
 
 def test_validation_gives_each_sample_to_one_process():

@@ -21,14 +21,15 @@ from transformers import (
 )
 
 import tokenprune as tp
-from tokenprune import cli, compose, training
+from tokenprune import cli, compose, finetune, training
 from tokenprune.compose import Pruning
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
 from tokenprune.data.scenes import COLOURS, SYMBOLS, SceneDataset
+from tokenprune.finetune import FineTune
 from tokenprune.models import LoadedModel, load
-from tokenprune.training import FineTune, parts_of
+from tokenprune.tuning import parts_of
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = re.findall(
@@ -107,6 +108,7 @@ def config(checkpoint: str, *overrides: str):
             "trainer.val_check_interval=4",
             "trainer.max_steps=6",
             "learning_rate=3e-3",
+            "logger=none",
             *overrides,
         ],
     )
@@ -273,7 +275,7 @@ def test_a_turn_is_right_if_all_its_tokens_are():
     right = torch.ones(12, dtype=torch.bool)
     right[7] = right[0] = False
     sample = Sample("s", None, turns)
-    assert training._turns(sample, labels, right) == [
+    assert finetune._turns(sample, labels, right) == [
         ("read", True),
         ("text", False),
         ("read", True),

@@ -33,6 +33,7 @@ from tokenprune.compose import build_pruning, config_dir, describe
 from tokenprune.sweep import expand, run_name, sweep_name
 
 GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "experiment")
+BENCH_GROUPS = ("shape", "strategy", "schedule")
 USAGE = """\
 tokenprune: visual token pruning for vision-language models
 
@@ -42,6 +43,7 @@ tokenprune: visual token pruning for vision-language models
   tokenprune show IMAGE "QUESTION" [overrides]     one image, with and without pruning
   tokenprune verify [overrides]                    is pruning exact on this checkpoint?
   tokenprune train [overrides]                     train a model, pruned or not
+  tokenprune bench prefill|decode|train            what pruning saves, measured on random weights
   tokenprune list                                  strategies, models and all other choices
 
 Overrides choose (strategy=fastv, model=tiny) or set (schedule.lam=0.3). `tokenprune COMMAND --help`
@@ -135,6 +137,8 @@ tokenprune eval -m experiment=ablation                 the ablation: outputs/abl
 tokenprune eval model=llava_1_5_7b trainer=gpu data=folder data.path=my/questions.jsonl
 tokenprune eval model=hub model.path=/my/checkpoint    any model that transformers loads
 tokenprune train strategy=pyramiddrop data=folder data.train_path=my/train.jsonl
+tokenprune bench prefill shape=llava_1_5_7b resolution=336x336
+tokenprune bench -m measure=prefill,decode batch_size=1,8 resolution=336x336,672x672
 
 --cfg job prints the config and stops; -m sweeps over comma-separated values;
 `tokenprune list` describes every choice; --hydra-help has Hydra's own options."""
@@ -147,7 +151,7 @@ def _help(command: str, args: Any) -> int:
     config = compose(command, args.overrides, args.config_dir)
     print("Override anything below: `group=choice` picks a file, `key=value` sets a value.\n")
     print("== Choices (group=choice) ==")
-    for group in GROUPS:
+    for group in BENCH_GROUPS if command == "bench" else GROUPS:
         choices = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
         print(f"{group}: {', '.join(choices)}")
     print("\n== Config (key=value) ==")
@@ -200,6 +204,24 @@ def _train_task(config: DictConfig) -> None:
             elif config.ckpt_path == "last":  # of a sweep that had not come so far
                 config.ckpt_path = None
         train(config, folder)
+
+
+def _bench_task(config: DictConfig) -> float:
+    """Measures; returns the pruned model's share of the unpruned one's time."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    with _tidy(folder):
+        from tokenprune import bench
+
+        called = names(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        shape = OmegaConf.select(config, "shape.path")
+        shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
+        told = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
+        row = bench.run(config, folder, told, again=not sweeps)
+    home = folder.parent if sweeps else folder
+    rows = bench.publish(home)
+    bench.print_table([row] if sweeps else rows, str(folder if sweeps else home / bench.TABLE))
+    return float(row.get("time_ratio", "nan"))
 
 
 def names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -381,6 +403,10 @@ def _check(config: DictConfig) -> None:
         if wrong or (lowest is not None and value < lowest):
             bound = "" if lowest is None else f" >= {lowest}"
             raise BadInput(f"{key}: expected an integer{bound}, got {value!r}. Set {key}=8.")
+    if "measure" in config:
+        from tokenprune import bench
+
+        bench.check(config)
     if OmegaConf.select(config, "model._target_") != "tokenprune.models.load":
         return
     from tokenprune.cost import DecoderShape
@@ -513,6 +539,13 @@ def _train(arguments: list[str]) -> int:
     return _run("train", arguments, _train_task)
 
 
+def _bench(arguments: list[str]) -> int:
+    from tokenprune.bench import MEASURES
+
+    given = [f"measure={word}" if word in MEASURES else word for word in arguments]
+    return _run("bench", given, _bench_task)
+
+
 def _report(arguments: list[str]) -> int:
     parser = _Parser("tokenprune report", description="A sweep as a page.")
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as outputs/ablation")
@@ -528,7 +561,7 @@ def _list(arguments: list[str]) -> int:
     parser.parse_args(arguments)
     from tokenprune.strategy import available, strategy_class
 
-    for group in GROUPS:
+    for group in (*GROUPS, "shape"):
         lines = {
             path.stem: describe(path) for path in sorted((config_dir() / group).glob("*.yaml"))
         }
@@ -667,6 +700,7 @@ def _verify(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "train": _train,
+    "bench": _bench,
     "report": _report,
     "list": _list,
     "show": _show,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from transformers import ProcessorMixin
 
 from tokenprune.data.collate import ConversationCollator, PromptCollator
@@ -16,34 +17,54 @@ from tokenprune.data.sample import Sample
 from tokenprune.data.sources import FolderDataset, HubDataset
 
 
-class EpochShuffle(Sampler[int]):
-    """Another order in every epoch, the same for the same (seed, epoch).
+class EpochShuffle(DistributedSampler[int]):
+    """One process's share of an order that is new in every epoch: the same for (seed, epoch).
+
+    Step k of an epoch trains on the same samples however many processes share them: entries
+    k * batch_size * processes onwards of the order, dealt out in turn. No sample is repeated, but
+    where the last step has fewer samples than there are processes: those without one take the
+    epoch's first.
+
+    `len` is that of a whole epoch: Lightning counts on from the batches of before.
 
     Args:
         length: Number of samples.
+        batch_size: Samples per batch of one process.
         seed: Another seed gives other orders.
-        seen: An epoch, and how many of its samples an interrupted training has seen.
+        processes: How many share an epoch.
+        rank: Which of them this is.
+        start: An epoch, and how many of its batches an interrupted training has seen.
     """
 
-    def __init__(self, length: int, seed: int, seen: tuple[int, int] = (0, 0)) -> None:
-        self.length, self.seed, self.seen = length, seed, seen
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        processes: int = 1,
+        rank: int = 0,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        # A `DistributedSampler`, so that Lightning leaves it as it is and calls `set_epoch`.
+        super().__init__(range(length), processes, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.length, self.batch_size, self.start = length, batch_size, start
+        self.epoch = start[0]  # workers fetch before the trainer sets the first epoch
 
     def __len__(self) -> int:
-        return self.length
+        return len(self._share(list(range(self.length))))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
-        if self.epoch == self.seen[0]:
-            order = order[self.seen[1] :]
-        # Distributed training wraps the sampler and hides `set_epoch`; so it counts itself, too.
-        self.epoch += 1
-        return iter(order)
+        share = self._share(torch.randperm(self.length, generator=generator).tolist())
+        seen = self.start[1] if self.epoch == self.start[0] else 0
+        return iter(share[seen * self.batch_size :])
+
+    def _share(self, order: list[int]) -> list[int]:
+        own = order[self.rank :: self.num_replicas]
+        steps = math.ceil(self.length / (self.batch_size * self.num_replicas))
+        lacks_one = len(own) <= (steps - 1) * self.batch_size
+        return own + order[:1] if lacks_one else own
 
 
 class VQADataModule(pl.LightningDataModule):
@@ -83,7 +104,8 @@ class VQADataModule(pl.LightningDataModule):
         self.train, self.validation, self.test = train, validation, test
         self.processor = processor
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self._seen = (0, 0)
+        self._start = (0, 0)
+        self._interrupted: dict[str, Any] | None = None
 
     @classmethod
     def from_folder(
@@ -202,7 +224,17 @@ class VQADataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         data = self._data(self.train, "train")
-        shuffle = EpochShuffle(_length(data), self.seed, self._seen)
+        trainer: Any = self.trainer
+        processes = self._processes(data, "train")
+        self._check_resumed(_length(data), processes)
+        shuffle = EpochShuffle(
+            _length(data),
+            self.batch_size,
+            self.seed,
+            processes=processes,
+            rank=0 if trainer is None else trainer.global_rank,
+            start=self._start,
+        )
         return self._loader(data, ConversationCollator(self._processor()), shuffle)
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -226,13 +258,45 @@ class VQADataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: Lightning counts batches, but starts an epoch's data anew."""
         trainer: Any = self.trainer
-        if trainer is None:
+        if trainer is None or self.train is None:
             return {}
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"seen": (trainer.current_epoch, batches * self.batch_size * trainer.world_size)}
+        # Over all epochs: what `current` means depends on the hook that saves.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        before = 0 if self._interrupted is None else self._interrupted["batches"]
+        epochs, batch = divmod(
+            self._start[1] + batches - before, max(1, int(trainer.num_training_batches))
+        )
+        return {"epoch": self._start[0] + epochs, "batch": batch, "batches": batches} | self._order(
+            _length(self.train), trainer.world_size
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seen = state_dict["seen"]
+        """Goes on where `state_dict` stood."""
+        if state_dict:
+            self._start = (state_dict["epoch"], state_dict["batch"])
+            self._interrupted = state_dict
+
+    def _order(self, length: int, processes: int) -> dict[str, int]:
+        """What the order of samples, and their place in batches, follows from."""
+        return {
+            "num_samples": length,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "processes": processes,
+        }
+
+    def _check_resumed(self, length: int, processes: int) -> None:
+        """In the middle of an epoch, nothing that decides the order may have changed."""
+        if self._interrupted is None or self._start[1] == 0:
+            return
+        for name, own in self._order(length, processes).items():
+            if (before := self._interrupted[name]) != own:
+                key = {"processes": "trainer.devices", "num_samples": "the data"}
+                raise ValueError(
+                    f"{key.get(name, f'data.{name}')}: expected {before}, as when training was "
+                    f"interrupted in the middle of an epoch, got {own}. Set it back, or "
+                    "ckpt_path=null to start anew."
+                )
 
     def _loader(
         self,
