@@ -76,7 +76,6 @@ def train(config: DictConfig, output_dir: Path) -> None:
     recipe = dict(resolved["model"])
     tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
     loaded = instantiate(recipe)
-    _check_precision(loaded.model, options)
     shape = tp.cost.DecoderShape.from_config(loaded.model.config)
     pruning = compose.build_pruning(config, shape.num_layers)
     module = FineTune(
@@ -92,6 +91,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
         schedule_warmup=config.schedule_warmup,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+    _check_precision(loaded.model, options)
     if start is not None:
         _check_weights(start, module)
     module.attach("supervised")  # refuses here, before any data is read, what is not supported
@@ -121,11 +121,12 @@ def train(config: DictConfig, output_dir: Path) -> None:
     if config.keep == "best":
         best = torch.load(output_dir / BEST, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"], strict=False)
-    if trainer.is_global_zero:  # before anything else can go wrong
+    # All this before anything else can go wrong.
+    if trainer.is_global_zero and module.adapters is not None:
+        module.adapters.save(output_dir / "adapter")
+    module.merge()
+    if trainer.is_global_zero:
         loaded.model.eval()
-        if module.adapters is not None:
-            module.adapters.save(output_dir / "adapter")
-        module.merge()
         loaded.model.save_pretrained(output_dir / "model")
         loaded.processor.save_pretrained(output_dir / "model")
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,0 +1,68 @@
+"""What a training asks of the machine, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+#: Precisions in which weights keep small updates.
+PRECISIONS = (None, "32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuses a trainer's config that this machine cannot honour.
+
+    Args:
+        trainer: Arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: There is no GPU, or fewer than processes; the precision keeps no small updates,
+            or the device does not have it.
+    """
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator in ("gpu", "cuda") and num_gpus == 0:
+        raise ValueError(
+            f"trainer.accelerator: expected a device of this machine, got {accelerator!r} without "
+            "any GPU that torch can use. Set trainer=cpu, or install a CUDA build of torch."
+        )
+    uses_gpus = accelerator in ("gpu", "cuda", "auto") and num_gpus > 0
+    if uses_gpus and (most := _num_devices(devices)) > num_gpus:
+        raise ValueError(
+            f"trainer.devices: expected at most {num_gpus}, the GPUs of this machine, got "
+            f"{devices!r}: {most} processes. Set trainer.devices=auto."
+        )
+    precision = trainer.get("precision")
+    if (None if precision is None else str(precision)) not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: expected float32 weights, got {precision!r}. "
+            "Set trainer.precision=bf16-mixed, 16-mixed or null."
+        )
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and num_gpus == 0)
+    if precision == "16-mixed" and on_cpu:
+        raise ValueError(
+            "trainer.precision: expected one that a CPU can train in, got '16-mixed'. "
+            "Set trainer.precision=bf16-mixed or null."
+        )
+    if precision == "bf16-mixed" and uses_gpus and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(
+            "trainer.precision: expected one that this GPU has, got 'bf16-mixed', which needs "
+            "compute capability 8.0. Set trainer.precision=16-mixed."
+        )
+    if precision == "16-mixed" and "Sharded" in str(trainer.get("strategy")):
+        raise ValueError(
+            "trainer.precision: expected bf16-mixed or float32 for a sharded training, got "
+            "'16-mixed'. Set trainer.precision=bf16-mixed."
+        )
+
+
+def _num_devices(devices: Any) -> int:
+    """Processes that `devices` asks for at least; 0 for all there are."""
+    if isinstance(devices, (list, tuple)):
+        return max([len(devices), *(int(device) + 1 for device in devices)])
+    text = str(devices)
+    if "," in text:
+        return _num_devices([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdigit() else 0
