@@ -108,7 +108,7 @@ def test_commands_in_the_documents_are_understood(
     monkeypatch.setattr(cli, "_check", lambda config: None)  # needs the model
     monkeypatch.setattr(cli, "_run_hydra", lambda **arguments: None)
     name, *rest = shlex.split(command)[1:]
-    if name in ("eval", "train"):
+    if name in ("eval", "train", "bench"):
         assert cli.main([name, *rest]) == 0
     elif name in ("verify", "show"):
         compose("eval", [item for item in rest if "=" in item])

@@ -1,0 +1,317 @@
+"""The benchmark measures what it says: time in turn, memory, caches, and theory beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import refused
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from tokenprune import bench, cli, cost
+from tokenprune.cli import compose
+from tokenprune.compose import build_pruning
+
+TINY = ["shape=tiny", "num_visual=96", "num_text=16", "rounds=2", "new_tokens=3"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every test in an empty folder."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+def config(*overrides: str):
+    return compose("bench", [*TINY, *overrides])
+
+
+def made(*overrides: str) -> bench.Bench:
+    own = config(*overrides)
+    model = bench.build_model(bench._shape_config(own), torch.float32, "sdpa", CPU)
+    pruning = build_pruning(own, 4)
+    assert pruning is not None
+    load = bench.Load(own.num_visual, own.num_text, own.batch_size, own.new_tokens)
+    return bench.Bench(model, pruning, load, own.logits)
+
+
+# -------------------------------------------------------------------------------------- one figure
+
+
+@pytest.mark.parametrize("measure", bench.MEASURES)
+def test_what_a_run_leaves(measure: str) -> None:
+    found = bench.measure(config(f"measure={measure}", "batch_size=2"))
+    assert found["status"] == "ok"
+    assert set(found) <= {*bench.COLUMNS, "rounds_s"}
+    rounds = found["rounds_s"]
+    assert len(rounds["unpruned"]) == len(rounds["pruned"]) == len(rounds["hooks"]) == 2
+    ratios = [b / a for a, b in zip(rounds["unpruned"], rounds["pruned"], strict=True)]
+    assert found["time_ratio"] == pytest.approx(statistics.median(ratios))
+    assert found["over_flops"] == pytest.approx(found["time_ratio"] / found["flops_ratio"])
+    per = 3 if measure == "decode" else 1  # decoding is told per token
+    assert found["pruned_ms"] == pytest.approx(1e3 * statistics.median(rounds["pruned"]) / per)
+    assert 0 < found["pruning_share"] < 1
+    assert found["machine"]
+    assert found["torch"] == torch.__version__
+    assert found["avg_tokens"] == (96 + 48 + 24 + 12) / 4
+    if measure == "train":
+        assert found["pruned_peak_mb"] < found["unpruned_peak_mb"]
+    else:
+        assert found["pruned_kv_mb"] == found["expected_kv_mb"] < found["unpruned_kv_mb"]
+    assert ("keys_ms" in found) == (measure != "decode")
+
+
+def test_unpruned_and_pruned_take_turns() -> None:
+    """A B, B A, A B: whatever slows the machine down hits both."""
+    order = []
+    variants = {
+        name: bench.Variant(nullcontext, lambda name=name: name, order.append) for name in "AB"
+    }
+    one = made()
+    with one.pruned():
+        pass
+    timing = bench.interleave(one, variants, rounds=3, warmup=2)
+    assert order == list("AB") + list("BA") + list("AB") + list("BA") + list("AB")
+    assert {name: len(seconds) for name, seconds in timing.seconds.items()} == {"A": 3, "B": 3}
+    assert set(timing.peaks) == {"A", "B"}
+
+
+def test_time_of_the_hooks_is_the_strategy_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy that sleeps 20 ms at each of its three cuts is seen to."""
+    one = made("strategy=uniform", "schedule=pyramid")
+    kind = type(one.pruning.strategy)
+    original = kind.select
+
+    def slow(self, view, keep):
+        time.sleep(0.02)
+        return original(self, view, keep)
+
+    monkeypatch.setattr(kind, "select", slow)
+    timing = bench.interleave(one, one.variants("prefill", None), rounds=2, warmup=1)
+    assert all(0.06 < hooks < whole for hooks, whole in zip(timing.hooks, timing.seconds["pruned"],
+                                                           strict=True))  # fmt: skip
+    assert "keys" not in timing.seconds  # it reads no attention
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    one = made()
+    before = [len(module._forward_pre_hooks) for module in one.model.modules()]
+    bench.interleave(one, one.variants("prefill", None), rounds=1, warmup=1)
+    assert [len(module._forward_pre_hooks) for module in one.model.modules()] == before
+
+
+def test_peak_memory_is_the_allocator_s(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        large = torch.empty(2**20, dtype=torch.float32)  # 4 MiB
+        both = large + 1  # 4 more
+        del large
+        both.add_(1)
+
+    # Allocations are rounded up to a cache line or so.
+    assert bench.peak_bytes(CPU, work) == pytest.approx(8 * 2**20, rel=1e-3)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+@pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv", "random"])
+def test_bytes_in_the_cache_are_the_cost_model_s(strategy: str, positions: str) -> None:
+    one = made(f"strategy={strategy}", f"positions={positions}", "schedule.num_stages=4",
+               "schedule=pyramid", "batch_size=3")  # fmt: skip
+    with one.pruned():
+        held = bench.cache_bytes(one.prefill())
+    assert held == one.expected_cache_bytes()
+    # 4 layers with 2 key heads of 16 entries, keys and values in float32.
+    assert held == 3 * 2 * (96 + 48 + 24 + 12 + 4 * 16) * 2 * 16 * 4
+
+
+def test_every_round_of_decoding_starts_at_the_same_context() -> None:
+    one = made()
+    prepare, work = one.variants("decode", None)["pruned"][1:]
+    for _ in range(2):
+        with one.pruned():
+            cache = prepare()
+            assert [layer.keys.shape[2] for layer in cache.layers] == [112, 64, 40, 28]
+            work(cache)
+            assert [layer.keys.shape[2] for layer in cache.layers] == [115, 67, 43, 31]
+
+
+def test_training_makes_all_parameters_move_or_the_adapters_alone() -> None:
+    for tuning, moved in (("full", False), ("lora", True)):
+        if tuning == "lora":
+            pytest.importorskip("peft")
+        one = made("measure=train", f"tuning={tuning}")
+        optimizer = bench._tune(one.model, config("measure=train", f"tuning={tuning}"))
+        before = {name: weight.clone() for name, weight in one.model.named_parameters()}
+        with one.pruned():
+            one.step(optimizer)
+        changed = {n for n, w in one.model.named_parameters() if not torch.equal(w, before[n])}
+        assert changed
+        assert all("lora" in name for name in changed) == moved
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for choice in ("false", "true"):
+        own = config("measure=train", f"gradient_checkpointing={choice}")
+        torch.manual_seed(0)
+        one = made("measure=train")
+        bench._tune(one.model, own)
+        with one.pruned():
+            torch.manual_seed(1)
+            output = one.model(inputs_embeds=one.embeds, labels=one.labels, use_cache=False)
+            output.loss.backward()
+        gradients.append([weight.grad for weight in one.decoder.layers.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ theory
+
+
+def test_flops_are_those_of_the_model() -> None:
+    """Against torch's own counter, with attention in matrix products that it sees."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = made()
+    one.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        one.prefill()
+    square = 112**2 * 64 * 4 * 2  # eager attention computes the half that the mask hides
+    assert counter.get_total_flops() == one.flops("prefill", False) + square
+    cache = one.prefill()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        one.model(input_ids=torch.tensor([[1]]), past_key_values=cache)
+    assert counter.get_total_flops() == one.flops("decode", False)
+
+
+def test_training_counts_the_logits_that_are_made() -> None:
+    every, supervised = made("logits=all"), made("logits=supervised")
+    rows = 12 + 16 - supervised.load.num_labels  # survivors of the last layer without a label
+    saved = every.flops("train", True) - supervised.flops("train", True)
+    assert saved == 2 * rows * 64 * 1000
+    assert every.flops("train", False) == supervised.flops("train", False)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tokens"),
+    [("336x336", 576), ("672x672", 2880), ("672x1344", 5184), ("300x300", 576), ("337x336", 1728)],
+)
+def test_visual_tokens_of_a_resolution(resolution: str, tokens: int) -> None:
+    assert bench.num_tokens(resolution) == tokens
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    for name, weights in (
+        ("llava_1_5_7b", 6.7e9),
+        ("llava_next_7b", 6.7e9),
+        ("hidden_1024", 2.7e8),
+    ):
+        own = bench._shape_config(compose("bench", [f"shape={name}"]))
+        with torch.device("meta"):
+            model = bench.build_model(own, torch.bfloat16, "sdpa", torch.device("meta"))
+        counted = sum(weight.numel() for weight in model.parameters())
+        assert counted == pytest.approx(weights, rel=0.02)
+        assert cost.DecoderShape.from_config(own).num_layers == len(model.get_decoder().layers)
+
+
+def test_any_checkpoint_s_config_will_do(tmp_path: Path) -> None:
+    """A folder with nothing but config.json: the decoder of a vision-language model."""
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+                       num_attention_heads=4, vocab_size=100)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                              num_attention_heads=2, image_size=32, patch_size=8)  # fmt: skip
+    LlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    found = bench.measure(config("shape=hub", f"shape.path={tmp_path}"))
+    assert found["pruned_kv_mb"] == found["expected_kv_mb"]
+
+
+def test_a_model_too_large_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "build_model", full)
+    found = bench.measure(config())
+    assert found["status"] == "out of memory"
+    assert "time_ratio" not in found
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_a_run_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "train", *TINY, "hydra.run.dir=here"]) == 0
+    assert "pyramiddrop" in capsys.readouterr().out
+    files = {"config.yaml", "versions.json", "bench.json", "bench.csv", "bench.png"}
+    assert {path.name for path in Path("here").iterdir()} == files
+    (row,) = csv.DictReader(Path("here/bench.csv").read_text().splitlines())
+    told = json.loads(Path("here/bench.json").read_text())
+    assert row["measure"] == "train"
+    assert row["shape"] == "tiny"
+    assert float(row["time_ratio"]) == pytest.approx(told["time_ratio"], rel=1e-4)
+    assert row["machine"] == told["machine"]
+    assert Path("here/bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: Counter[str] = Counter()
+    original = bench.measure
+
+    def counting(own):
+        counts[own.measure] += 1
+        return original(own)
+
+    monkeypatch.setattr(bench, "measure", counting)
+    sweep = ["bench", "-m", *TINY, "measure=prefill,decode", "batch_size=1,2",
+             "hydra.sweep.dir=there"]  # fmt: skip
+    assert cli.main(sweep) == 0
+    rows = list(csv.DictReader(Path("there/bench.csv").read_text().splitlines()))
+    assert [(row["measure"], row["batch_size"]) for row in rows] == [
+        ("prefill", "1"),
+        ("prefill", "2"),
+        ("decode", "1"),
+        ("decode", "2"),
+    ]
+    assert cli.main(sweep) == 0
+    assert counts == {"prefill": 2, "decode": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["measure=speed"], "measure: expected one of ['prefill', 'decode', 'train'], got 'speed'"),
+        (["strategy=none"], "strategy: expected one that prunes"),
+        (["rounds=0"], "rounds: expected an integer >= 1, got 0"),
+        (["num_text=many"], "num_text: expected an integer >= 2, got 'many'"),
+        (["resolution=large"], "resolution: expected width x height in pixels, got 'large'"),
+        (["schedule.num_stages=9"], "expected"),
+        (["shape=hub"], "shape.path: expected a value"),
+        (["shape=hub", "shape.path=./nowhere"], "expected a folder, got './nowhere'"),
+        (["shape=hidden_2048"], "shape: expected one of"),
+        (["speed=1"], "speed: expected a key of the config"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(["bench", "shape=tiny", *overrides], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "device: expected a CUDA device" in refused(["bench", "device=cuda"], capsys)
+
+
+def test_help_names_the_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "shape: hidden_1024, hub, llava_1_5_7b, llava_next_7b, tiny" in printed
+    assert "data:" not in printed
