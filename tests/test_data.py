@@ -171,7 +171,14 @@ def test_folder(tmp_path):
             [ROW, ROW | {"image": "gone.png", "id": 7}],
             r"row 2 \(id '7'\): expected an image file, got '.*gone.png', which .* exist. Check",
         ),
-        ([ROW | {"answer": ["red"]}], r"row 1: expected text as 'answer', got \['red'\]. Write"),
+        ([ROW | {"answer": [["red"]]}], r"row 1, 'answer': expected text .*, got \['red'\]. Write"),
+        ([ROW | {"answer": []}], r"row 1: expected 'answer', got \[\]. Fill"),
+        ([ROW | {"answer": "an <image>"}], "row 1: expected <image> in questions only, .* Remove"),
+        (
+            [ROW | {"question": "<image> <image>"}],
+            "row 1: .* per image, or none, got 2 for 1 image.",
+        ),
+        ([ROW | {"image": ["a.png", ""]}], "row 1: expected 'image', got ''. Fill"),
         ([ROW | {"question": " "}], "row 1: expected 'question', got ' '. Fill"),
         ([ROW | {"id": 1.5}], "row 1: expected an id that is text or an integer, got 1.5. Leave"),
         (
@@ -183,6 +190,128 @@ def test_folder(tmp_path):
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         FolderDataset(_folder(tmp_path, rows))
+
+
+def _talk(*texts: str, **more) -> dict:
+    roles = ["human", "gpt"] * len(texts)
+    turns = [{"from": role, "value": text} for role, text in zip(roles, texts, strict=False)]
+    return {"conversations": turns} | more
+
+
+TALK = _talk("<image>\nWhich colour?", "red", "Sure?", "yes", image="a.png", id="t")
+
+
+def _llava(path: Path, rows: list) -> Path:
+    """A JSON list, with its images in a folder of their own."""
+    _folder(path / "images", []).joinpath("questions.jsonl").unlink()
+    (path / "llava.json").write_text(json.dumps(rows), encoding="utf-8")
+    return path / "llava.json"
+
+
+def test_llava_conversations(tmp_path):
+    two = _talk("A <image> and <image>?", "blue", image=["b.png", "a.png"])
+    text = _talk("Hello", "hi", id="text")
+    path = _llava(tmp_path, [TALK, two, text])
+    data = FolderDataset(path, image_folder=tmp_path / "images")
+    assert [data[i].id for i in range(3)] == ["t", "2", "text"]
+    assert data[0].turns == (Turn("<image>\nWhich colour?", "red"), Turn("Sure?", "yes"))
+    assert [image.getpixel((0, 0)) for image in data[1].images] == [(0, 0, 255), (255, 0, 0)]
+    assert data[2].images == ()
+
+    lines = tmp_path / "lines.json"  # JSON lines are often called so
+    lines.write_text("\n".join(json.dumps(row) for row in (TALK, two)))
+    again = FolderDataset(lines, image_folder=str(tmp_path / "images"))
+    assert [again[i].turns for i in range(2)] == [data[i].turns for i in range(2)]
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    pairs = [{"user": "Which?", "assistant": "red"}]
+    rows = [{"messages": chat, "image": "a.png"}, {"conversations": pairs, "image": "a.png"}]
+    data = FolderDataset(_llava(tmp_path, rows), image_folder=tmp_path / "images")
+    assert [data[i].turns for i in range(2)] == [
+        (Turn("<image>Which?", "red"),),
+        (Turn("Which?", "red"),),
+    ]
+
+
+def test_answers_that_are_evaluated(tmp_path):
+    later = _talk("<image>1", "a", "<image>2", "b", image=["a.png", "b.png"], id="x")
+    folder = {"image_folder": str(tmp_path / "images")}
+    path = str(_llava(tmp_path, [TALK, later]))
+    last, each = (
+        VQADataModule.from_folder(path=path, turns=turns, **folder).test
+        for turns in ("last", "each")
+    )
+    assert [(own.id, len(own.turns), len(own.images)) for own in map(last.__getitem__, (0, 1))] == [
+        ("t", 2, 1),
+        ("x", 2, 2),
+    ]
+    shown = [(own.id, len(own.turns), len(own.images)) for own in map(each.__getitem__, range(4))]
+    assert shown == [("t/1", 1, 1), ("t/2", 2, 1), ("x/1", 1, 1), ("x/2", 2, 2)]
+    with pytest.raises(ValueError, match=r"data.turns: expected one of \['all', .*, got 'first'"):
+        VQADataModule.from_folder(path=path, turns="first", **folder)
+    rows = {"text": _talk("q", "a"), "late": _talk("q", "a", "<image>", "b", image="a.png")}
+    for turns, bad in (("last", "text"), ("each", "text"), ("each", "late")):
+        path = str(_llava(tmp_path, [TALK, rows[bad]]))
+        with pytest.raises(ValueError, match="row 2: expected an image in front of each answer"):
+            VQADataModule.from_folder(path=path, turns=turns, **folder)
+        assert len(VQADataModule.from_folder(train_path=path, turns=turns, **folder).train) == 2
+
+
+def test_a_list_of_questions_with_accepted_answers(tmp_path):
+    said = ["red", "crimson", "red"]
+    rows = [ROW | {"answer": said}, ROW | {"answers": [{"answer": text} for text in said]}]
+    del rows[1]["answer"]
+    path = _folder(tmp_path, []) / "questions.jsonl"
+    path = path.rename(path.with_suffix(".json"))
+    path.write_text(json.dumps(rows))
+    data = FolderDataset(tmp_path)  # the only such file of the folder
+    for index in range(2):
+        assert data[index].turns == (Turn("Which colour?", "red", "all", tuple(said)),)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "llava.json: expected a JSON list of rows, got dict. Put"),
+        ([TALK, 3], "llava.json, row 2: expected a JSON object, got 3. Write"),
+        (
+            [_talk("q", "a", "b", image="a.png")],
+            r"row 1: .* in turn, .* got \['human', 'gpt', .*Re",
+        ),
+        ([_talk(image="a.png")], r"row 1: expected 'conversations', got \[\]. Fill"),
+        ([_talk("q", " ", image="a.png")], "row 1, message 2: expected 'value', got ' '. Fill"),
+        ([_talk("<image>", "a")], "row 1: expected one <image> per image, .*got 1 for 0 images."),
+        ([{"conversations": ["q"]}], "row 1, message 1: expected an object with from and value"),
+        (
+            [{"messages": [{"role": "system", "content": "Be kind."}]}],
+            "row 1: expected a conversation that starts with a question, got a system message.",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "video"}]}]}],
+            "row 1, message 1: expected parts of type text or image, got .*video.*. Leave",
+        ),
+    ],
+)
+def test_bad_conversations_are_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(_llava(tmp_path, rows), image_folder=tmp_path / "images")
+
+
+def test_bad_rows_are_skipped_when_asked(tmp_path, capsys):
+    rows = [ROW, ROW | {"image": "gone.png"}, "{oops", ROW | {"image": "broken.png"}, ROW]
+    path = str(_folder(tmp_path, rows))
+    with pytest.raises(ValueError, match=r"row 2: expected an image file"):
+        VQADataModule.from_folder(path=path)
+    data = VQADataModule.from_folder(path=path, skip_bad=True).test
+    assert [data[i].id for i in range(len(data))] == ["1", "5"]
+    assert all(f"row {n}:" in text for n, text in zip((2, 3, 4), data.skipped, strict=True))
+    told = capsys.readouterr().err
+    assert re.match(r".*questions.jsonl: skipped 3 of 5 rows, the first: .*row 2: expected", told)
+    path = str(_folder(tmp_path, rows[1:4]))
+    with pytest.raises(ValueError, match=r"got none in .* that is as expected: .*row 1: exp"):
+        FolderDataset(path, skip_bad=True)
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path):
@@ -214,7 +343,9 @@ def test_an_unreadable_image_is_named_when_it_is_opened(tmp_path):
 def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a .jsonl file .*got '.*nowhere', which"):
         FolderDataset(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"expected exactly one .jsonl file in '.*', got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"expected exactly one .jsonl or .json file in '.*', got \[\]"
+    ):
         FolderDataset(tmp_path)
     _folder(tmp_path, [ROW])
     (tmp_path / "more.jsonl").write_text("{}")
@@ -274,6 +405,47 @@ def test_hub_reads_every_form(saved):
     assert data[0].turns[0].kind == "all"
     data = HubDataset(str(saved / "paths.json"))
     assert data[2].image.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_hub_reads_conversations_and_several_images(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    talks = [
+        _talk("<image> or <image>?", "red")["conversations"],
+        _talk("<image>?", "blue", "Sure?", "yes")["conversations"],
+        _talk("Hello", "hi")["conversations"],
+        _talk("<image>", "one", "<image>", "two")["conversations"],
+    ]
+    columns = {
+        "images": [images, images[1:], [], images],
+        "talk": talks,
+        "answers": [["red", "crimson", "red"]] * 4,
+        "question": ["q"] * 4,
+    }
+    own = [{"from": datasets.Value("string"), "value": datasets.Value("string")}]
+    features = datasets.Features(
+        images=datasets.List(datasets.Image()),
+        talk=own,
+        answers=datasets.List(datasets.Value("string")),
+        question=datasets.Value("string"),
+    )
+    path = str(tmp_path / "talks.parquet")
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    options = {"image_column": "images", "conversations_column": "talk"}
+    data = HubDataset(path, **options)
+    assert [len(data[i].images) for i in range(4)] == [2, 1, 0, 2]
+    assert data[0].images[1].getpixel((0, 0)) == (0, 0, 255)
+    assert data[1].turns == (Turn("<image>?", "blue"), Turn("Sure?", "yes"))
+    with pytest.raises(ValueError, match="row 3: expected an image in front of each answer"):
+        HubDataset(path, **options, turns="each")
+    data = HubDataset(path, **options, turns="each", skip_bad=True)
+    assert [data[i].id for i in range(5)] == ["1", "2/1", "2/2", "4/1", "4/2"]
+    assert len(data[3].images) == 1
+    assert "skipped 1 of 4 rows, the first: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"row 3: expected 'images', got none. Fill"):
+        HubDataset(path, image_column="images", answer_column="answers")
+    data = HubDataset(path, image_column="images", answer_column="answers", skip_bad=True)
+    assert data[0].turns == (Turn("q", "red", "all", ("red", "crimson", "red")),)
 
 
 def test_hub_names_what_is_wrong(saved, tmp_path, monkeypatch):
@@ -421,13 +593,13 @@ def build_processor(family: str, template: str | None):
 
 
 SAMPLES = [
-    Sample("a", Image.new("RGB", (40, 30), "red"), (Turn("Which colour is it?", "red"),)),
+    Sample("a", (Image.new("RGB", (40, 30), "red"),), (Turn("Which colour is it?", "red"),)),
     Sample(
         "b",
-        Image.new("RGB", (20, 60), "blue"),
+        (Image.new("RGB", (20, 60), "blue"),),
         (Turn("Which?", "7"), Turn("is it red?", "no red"), Turn("blue?", "yes")),
     ),
-    Sample("c", Image.new("RGB", (60, 20), "blue"), (Turn("it?", "2 7"),)),
+    Sample("c", (Image.new("RGB", (60, 20), "blue"),), (Turn("it?", "2 7"),)),
 ]
 
 
@@ -452,20 +624,60 @@ def test_conversations_are_labelled_on_answers_and_nowhere_else(family, template
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_a_prompt_is_a_conversation_up_to_its_first_label(family, template):
+def test_a_prompt_is_a_conversation_up_to_its_last_answer(family, template):
     """What training has the model write is what generation asks it for."""
     processor = build_processor(family, TEMPLATES[template])
     whole = ConversationCollator(processor)(SAMPLES)["inputs"]
     prompts = PromptCollator(processor)(SAMPLES)
     assert [sample.id for sample in prompts["samples"]] == ["a", "b", "c"]
     for row in range(len(SAMPLES)):
-        first = int((whole["labels"][row] != IGNORED).nonzero()[0, 0])
+        labelled = whole["labels"][row] != IGNORED
+        last = int((labelled[1:] & ~labelled[:-1]).nonzero()[-1, 0]) + 1
         mask = prompts["inputs"]["attention_mask"][row].bool()
         assert mask[-1]  # padded on the left
         torch.testing.assert_close(
-            prompts["inputs"]["input_ids"][row][mask], whole["input_ids"][row, :first]
+            prompts["inputs"]["input_ids"][row][mask], whole["input_ids"][row, :last]
         )
     torch.testing.assert_close(prompts["inputs"]["pixel_values"], whole["pixel_values"])
+
+
+RED, BLUE = SAMPLES[0].images[0], SAMPLES[1].images[0]
+MIXED = [
+    Sample("none", (), (Turn("Which colour is it?", "red"),)),
+    Sample("two", (RED, BLUE), (Turn("<image>\nis it red?\n<image>", "no"), Turn("it?", "7"))),
+    Sample("front", (BLUE, RED), (Turn("Which?", "blue"),)),
+    Sample("later", (RED, BLUE), (Turn("it <image>", "red"), Turn("<image>\nit?", "red"))),
+    Sample("third", (RED,), (Turn("q", "no"), Turn("q", "no"), Turn("is <image> it?", "yes"))),
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_images_are_where_questions_say(family, template):
+    processor = build_processor(family, TEMPLATES[template])
+    tokenizer = processor.tokenizer
+    inputs = ConversationCollator(processor)(MIXED)["inputs"]
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    for row, sample in enumerate(MIXED):
+        labelled = inputs["labels"][row] != IGNORED
+        told = tokenizer.decode(inputs["labels"][row][labelled])
+        assert [part.strip() for part in told.split(end)] == [t.answer for t in sample.turns] + [""]
+        assert (inputs["labels"][row] == inputs["input_ids"][row])[labelled].all()
+        ids = inputs["input_ids"][row]
+        if family == "llava":  # LLaVA-NeXT cuts large images into tiles
+            assert int((ids == processor.image_token_id).sum()) == 16 * len(sample.images)
+        first_answer = int(labelled.nonzero()[0, 0])
+        before = bool((ids[:first_answer] == processor.image_token_id).any())
+        assert before == (sample.id in ("two", "front", "later"))
+        after = bool((ids[first_answer:] == processor.image_token_id).any())
+        assert after == (sample.id in ("later", "third"))
+    assert "pixel_values" not in ConversationCollator(processor)(MIXED[:1])["inputs"]
+
+
+def test_a_place_in_a_question_is_where_the_template_puts_it():
+    collate = ConversationCollator(build_processor("llava", CHATML))
+    shown = collate._writer.conversation(MIXED[1])
+    assert shown.startswith("<|im_start|>user\n<image>is it red?<image><|im_end|>\n")
 
 
 def test_a_template_that_marks_answers_agrees_with_its_prompts():
@@ -495,11 +707,21 @@ def test_a_template_with_neither_is_refused():
         ConversationCollator(build_processor("llava", rigid))(SAMPLES)
 
 
-def test_a_placeholder_in_a_question_is_refused():
-    sample = Sample("z", SAMPLES[0].image, (Turn("<image>\nWhich?", "red"),))
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (Turn("<image>\nWhich <image>?", "red"), "expected one <image> per image .* got 2 for 1"),
+        (Turn("Which?", "<image>"), "expected plain text, got the image placeholder '<image>'"),
+        (Turn("Which <|im_start|>?", "red"), "expected plain text, .* '<|im_start|>' in 'Which"),
+    ],
+)
+def test_placeholders_elsewhere_are_refused(turn, message):
+    processor = build_processor("llava", LLAVA)
+    if "im_start" in turn.question:
+        processor.image_token = "<|im_start|>"
     for collator in (PromptCollator, ConversationCollator):
-        with pytest.raises(ValueError, match="sample 'z': expected plain text, got the image"):
-            collator(build_processor("llava", LLAVA))([sample])
+        with pytest.raises(ValueError, match=f"sample 'z': {message}"):
+            collator(processor)([Sample("z", (RED,), (turn,))])
 
 
 # ------------------------------------------------------------------------------------------ module

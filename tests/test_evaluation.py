@@ -217,7 +217,7 @@ def test_small_data_is_prepared_once_and_large_data_streams() -> None:
         def __iter__(self) -> Any:
             self.passes += 1
             tensors = {"x": torch.zeros(2), "y": "text"}
-            sample = Sample("a", Image.new("L", (4, 2)), ())  # 8 bytes, as many as the tensor
+            sample = Sample("a", (Image.new("L", (4, 2)),), ())  # 8 bytes, as many as the tensor
             return iter([{"inputs": tensors, "samples": [sample], "i": i} for i in range(3)])
 
         def __len__(self) -> int:

@@ -595,7 +595,7 @@ def _prompt(loaded: Any, image: Any, question: str) -> Any:
     from tokenprune.data.collate import PromptCollator
     from tokenprune.data.sample import Sample, Turn
 
-    sample = Sample(id="shown", image=image, turns=(Turn(question, ""),))
+    sample = Sample(id="shown", images=(image,), turns=(Turn(question, ""),))
     inputs = PromptCollator(loaded.processor)([sample])["inputs"]
     return inputs.to(loaded.model.device, dtype=loaded.model.dtype)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from tokenprune.data.sample import Sample, Turn
+from tokenprune.data.sample import IMAGE, Sample, Turn, num_places
 
 #: Labels of positions that carry no loss.
 IGNORED = -100
@@ -20,9 +20,9 @@ _PROBE = "0"
 
 
 class PromptCollator:
-    """Prompts that end where the answer begins, padded on the left.
+    """Prompts that end where the last turn's answer begins, padded on the left.
 
-    Only the first turn of a sample is asked.
+    The turns before it are part of the prompt, with their answers.
 
     Args:
         processor: Belongs to the model.
@@ -34,7 +34,7 @@ class PromptCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Inputs for `generate`, and the samples."""
-        texts = [self._writer.prompt(sample, sample.turns[:1]) for sample in samples]
+        texts = [self._writer.prompt(sample) for sample in samples]
         inputs = _process(self.processor, texts, samples, "left")
         return {"inputs": inputs, "samples": list(samples)}
 
@@ -71,7 +71,7 @@ class ConversationCollator:
         for row, (sample, text, length) in enumerate(zip(samples, texts, lengths, strict=True)):
             spans = self._writer.answers(sample, text)
             own = inputs["input_ids"][row, :length]
-            labels[row, :length] = _labels(self.processor.tokenizer, text, spans, own, sample.id)
+            labels[row, :length] = _labels(self.processor, text, spans, own, sample.id)
         inputs["labels"] = labels
         return {"inputs": inputs, "samples": list(samples)}
 
@@ -90,7 +90,7 @@ class _Writer:
             )
         self._end = ""
         # Does the template itself end an answer by a special token?
-        text = self._render([Turn(_PROBE, _PROBE)])
+        text = self._render([Turn(_PROBE, _PROBE)], 1)
         after = text[text.rindex(_PROBE) + len(_PROBE) :]
         tokenizer = processor.tokenizer
         # Some chat models' end of turn is special, but none of the named special tokens.
@@ -98,15 +98,15 @@ class _Writer:
         if not any(token in after for token in (*tokenizer.all_special_tokens, *added)):
             self._end = tokenizer.eos_token or ""
 
-    def prompt(self, sample: Sample, turns: Sequence[Turn]) -> str:
+    def prompt(self, sample: Sample) -> str:
         """The conversation up to the answer of its last turn."""
         self._check(sample)
-        return self._render(turns, open_end=True)
+        return self._render(sample.turns, _num_leading(sample), open_end=True)
 
     def conversation(self, sample: Sample) -> str:
         """All turns, answers included."""
         self._check(sample)
-        return self._render(sample.turns)
+        return self._render(sample.turns, _num_leading(sample))
 
     def answers(self, sample: Sample, text: str) -> list[tuple[int, int]]:
         """Start and end, in characters of `text`, of what the model is to write in each turn."""
@@ -124,9 +124,10 @@ class _Writer:
     def _by_prompts(self, sample: Sample, text: str) -> list[tuple[int, int]] | None:
         """An answer is what a conversation has beyond its prompt."""
         spans = []
+        leading = _num_leading(sample)
         for number in range(1, len(sample.turns) + 1):
-            prompt = self._render(sample.turns[:number], open_end=True)
-            whole = self._render(sample.turns[:number])
+            prompt = self._render(sample.turns[:number], leading, open_end=True)
+            whole = self._render(sample.turns[:number], leading)
             if not (text.startswith(whole) and whole.startswith(prompt)):
                 return None
             spans.append((len(prompt), len(whole)))
@@ -139,7 +140,7 @@ class _Writer:
         from transformers.utils import chat_template_utils
 
         rendered: Any = chat_template_utils.render_jinja_template(
-            conversations=[self._messages(sample.turns)],
+            conversations=[self._messages(sample.turns, _num_leading(sample))],
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self._processor.tokenizer.special_tokens_map,
@@ -147,43 +148,71 @@ class _Writer:
         _, spans = rendered
         return [(start, end) for start, end in spans[0]]
 
-    def _render(self, turns: Sequence[Turn], open_end: bool = False) -> str:
+    def _render(self, turns: Sequence[Turn], leading: int, open_end: bool = False) -> str:
+        """Turns as text, with `leading` images before the first question."""
         if self._template is None:
+            token = self._image_token
+            assert token is not None
             parts = [f" {turn.answer}{self._end}" for turn in turns]
             if open_end:
                 parts[-1] = ""
-            texts = [
-                f"USER: {turn.question} ASSISTANT:{part}"
-                for turn, part in zip(turns, parts, strict=True)
-            ]
-            texts[0] = texts[0].replace("USER: ", f"USER: {self._image_token}\n", 1)
-            return "".join(texts)
-        messages = self._messages(turns)
+            questions = [turn.question.replace(IMAGE, token) for turn in turns]
+            questions[0] = f"{token}\n" * leading + questions[0]
+            return "".join(
+                f"USER: {question} ASSISTANT:{part}"
+                for question, part in zip(questions, parts, strict=True)
+            )
+        messages = self._messages(turns, leading)
         text: str = self._processor.apply_chat_template(
             messages[:-1] if open_end else messages, tokenize=False, add_generation_prompt=open_end
         )
         return text
 
-    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    def _messages(self, turns: Sequence[Turn], leading: int) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns):
-            image = [{"type": "image"}] if number == 0 else []
-            asked = {"type": "text", "text": turn.question}
+            images = [{"type": "image"}] * (leading if number == 0 else 0)
             told = {"type": "text", "text": turn.answer + self._end}
-            messages.append({"role": "user", "content": [*image, asked]})
+            messages.append({"role": "user", "content": [*images, *_parts(turn.question)]})
             messages.append({"role": "assistant", "content": [told]})
         return messages
 
     def _check(self, sample: Sample) -> None:
-        if self._image_token is None:
-            return
+        places, images = num_places(sample.turns), len(sample.images)
+        if places not in (0, images):
+            raise ValueError(
+                f"collate, sample {sample.id!r}: expected one {IMAGE} per image in the questions, "
+                f"or none, got {places} for {images} images. Add or remove some."
+            )
         for turn in sample.turns:
-            if self._image_token in turn.question + turn.answer:
-                raise ValueError(
-                    f"collate, sample {sample.id!r}: expected plain text, got the image "
-                    f"placeholder {self._image_token!r} in {turn.question[:60]!r}. Remove it; the "
-                    "image is put in front of the first question."
-                )
+            for text in (turn.question.replace(IMAGE, ""), turn.answer):
+                for token in filter(None, {IMAGE, self._image_token}):
+                    if token in text:
+                        raise ValueError(
+                            f"collate, sample {sample.id!r}: expected plain text, got the image "
+                            f"placeholder {token!r} in {text[:60]!r}. Remove it; {IMAGE} in a "
+                            "question stands for an image."
+                        )
+
+
+def _num_leading(sample: Sample) -> int:
+    """Images that come before the first question, as no question says where."""
+    return 0 if num_places(sample.turns) else len(sample.images)
+
+
+def _parts(question: str) -> list[dict[str, Any]]:
+    """A question as texts and images; line breaks that only set images apart are the template's."""
+    parts: list[dict[str, Any]] = []
+    texts = question.split(IMAGE)
+    for number, text in enumerate(texts):
+        if number:
+            parts.append({"type": "image"})
+            text = text.removeprefix("\n")
+        if number < len(texts) - 1:
+            text = text.removesuffix("\n")
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
 
 
 def _add_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -195,9 +224,10 @@ def _process(
     processor: ProcessorMixin, texts: Sequence[str], samples: Sequence[Sample], side: str
 ) -> BatchFeature:
     call: Any = processor
+    images = [list(sample.images) for sample in samples]
     inputs: BatchFeature = call(
         text=list(texts),
-        images=[[sample.image] for sample in samples],
+        images=images if any(images) else None,
         padding=True,
         padding_side=side,
         return_tensors="pt",
@@ -207,20 +237,24 @@ def _process(
 
 
 def _labels(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], ids: torch.Tensor, name: str
+    processor: Any, text: str, spans: Sequence[tuple[int, int]], ids: torch.Tensor, name: str
 ) -> torch.Tensor:
     """Labels of one row, int64 (T,).
 
-    The processor expands image placeholders, which only changes what comes before the answers: the
-    tokens of the plain text are compared with the row's from its end.
+    The processor expands image placeholders and leaves other tokens alone: those of the plain text
+    after its last image are the row's last, those between two images are looked for.
 
     Args:
-        tokenizer: A fast one.
+        processor: Its tokenizer is a fast one.
         text: The conversation, placeholders not expanded.
         spans: Characters that are labelled.
         ids: The row's tokens, int64 (T,), without pads.
         name: Of the sample.
+
+    Raises:
+        ValueError: An answer is not found in the row.
     """
+    tokenizer = processor.tokenizer
     encoded = tokenizer(
         text,
         return_offsets_mapping=True,
@@ -239,8 +273,46 @@ def _labels(
             for own_start, own_end in encoded["offset_mapping"]
         ]
     )
-    assert not inside[: len(plain) - shared].any(), f"answers of {name} before its image"
     labels = torch.full_like(ids, IGNORED)
-    tail = inside[len(plain) - shared :]
-    labels[len(ids) - shared :] = torch.where(tail, ids[len(ids) - shared :], IGNORED)
+    rest, end = len(plain) - shared, len(ids) - shared
+    labels[end:] = torch.where(inside[rest:], ids[end:], IGNORED)
+    row = ids.tolist()
+    for start, stop in reversed(_between_images(processor, plain[:rest])):
+        labelled = inside[start:stop].nonzero()[:, 0] + start
+        if not len(labelled):
+            continue
+        found = _find(row, plain[:rest].tolist(), start, stop, labelled.tolist(), end)
+        if found is None:
+            raise ValueError(
+                f"ConversationCollator, sample {name!r}: expected its answers among the tokens of "
+                f"{type(processor).__name__}, got other tokens. Put all images into the first turn."
+            )
+        end = found + int(labelled[0])
+        labels[labelled + found] = ids[labelled + found]
     return labels
+
+
+def _between_images(processor: Any, plain: torch.Tensor) -> list[tuple[int, int]]:
+    """Start and end of the runs of tokens between placeholders."""
+    token = getattr(processor, "image_token", None)
+    own = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+    cuts = [] if own is None else (plain == own).nonzero()[:, 0].tolist()
+    return list(zip([0, *(cut + 1 for cut in cuts)], [*cuts, len(plain)], strict=True))
+
+
+def _find(
+    row: list[int], plain: list[int], start: int, stop: int, labelled: list[int], end: int
+) -> int | None:
+    """How far plain[start:stop] is shifted in `row[:end]`, at its last occurrence.
+
+    Next to an image, a token may have joined with what the processor put there: without a full
+    match, up to four tokens without a label are left out on either side.
+    """
+    for trimmed in range(5):
+        first = min(start + trimmed, labelled[0])
+        last = max(stop - trimmed, labelled[-1] + 1)
+        own = plain[first:last]
+        for place in range(end - len(own), -1, -1):
+            if row[place] == own[0] and row[place : place + len(own)] == own:
+                return place - first
+    return None

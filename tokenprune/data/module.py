@@ -73,7 +73,7 @@ class VQADataModule(pl.LightningDataModule):
     Args:
         train: Data set of the training loop, shuffled anew in every epoch.
         validation: Data set of the validation loop.
-        test: Data set of the test and predict loops: one turn per sample.
+        test: Data set of the test and predict loops: a sample's last turn is asked.
         processor: Belongs to the model.
         batch_size: Samples per batch.
         num_workers: Processes that prepare batches; 0 does it in the main process.
@@ -114,7 +114,10 @@ class VQADataModule(pl.LightningDataModule):
         path: str | None = None,
         train_path: str | None = None,
         validation_path: str | None = None,
+        image_folder: str | None = None,
         allow_outside: bool = False,
+        turns: str = "last",
+        skip_bad: bool = False,
         processor: ProcessorMixin | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -126,7 +129,10 @@ class VQADataModule(pl.LightningDataModule):
             path: What is evaluated.
             train_path: What is trained on.
             validation_path: What training is validated on.
-            allow_outside: Opens images outside the data's folder, too.
+            image_folder: What image paths are relative to; None for each file's own folder.
+            allow_outside: Opens images outside the folder, too.
+            turns: Which answers of a conversation are evaluated: `"last"` or `"each"`.
+            skip_bad: Leaves out bad rows; how many is said.
             processor: Belongs to the model.
             batch_size: Samples per batch.
             num_workers: Processes that prepare batches.
@@ -141,13 +147,17 @@ class VQADataModule(pl.LightningDataModule):
                 "Set data.path to evaluate, data.train_path to train."
             )
 
-        def load(own: str | None) -> FolderDataset | None:
-            return None if own is None else FolderDataset(own, allow_outside)
+        def load(own: str | None, turns: str) -> FolderDataset | None:
+            if own is None:
+                return None
+            return FolderDataset(
+                own, allow_outside, image_folder=image_folder, turns=turns, skip_bad=skip_bad
+            )
 
         return cls(
-            train=load(train_path),
-            validation=load(validation_path),
-            test=load(path),
+            train=load(train_path, "all"),
+            validation=load(validation_path, "all"),
+            test=load(path, turns),
             processor=processor,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -166,9 +176,12 @@ class VQADataModule(pl.LightningDataModule):
         image_column: str = "image",
         question_column: str = "question",
         answer_column: str = "answer",
+        conversations_column: str | None = None,
         id_column: str | None = None,
         kind_column: str | None = None,
         revision: str | None = None,
+        turns: str = "last",
+        skip_bad: bool = False,
         processor: ProcessorMixin | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -185,9 +198,12 @@ class VQADataModule(pl.LightningDataModule):
             image_column: Column of images.
             question_column: Column of questions.
             answer_column: Column of answers.
+            conversations_column: Column of conversations, in place of questions and answers.
             id_column: Column of ids.
             kind_column: Column of question kinds.
             revision: Branch, tag or commit on the Hub.
+            turns: Which answers of a conversation are evaluated: `"last"` or `"each"`.
+            skip_bad: Leaves out bad rows; how many is said.
             processor: Belongs to the model.
             batch_size: Samples per batch.
             num_workers: Processes that prepare batches.
@@ -197,7 +213,7 @@ class VQADataModule(pl.LightningDataModule):
             ValueError: The data set is not as expected.
         """
 
-        def load(own: str | None) -> HubDataset | None:
+        def load(own: str | None, turns: str) -> HubDataset | None:
             if own is None:
                 return None
             return HubDataset(
@@ -207,15 +223,18 @@ class VQADataModule(pl.LightningDataModule):
                 image_column=image_column,
                 question_column=question_column,
                 answer_column=answer_column,
+                conversations_column=conversations_column,
                 id_column=id_column,
                 kind_column=kind_column,
                 revision=revision,
+                turns=turns,
+                skip_bad=skip_bad,
             )
 
         return cls(
-            train=load(train_split),
-            validation=load(validation_split),
-            test=load(split),
+            train=load(train_split, "all"),
+            validation=load(validation_split, "all"),
+            test=load(split, turns),
             processor=processor,
             batch_size=batch_size,
             num_workers=num_workers,

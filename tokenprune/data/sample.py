@@ -1,25 +1,51 @@
-"""What a data set yields: an image and the questions asked about it."""
+"""What a data set yields: images and a conversation about them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+#: Stands in a question where an image belongs, as in LLaVA's data.
+IMAGE = "<image>"
+
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer; `kind` groups turns in the metrics."""
+    """One question with its answer.
+
+    Attributes:
+        question: May hold one `IMAGE` per image of its own.
+        answer: What training teaches.
+        kind: Groups turns in the metrics.
+        accepted: Answers that count as right; empty where only `answer` does. A text may occur
+            several times, once for each person who gave it.
+    """
 
     question: str
     answer: str
     kind: str = "all"
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An RGB image and at least one turn; data sets for evaluation have exactly one."""
+    """RGB images and at least one turn; evaluation asks the last, the others come before it.
+
+    Questions hold one `IMAGE` per image, or none: then all images come before the first question.
+    """
 
     id: str
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     turns: tuple[Turn, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first image."""
+        return self.images[0]
+
+
+def num_places(turns: Sequence[Turn]) -> int:
+    """How many images the questions ask for by a placeholder."""
+    return sum(turn.question.count(IMAGE) for turn in turns)

@@ -149,7 +149,7 @@ class SceneDataset(Dataset[Sample]):
         scene, questions, rng = self._make(index)
         image = draw_scene(rng, scene)
         turns = tuple(question.turn for question in questions)
-        return Sample(id=f"{self.split}-{self.seed}-{index}", image=image, turns=turns)
+        return Sample(id=f"{self.split}-{self.seed}-{index}", images=(image,), turns=turns)
 
     def scene(self, index: int) -> tuple[Scene, list[Question]]:
         """What sample `index` shows and asks, without drawing it."""
