@@ -17,7 +17,7 @@ import tokenprune as tp
 from tokenprune import evaluation, models
 from tokenprune.cli import compose
 from tokenprune.data import Sample
-from tokenprune.evaluation import normalise, summarise, wilson
+from tokenprune.evaluation import summarise, wilson
 
 NUM_SAMPLES = 10
 
@@ -50,10 +50,6 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_case_and_space_do_not_count() -> None:
-    assert normalise("  K  7\n") == normalise("k 7") != normalise("k7")
-
-
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"),
     # By hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
@@ -72,10 +68,13 @@ def test_metrics_are_means_over_samples() -> None:
     shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
     common = {"num_visual": 4, "real": [9, 7]}
     records = [
-        common | {"kind": "a", "correct": True, "visual": [4, 2]},
-        common | {"kind": "a", "correct": False, "visual": [4, 0]},
-        common | {"kind": "b", "correct": True, "visual": [4, 1]},
+        common | {"kind": "a", "score": 1.0, "visual": [4, 2]},
+        common | {"kind": "a", "score": 0.0, "visual": [4, 0]},
+        common | {"kind": "b", "score": 1.0, "visual": [4, 1]},
     ]
+    assert summarise(
+        [common | {"kind": "a", "score": s, "visual": [4, 2]} for s in (0.3, 0.9)], [0.1], shape, 2
+    )["accuracy"] == pytest.approx(0.6)
     metrics = summarise(records, [0.002, 0.001, 0.009], shape, bytes_per_value=2)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     assert metrics["kinds"]["a"]["accuracy"] == 0.5
@@ -97,7 +96,7 @@ def test_no_samples_is_an_error() -> None:
 
 def test_text_alone_costs_no_visual_flops() -> None:
     shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
-    record = {"kind": "a", "correct": True, "num_visual": 0, "visual": [0, 0], "real": [5, 5]}
+    record = {"kind": "a", "score": 1.0, "num_visual": 0, "visual": [0, 0], "real": [5, 5]}
     assert summarise([record], [0.1], shape, 2)["tflops_ratio"] == 1.0
 
 
@@ -249,6 +248,43 @@ def test_an_error_leaves_the_model_unhooked(
     hooked = [module for module in model.modules() if module._forward_pre_hooks]
     assert not hooked
     assert not list(tmp_path.iterdir())
+
+
+def test_accepted_answers_and_turns_before(checkpoint: Path, tmp_path: Path) -> None:
+    """The last answer of a conversation, by a metric that counts people."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    texts = ["<image>\nwhat is this ?", "red", "which colour ?", "blue"]
+    roles = ["human", "gpt"] * 2
+    talk = [{"from": r, "value": text} for r, text in zip(roles, texts, strict=True)]
+    rows = [{"image": "a.png", "id": "talk", "conversations": talk}]
+    path = tmp_path / "rows.json"
+    options = ["data=folder", f"data.path={path}"]
+    for own in (rows, [{"image": "a.png", "question": "which ?", "answer": ["x"] * 3 + ["y"]}]):
+        path.write_text(json.dumps(own))
+        config = compose(
+            "eval",
+            [
+                "model=hub",
+                f"model.path={checkpoint}",
+                *options,
+                "trainer.callbacks=[]",
+                "max_new_tokens=1",
+                f"metric={'exact' if own is rows else 'vqa'}",
+            ],
+        )
+        names = {"strategy": "x", "schedule": "x", "model": "x", "data": "folder"}
+        told = evaluation.evaluate(config, tmp_path / config.metric, names)
+        (line,) = predictions(tmp_path / config.metric)
+        assert told["metric"] == config.metric
+        assert told["accuracy"] == line["score"]
+        if own is rows:
+            assert (line["question"], line["answer"]) == ("which colour ?", "blue")
+            assert line["score"] == (line["prediction"] == "blue")
+        else:
+            said = line["prediction"]
+            assert line["score"] == pytest.approx({"x": 0.75, "y": 0.25}.get(said, 0))
+    with pytest.raises(KeyError, match="metric: expected one of"):
+        run(checkpoint, tmp_path / "none", "metric=f1")
 
 
 def test_load_gives_the_asked_type_and_attention(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a pruned model: greedy answers, exact match, and what they cost.
+"""Evaluation of a pruned model: greedy answers, how many are right, and what they cost.
 
 Shape suffixes: B batch rows, T prompt positions, L decoder layers.
 """
@@ -25,18 +25,17 @@ from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 import tokenprune as tp
 from tokenprune import compose, results
 from tokenprune.compose import Pruning
+from tokenprune.metrics import build_metric
 from tokenprune.models import LoadedModel
 
 _Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
-def normalise(text: str) -> str:
-    """Case and spacing do not count in an answer."""
-    return " ".join(text.casefold().split())
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927); never leaves [0, 1], sound at 0 and 1.
 
-
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927); never leaves [0, 1], sound at 0 and 1."""
+    Scores between 0 and 1 vary less than right and wrong do: of their mean it is no too narrow one.
+    """
     if total == 0:
         return 0.0, 1.0
     share, z2 = correct / total, _Z95**2
@@ -106,6 +105,10 @@ class Evaluator(pl.LightningModule):
         names: Entries of metrics.json that name the run.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
+        metric: Scores an answer, see `tokenprune.metrics`.
+
+    Raises:
+        KeyError: There is no such metric.
     """
 
     def __init__(
@@ -118,8 +121,10 @@ class Evaluator(pl.LightningModule):
         names: Mapping[str, Any],
         max_new_tokens: int,
         num_pictures: int,
+        metric: str = "exact",
     ) -> None:
         super().__init__()
+        self.score = build_metric(metric)
         self.load = load
         self.pruning = pruning
         self.folder = folder
@@ -163,14 +168,16 @@ class Evaluator(pl.LightningModule):
         visual_BL, real_BL = self._lengths(inputs, trace)
         original_B = tp.visual_mask(self.loaded.model, inputs["input_ids"]).sum(1).tolist()
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-            turn = sample.turns[0]
+            turn = sample.turns[-1]
+            score = self.score(answer, turn.accepted or (turn.answer,))
             record: dict[str, Any] = {
                 "id": sample.id,
                 "kind": turn.kind,
                 "question": turn.question,
                 "answer": turn.answer,
                 "prediction": answer,
-                "correct": normalise(answer) == normalise(turn.answer),
+                "score": score,
+                "correct": score >= 0.5,
                 "num_visual": original_B[index],
                 "visual": visual_BL[index],
                 "real": real_BL[index],
@@ -222,7 +229,7 @@ class Evaluator(pl.LightningModule):
             metrics=metrics,
             predictions=[{key: record[key] for key in _PREDICTION} for record in records],
             kept=[
-                {key: record[key] for key in _PREDICTION if key != "correct"}
+                {key: record[key] for key in _PREDICTION if key not in ("score", "correct")}
                 | {"image": picture}
                 | record["kept"]
                 for picture, record in zip(pictures, pictured, strict=True)
@@ -248,7 +255,7 @@ _HARMLESS = (
     ".*predict returned None.*",
     ".*isinstance.treespec, LeafSpec.*",
 )
-_PREDICTION = ("id", "kind", "question", "answer", "prediction", "correct")
+_PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
 
 
 def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def summarise(
         return tp.cost.flops(shape, lengths, convention="pyramiddrop")
 
     def accuracy(part: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-        correct = sum(record["correct"] for record in part)
+        correct = sum(record["score"] for record in part)
         return correct / len(part), *wilson(correct, len(part))
 
     num = len(records)
@@ -352,7 +359,7 @@ class RememberedBatches:
         size = 0
         for batch in self.loader:
             size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
-            images = [sample.image for sample in batch["samples"]]
+            images = [image for sample in batch["samples"] for image in sample.images]
             size += sum(image.width * image.height * len(image.getbands()) for image in images)
             if size <= self.limit:
                 seen.append(batch)
@@ -455,6 +462,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         else config.strategy.get("seed", config.seed),
         "model": names["model"],
         "data": names["data"],
+        "metric": config.metric,
     }
     evaluator = Evaluator(
         load=partial(_load_model, model),
@@ -465,6 +473,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         names=labels,
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,
+        metric=config.metric,
     )
     with warnings.catch_warnings():
         for message in _HARMLESS:

@@ -1,0 +1,117 @@
+"""How well an answer fits those that count as right: a score between 0 and 1.
+
+Names as in `metric=...`. Benchmarks define their own; these are what lmms-eval computes for them.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+
+from tokenprune.strategy import unknown_name
+
+#: VQA asks ten people; with fewer than four answers, none of them could score 1.
+_MIN_ANSWERS = 4
+
+
+def exact(prediction: str, accepted: Sequence[str]) -> float:
+    """1 if it is an accepted answer; case and spacing do not count."""
+    return float(normalise(prediction) in map(normalise, accepted))
+
+
+def normalized(prediction: str, accepted: Sequence[str]) -> float:
+    """1 if it is an accepted answer; case, spacing and ASCII punctuation do not count.
+
+    `exact_match` of lmms-eval with `ignore_case` and `ignore_punctuation`, as for GQA; it compares
+    inner spaces, too.
+    """
+    drop = str.maketrans("", "", string.punctuation)
+    own = normalise(prediction.translate(drop))
+    return float(own in (normalise(answer.translate(drop)) for answer in accepted))
+
+
+def vqa(prediction: str, accepted: Sequence[str]) -> float:
+    """VQA's soft accuracy: what three people said is right.
+
+    Antol et al., 2015, arXiv 1505.00468, §4, as the benchmark's code computes it: the mean of
+    min(1, matches / 3) over all ways to leave out one of the answers. With ten answers, 0 to 4
+    matches score 0, .3, .6, .9 and 1. TextVQA, VizWiz and VQAv2 use it.
+
+    Raises:
+        ValueError: There are fewer than four answers: none could score 1.
+    """
+    if len(accepted) < _MIN_ANSWERS:
+        raise ValueError(
+            f"metric: expected at least {_MIN_ANSWERS} answers per question for 'vqa', got "
+            f"{len(accepted)} ({list(accepted)[:3]}). Set metric=exact, or name the column that "
+            "lists what each person said."
+        )
+    own = vqa_normalise(prediction)
+    same = [vqa_normalise(answer) == own for answer in accepted]
+    scores = [min(1.0, (sum(same) - match) / 3) for match in same]
+    return sum(scores) / len(scores)
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact,
+    "normalized": normalized,
+    "vqa": vqa,
+}
+
+
+def build_metric(name: str) -> Callable[[str, Sequence[str]], float]:
+    """The metric of a name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    if name not in METRICS:
+        raise unknown_name("metric", name, sorted(METRICS))
+    return METRICS[name]
+
+
+def normalise(text: str) -> str:
+    """Case and spacing do not count in an answer."""
+    return " ".join(text.casefold().split())
+
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"} | {
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# English ones; `well`, `ill`, `were` and the like are words of their own.
+_CONTRACTED = (
+    "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't "
+    "needn't oughtn't shan't shouldn't wasn't weren't won't wouldn't could've might've must've "
+    "should've would've what've where've who've i've they've we've you've i'm they're you're "
+    "what're there're he's how's somebody's someone's that's there's what's when's where's who's "
+    "why's it'd he'd they'd there'd who'd you'd where'd how'd how'll it'll they'll what'll who'll "
+    "you'll somebody'll someone'll let's ma'am o'clock y'all"
+)
+_CONTRACTIONS = {text.replace("'", ""): text for text in _CONTRACTED.split()}
+
+
+def vqa_normalise(text: str) -> str:
+    """An answer as VQA's evaluation compares it.
+
+    In lower case, without punctuation and articles, number words as digits, contractions with their
+    apostrophes. Of the evaluation's table of contractions, misspellings of rare double ones
+    ("shouldntve") are left out.
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    # A mark at the edge of a word anywhere goes everywhere; others part words.
+    without = text
+    for mark in _PUNCTUATION:
+        at_edge = f"{mark} " in text or f" {mark}" in text
+        without = without.replace(mark, "" if at_edge else " ")
+    without = re.sub(r"\.(?!\d)", "", without)  # 3.5 keeps its point
+    words = [_NUMBERS.get(word, word) for word in without.split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
