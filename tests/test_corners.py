@@ -16,6 +16,7 @@ from test_engine import PDROP, labelled, turns
 from test_oracles import SCHEDULE, Frozen, generate
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from zoo import ZOO
 
 import tokenprune as tp
 from tokenprune import projection
@@ -176,21 +177,16 @@ def test_a_cache_is_continued_the_way_it_began() -> None:
             model(**step, past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "reason"),
-    [(Frozen(), "cropped by text after the pruned"), (PDROP, "keeps the token whose attention")],
-    ids=["Frozen", "PyramidDrop"],
-)
-def test_a_cache_cropped_into_the_prompt_is_refused(strategy, reason) -> None:
+def test_a_cache_cropped_into_the_prompt_is_refused() -> None:
     model = build("llava")
-    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE):
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):
         cache = model(**batch(model, ROWS[:1]), use_cache=True).past_key_values
         step = model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         cache.crop(-1)
         again = model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         assert torch.equal(step.logits, again.logits)
         cache.crop(-7)
-        with pytest.raises(ValueError, match=f"expected a cache (that )?{reason}"):
+        with pytest.raises(ValueError, match="expected a cache cropped by text after the pruned"):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
@@ -455,3 +451,76 @@ def test_side_tensors_follow_the_layers_of_a_model_spread_over_devices(
     assert again.logits.shape[1] == 1
     held = [output.past_key_values.get_seq_length(layer) for layer in range(NUM_LAYERS)]
     assert held == (lengths.max(1).values + 1).tolist()
+
+
+# ------------------------------------------------------------------------ what calls leave behind
+
+
+@pytest.mark.parametrize("name", ["uniform", "pyramiddrop"])
+@pytest.mark.parametrize("policy", ["original", "renumbered"])
+def test_training_steps_leave_no_pass_behind(name, policy) -> None:
+    model = build("llava").train()
+    inputs, labels = labelled(model, "left")
+    handle = tp.attach(model, tp.build_strategy(name), SCHEDULE, policy)
+    for _ in range(3):
+        model(**inputs, labels=labels).loss.backward()
+        gc.collect()
+    assert len(handle._passes) == 0
+    handle.remove()
+
+
+@pytest.mark.parametrize("labels", [-100, 7], ids=["none", "all"])
+def test_rows_of_which_none_asks_stay_whole(labels) -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs, labels=torch.full_like(inputs["input_ids"], labels))
+    assert trace.visual_lengths[-1].tolist() == [16]
+
+
+def test_an_image_divided_between_calls_is_refused() -> None:
+    model = build("llava")
+    with (
+        pytest.raises(ValueError, match="expected an image in one call"),
+        tp.prune(model, PDROP, SCHEDULE),
+    ):
+        model.generate(**batch(model, ROWS[:1]), max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_the_number_of_logits_asked_for_changes_no_choice() -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):
+        whole = model(**inputs).logits
+        last = model(**inputs, logits_to_keep=4).logits
+    assert torch.equal(whole[:, -4:], last)
+
+
+def test_dropout_of_adapters_does_not_choose() -> None:
+    """Keeping everything changes nothing, though attention is read through layers with dropout."""
+    model = build("llava").train()
+    for layer in model.get_decoder().layers:
+        layer.self_attn.q_proj = nn.Sequential(layer.self_attn.q_proj, nn.Dropout(0.5))
+    inputs, labels = labelled(model, "left")
+    keep_all = tp.Schedule.pyramid(layers=[1, 2, 4], lam=1.0)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = model(**inputs, labels=labels).loss
+        with tp.prune(model, PDROP, keep_all):
+            torch.manual_seed(0)
+            got = model(**inputs, labels=labels).loss
+    assert torch.equal(got, expected)
+    assert model.get_decoder().layers[1].self_attn.q_proj[1].training
+
+
+def test_a_router_loss_takes_a_mask_of_ones() -> None:
+    specimen = ZOO["qwen3_vl_moe"]
+    model = specimen.build("sdpa")
+    inputs = specimen.batch(model, [(3, "image", 5)])
+    labels = inputs["input_ids"].clone()
+    with torch.no_grad(), tp.prune(model, Frozen(), tp.Schedule.one_shot(3, 0.5)):
+        with_mask = model(**inputs, labels=labels, output_router_logits=True)
+        del inputs["attention_mask"]
+        without = model(**inputs, labels=labels, output_router_logits=True)
+    assert torch.equal(with_mask.loss, without.loss)
+    assert torch.equal(with_mask.aux_loss, without.aux_loss)

@@ -24,7 +24,9 @@ CORE = {
     "projection": {"tensors"},
     "adapters": {"projection", "tensors"},
     "published": {"schedule", "strategy"},
-    "passes": {"adapters", "levels", "masks", "record", "schedule", "strategy", "trace"},
+    "passes": {
+        *("adapters", "levels", "masks", "projection", "record", "schedule", "strategy", "trace")
+    },
     "side": {"levels", "masks", "passes", "tensors"},
     "views": {"passes", "side", "strategy", "tensors"},
     "losses": {"passes", "tensors"},

@@ -68,6 +68,7 @@ class Handle:
         # A layer recomputed by gradient checkpointing finds its pass by the tensors handed to it.
         self._passes = WeakTensorKeyDictionary()
         self._hooks: list[Any] = []
+        self._shadowed: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
 
     def __reduce__(self) -> Any:
@@ -81,6 +82,7 @@ class Handle:
     def _hook(self) -> None:
         for entry in self._settings.anatomy.entries:
             self._register(entry, self._enter, self._leave)
+            self._refuse_guesses(entry)
         self._register(self._settings.anatomy.decoder, self._begin, self._end)
         if self._settings.renumbers:
             for module in self._settings.anatomy.decoder.modules():
@@ -103,6 +105,24 @@ class Handle:
             hook = module.register_forward_hook(after, with_kwargs=True, always_call=True)
             self._hooks.append(hook)
 
+    def _refuse_guesses(self, entry: nn.Module) -> None:
+        """Assisted decoding tells guesses from the prompt by `logits_to_keep`, if it is taken."""
+        if not self._settings.asks_last or not hasattr(type(entry), "_get_candidate_generator"):
+            return
+        if "logits_to_keep" in self._parameters[entry]:
+            return
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise ValueError(
+                "prune: expected a model that takes logits_to_keep, for decoding with guesses, got "
+                f"{type(entry).__name__}: the last guess would pass for the prompt's last token. "
+                "Decode without guesses, or choose a strategy that reads no attention of the last "
+                "token."
+            )
+
+        entry._get_candidate_generator = refuse  # type: ignore[assignment]
+        self._shadowed.append(entry)
+
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
         if not self._hooks:
@@ -110,6 +130,9 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for entry in self._shadowed:
+            del entry._get_candidate_generator
+        self._shadowed.clear()
         _attached.discard(self._settings.anatomy.decoder)
 
     def _named(
@@ -148,7 +171,8 @@ class Handle:
         record = read_record(self._settings, past, tokens, named.get("attention_mask"))
         if record is None:
             return False
-        call.cache, named["past_key_values"] = past, records.unpruned(past, record)
+        call.cache, call.record = past, record
+        named["past_key_values"] = records.unpruned(past, record)
         return True
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -305,7 +329,7 @@ class Handle:
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
             records.write(
-                past, self._settings.policy, run.record, run.levels, run.prunes, run.last_query
+                past, self._settings.policy, run.record, run.levels, run.prunes, run.ends_visual
             )
         if any(run.levels[0].num_visual) or run.record is None:
             levels = [run.levels[number] for number in self._settings.level_of]

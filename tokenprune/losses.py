@@ -23,6 +23,9 @@ def promise_labels(
             'prune: expected return_dict=True with logits="supervised", got False. '
             "Leave return_dict out."
         )
+    mask = named.get("attention_mask")
+    if settings.asks_router(named) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.all():
+        named["attention_mask"] = None  # the router's terms would read it beside pruned logits
     named["labels"] = labels.clone()
     call.late_labels.append((named["labels"], False))
     computes_loss = hasattr(module, "loss_function")  # a wrapper around the model need not

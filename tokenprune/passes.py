@@ -25,6 +25,7 @@ from tokenprune.adapters import (
     window,
 )
 from tokenprune.levels import Level
+from tokenprune.projection import scales_by_position
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy
 from tokenprune.trace import TracedStage
@@ -75,6 +76,13 @@ class Settings:
         """What a cache must be continued with."""
         return records.Policy(self.cuts, self.positions)
 
+    def asks_router(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call's loss has terms of a mixture's router."""
+        asked = inputs.get("output_router_logits")
+        if asked is None:
+            asked = getattr(self.anatomy.text_config, "output_router_logits", False)
+        return bool(asked)
+
     @cached_property
     def window(self) -> int | None:
         """Tokens up to which every layer attends to all."""
@@ -99,6 +107,7 @@ class Call:
         inputs: Arguments by name.
         open: Modules entered and not yet left.
         cache: The cache, while the modules are shown an unpruned view of it.
+        record: What it holds.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
     """
@@ -106,6 +115,7 @@ class Call:
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
     cache: Any = None
+    record: records.Record | None = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
 
 
@@ -122,7 +132,7 @@ class Pass:
         levels: Level 0, and one more per cut done.
         prunes: Whether there are visual tokens and cuts.
         max_queries: Largest number of `"last"` query rows in a batch row.
-        last_query: Column of the token whose attention chooses, if one does; else -1.
+        ends_visual: Whether each row ends in a visual token, 0 or 1.
         budgets: Per cut, tokens that each row may keep.
         budgets_SB: The same, int64 (S, B), on the device.
         places: Finds the places of the visual tokens.
@@ -140,7 +150,7 @@ class Pass:
     levels: list[Level]
     prunes: bool
     max_queries: int
-    last_query: int
+    ends_visual: list[int]
     budgets: list[list[int]]
     budgets_SB: Tensor | None
     places: Callable[[], list[Tensor]]
@@ -216,14 +226,10 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
     past = inputs.get("past_key_values")
     past = call.cache if records.is_unpruned(past) else past
     padding = masks.padding(inputs.get("attention_mask"), past, records.has_record(past))
-    record = read_record(settings, past, tokens, inputs.get("attention_mask"))
+    record = call.record
+    if record is None:
+        record = read_record(settings, past, tokens, inputs.get("attention_mask"))
     offset = 0 if record is None else record.num_columns
-    if settings.window is not None and settings.cuts and offset + length > settings.window:
-        raise ValueError(
-            f"prune: expected at most {settings.window} tokens, up to which every layer of "
-            f"{type(settings.anatomy.config).__name__} attends to all of them alike, got "
-            f"{offset + length}. Shorten the prompt or the answer."
-        )
     visual = _find_visual(settings, inputs, num_rows, length, offset)
     real = None
     if padding is not None and padding.shape[1] < offset + length:
@@ -237,10 +243,12 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
         visual = visual.to(device) if real is None else visual.to(device) & real
     blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
     labels = _labels(inputs, device)
+    # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
-    guesses = to_keep - 1 if isinstance(to_keep, int) and to_keep > 1 else 0
+    guesses = to_keep - 1 if past is not None and isinstance(to_keep, int) and to_keep > 1 else 0
     asks = blank if visual is None else _asking(blank, real, labels, guesses)
-    per_row = [[0, length, 0, 0, 1]] * num_rows  # a decoding step: nothing to ask the device
+    # A decoding step has nothing to ask the device.
+    per_row = [[0, length, 0, 0, 1, 0, 0]] * num_rows
     if visual is not None or real is not None:
         ones = torch.ones_like(blank)
         known = ones if real is None else real
@@ -251,11 +259,22 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
                 asks.sum(1),
                 (blank if visual is None else _turns_back(inputs, known)).sum(1),
                 known[:, -1].long(),
+                (blank if visual is None else visual)[:, 0].long(),
+                (blank if visual is None else visual)[:, -1].long(),
             ],
             1,
         ).tolist()
-    num_visual, num_real, num_asking, turns_back, ends_real = map(list, zip(*per_row, strict=True))
+    num_visual, num_real, num_asking, turns_back, ends_real, starts_visual, ends_visual = map(
+        list, zip(*per_row, strict=True)
+    )
     prunes = any(num_visual) and bool(settings.cuts)
+    _check_window(settings, record, prunes, offset + length)
+    if record is not None and any(map(min, zip(record.ends_visual, starts_visual, strict=True))):
+        raise ValueError(
+            "prune: expected an image in one call, got one whose tokens go on in the next: its "
+            "budget and its question are known to neither. Leave prefill_chunk_size out, or "
+            "divide the prompt between images and text."
+        )
     if prunes:
         padded = any(n < length for n in num_real)
         _check_inputs(settings, inputs, any(turns_back), padded, offset)
@@ -293,11 +312,24 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
         levels=[level],
         prunes=prunes,
         max_queries=max(num_asking),
-        last_query=offset + length - 1 - guesses if settings.asks_last and prunes else -1,
+        ends_visual=ends_visual,
         budgets=budgets,
         budgets_SB=None if counts_SB is None else counts_SB[1:],
         places=cache(_place_finder(settings, inputs, visual, num_visual)),
     )
+
+
+def _check_window(
+    settings: Settings, record: records.Record | None, prunes: bool, length: int
+) -> None:
+    """Refuses conversations of pruned tokens that are longer than a layer's window."""
+    pruned = record is not None and any(map(record.differs, range(len(settings.cuts) + 1)))
+    if settings.window is not None and (prunes or pruned) and length > settings.window:
+        raise ValueError(
+            f"prune: expected at most {settings.window} tokens, up to which every layer of "
+            f"{type(settings.anatomy.config).__name__} attends to all of them alike, got "
+            f"{length}. Shorten the prompt or the answer."
+        )
 
 
 def _find_visual(
@@ -366,13 +398,18 @@ def _check_inputs(
             "prune: expected an integer logits_to_keep, got a tensor. "
             "Its indices would point into the unpruned sequence."
         )
-    router = inputs.get("output_router_logits")
-    if router is None:
-        router = getattr(settings.anatomy.text_config, "output_router_logits", False)
-    if router and padded and inputs.get("labels") is not None:
+    if settings.asks_router(inputs) and padded and inputs.get("labels") is not None:
         raise ValueError(
             "prune: expected a batch without padding for a loss with router terms, got a "
             "padded one. Use batches of one, or output_router_logits=False."
+        )
+    if settings.anatomy.attention.startswith("flash") and scales_by_position(
+        settings.anatomy.layers[0].self_attn
+    ):
+        raise ValueError(
+            "prune: expected sdpa or eager attention for a model that scales queries by position, "
+            f"got {settings.anatomy.attention}, which takes the gaps between survivors for packed "
+            'sequences. Use attn_implementation="sdpa".'
         )
     first = layers_that_add_features(inputs)
     if getattr(inputs.get("past_key_values"), "is_compileable", False) and offset > 0:

@@ -3,7 +3,8 @@
 Two ways to the same tensors. `ordinary` repeats what LLaMA's layer does, for the asked rows alone.
 `captured` runs the layer's own code up to its attention kernel, for all rows, whatever it does on
 the way (norms in other places, partial rotation, latent projections). The first time that a layer
-is asked, both are run and compared; from then on it is the cheaper one, if it is right.
+is asked, both are run and compared, and again when calls get much longer; in between it is the
+cheaper one, if it is right.
 
 Shape suffixes: B batch rows, T sequence positions, Q query rows, H query heads, G key heads,
 E head dimension.
@@ -58,8 +59,8 @@ def _capture(
 
 AttentionInterface.register(_CAPTURE, _capture)
 
-#: Whether the ordinary way is right for a layer.
-_is_ordinary: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+#: Whether the ordinary way is right for a layer, and for how many tokens that has been seen.
+_is_ordinary: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary()
 
 
 def project(
@@ -76,10 +77,15 @@ def project(
     Raises:
         ValueError: If the layer's attention cannot be listened to.
     """
-    if layer not in _is_ordinary:
+    is_ordinary, seen = _is_ordinary.get(layer, (True, 0))
+    # Some scale queries by position, which only long prompts show.
+    if is_ordinary and hidden.shape[1] > 2 * seen:
         whole = captured(layer, hidden, rows_BQ, named)
-        _is_ordinary[layer] = _agrees(layer, hidden, rows_BQ, named, whole)
-    if _is_ordinary[layer]:
+        is_ordinary = not scales_by_position(layer.self_attn) and _agrees(
+            layer, hidden, rows_BQ, named, whole
+        )
+        _is_ordinary[layer] = is_ordinary, hidden.shape[1]
+    if is_ordinary:
         return ordinary(layer, hidden, rows_BQ, named)
     return captured(layer, hidden, rows_BQ, named)
 
@@ -122,7 +128,8 @@ def captured(
     # Shallow copies: the model itself, which other threads may be running, stays as it is.
     own_attention, own_layer = _shallow(attention), _shallow(layer)
     own_attention.config = copy.copy(config)
-    own_attention.config._attn_implementation = _CAPTURE
+    # Not by its setter, which reaches into configs that the copy shares.
+    own_attention.config._attn_implementation_internal = _CAPTURE
     own_layer._modules = {**layer._modules, "self_attn": own_attention}
     arguments = {**named, "past_key_values": None, "use_cache": False}
     try:
@@ -138,6 +145,13 @@ def captured(
         )
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     return Projected(take(queries, rows_BQ, dim=2), keys, scaling, softcap)
+
+
+def scales_by_position(attention: Any) -> bool:
+    """Whether an attention module scales its queries by where they stand (Llama 4, Ministral 3)."""
+    config = getattr(attention, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return "llama_4_scaling_beta" in rope or bool(getattr(config, "attn_temperature_tuning", 0))
 
 
 def _shallow(module: nn.Module) -> Any:

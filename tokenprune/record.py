@@ -59,7 +59,7 @@ class Record:
         num_columns: Columns of the conversation so far.
         num_visual: Visual tokens so far, per row.
         held: One entry per level. Levels that hold the same share one entry.
-        last_query: Column of the token whose attention chose what was kept, or -1.
+        ends_visual: Whether each row ends in a visual token, 0 or 1.
         tail: Latest columns, text without pads, that every level holds besides.
     """
 
@@ -67,7 +67,7 @@ class Record:
     num_columns: int
     num_visual: list[int]
     held: list[Held]
-    last_query: int = -1
+    ends_visual: list[int]
     tail: int = 0
 
     def length(self, level: int) -> int:
@@ -93,13 +93,6 @@ class Record:
         """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
         dropped = self.num_columns - num_columns
         further = dropped - self.tail
-        if num_columns <= self.last_query:
-            raise ValueError(
-                "prune: expected a cache that keeps the token whose attention chose, got one "
-                "cropped before it: a guess of assisted decoding, in a model that does not take "
-                "logits_to_keep, which would tell guesses from the prompt. Decode without guesses, "
-                "or choose a strategy that reads no attention of the last token."
-            )
         if further > 0:
             self.held = _cropped(self.held, further, self.num_columns - self.tail)
         self.tail = max(0, -further)
@@ -172,10 +165,12 @@ def read(
     """
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None
-    held = _lengths(cache, num_layers)
-    if held[0] == 0:
+    if int(cache.get_seq_length(0)) == 0:
         return None
     record: Record | None = getattr(cache, _ATTRIBUTE, None)
+    # A fixed cache holds its lengths on the device, and cannot be cropped.
+    fixed = record is not None and getattr(cache, "is_compileable", False)
+    held = [] if fixed else _lengths(cache, num_layers)
     if record is None:
         return _of_unpruned(cache, held, policy, num_rows, padding)
     if record.policy != policy:
@@ -189,6 +184,8 @@ def read(
             f"prune: expected a cache of {num_rows} rows, got one recorded with "
             f"{record.held[0].columns.shape[0]}. Repeat the prompt's rows, not the cache's."
         )
+    if fixed:
+        return record
     expected = [record.length(sum(cut <= i for cut in policy.cuts)) for i in range(num_layers)]
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
     if len(shorter) > 1 or min(shorter) < 0:
@@ -225,7 +222,7 @@ def _of_unpruned(
         real = None
     columns = torch.arange(held[0], device=device).expand(num_rows, -1)
     everything = [Held(columns, real, None)] * (len(policy.cuts) + 1)
-    return Record(policy, held[0], [0] * num_rows, everything)
+    return Record(policy, held[0], [0] * num_rows, everything, ends_visual=[0] * num_rows)
 
 
 def write(
@@ -234,12 +231,13 @@ def write(
     before: Record | None,
     levels: Sequence[Level],
     pruned: bool,
-    last_query: int = -1,
+    ends_visual: list[int],
 ) -> None:
     """Notes on the cache what it holds after a pass over `levels`."""
     length = levels[0].columns.shape[1]
     if before is not None and not pruned and levels[0].real is None:
         before.num_columns += length
+        before.ends_visual = ends_visual
         before.tail += length
         setattr(cache, _ATTRIBUTE, before)
         return
@@ -267,6 +265,6 @@ def write(
         num_columns=(before.num_columns if before is not None else 0) + length,
         num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
         held=held,
-        last_query=max(last_query, -1 if before is None else before.last_query),
+        ends_visual=ends_visual,
     )
     setattr(cache, _ATTRIBUTE, record)

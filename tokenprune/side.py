@@ -88,11 +88,16 @@ def _parameters(kind: Any) -> tuple[str, ...]:
 
 def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
     """A side tensor is made once per level, for every layer that was handed the same one."""
-    key = (name, id(original[0] if isinstance(original, tuple) else original))
-    if key not in level.side:
-        # The original is kept, too: another one could get its identity.
-        level.side[key] = (original, make(original))
-    return level.side[key][1]
+    first = original[0] if isinstance(original, tuple) else original
+    known = level.side.get((name, id(first)))
+    if known is not None and known[0]() is first:
+        return known[1]
+    # Weakly: rotary embeddings are what a pass is found by when it is recomputed, and what it must
+    # not keep alive. Whether the original lives is asked because identities are used again.
+    alive = TensorWeakRef(first) if isinstance(first, Tensor) else lambda: first
+    made = make(original)
+    level.side[name, id(first)] = (alive, made)
+    return made
 
 
 def visible(

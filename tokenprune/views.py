@@ -6,7 +6,8 @@ Shape suffixes: B batch rows, V visual tokens alive, Q query rows, K keys, H hea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -63,12 +64,20 @@ def make_view(
         num_layers=len(run.settings.anatomy.layers),
         valid=valid_BV,
         num_original=run.at(0, device).alive,
-        positions=take(level.positions, seats_BV),
+        positions=take(level.positions, seats_BV) - _start(run, device),
         _hidden=lambda: take(hidden, seats_BV).detach(),
         _places=find_places,
         _attend=rows,
         _random=lambda seed: _random(run, level.num_visual, seed, layer).to(device),
     )
+
+
+def _start(run: Pass, device: torch.device) -> Tensor | int:
+    """Position of each row's first token, int64 (B, 1): pads may have been counted before it."""
+    level = run.at(0, device)
+    if run.record is not None or level.real is None or level.positions is None:
+        return 0
+    return level.positions.masked_fill(~level.real, level.positions.max()).amin(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -103,10 +112,11 @@ def attend(
         rows_BQ = torch.arange(length, device=hidden.device).expand(num_rows, -1)
     else:
         weights = level.queries
-        rows_BQ = ascending(weights > 0, run.max_queries, left=False)
+        rows_BQ = ascending(weights > 0, max(1, run.max_queries), left=False)
     weights_BQ = take(weights, rows_BQ)
     named = {name: to_device(value, hidden.device) for name, value in named.items()}
-    projected = run.settings.anatomy.adapter.project(module, hidden, rows_BQ, named)
+    with _without_dropout(module):
+        projected = run.settings.anatomy.adapter.project(module, hidden, rows_BQ, named)
     keys = projected.keys
     holding = run.settings.level_of[layer]  # at a cut, the layer's cache is one level further
     before, _ = run.held(holding)
@@ -140,6 +150,19 @@ def attend(
         total = part if total is None else total + part
     assert total is not None
     return take(total, level.seats()[0] + before, dim=2)
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """A choice is no place for chance, and draws nothing from the global generator."""
+    dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
 
 
 def _random(run: Pass, num_alive: list[int], seed: int, layer: int) -> Tensor:
