@@ -22,6 +22,12 @@ from safetensors.torch import load_file
 
 from tokenprune import cli, training
 
+# Of pytorch_lightning with this torch, and advice on settings that are right for a test.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*The number of training batches"),
+]
+
 FORK = multiprocessing.get_context("fork")
 STEPS = 11  # of 4 or 3 per epoch: the last batch of an epoch is smaller
 
@@ -78,6 +84,7 @@ def config(checkpoint: str, folder: Path, *overrides: str, **recorder: Any) -> A
             f"trainer.max_steps={STEPS}",
             "checkpoint_every=2",
             "learning_rate=3e-3",
+            "logger=none",
             *overrides,
         ],
     )
