@@ -42,6 +42,7 @@ tokenprune: visual token pruning for vision-language models
   tokenprune report FOLDER                         a sweep as a page: report.html
   tokenprune show IMAGE "QUESTION" [overrides]     one image, with and without pruning
   tokenprune verify [overrides]                    is pruning exact on this checkpoint?
+  tokenprune flops [overrides]                     what a schedule costs; a budget's schedule
   tokenprune train [overrides]                     train a model, pruned or not
   tokenprune bench prefill|decode|train            what pruning saves, measured on random weights
   tokenprune list                                  strategies, models and all other choices
@@ -697,6 +698,41 @@ def _verify(arguments: list[str]) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
+def _flops(arguments: list[str]) -> int:
+    parser = _Parser(
+        "tokenprune flops",
+        description="What a schedule costs, layer by layer, and the schedule of a budget. Needs "
+        "the model's config only.",
+    )
+    parser.add_argument("overrides", nargs="*", help="model=llava_1_5_7b budget.avg_tokens=192")
+    parser.add_argument("--output", type=Path, help="where a picture goes: costs.png")
+    args = parser.parse_intermixed_args(arguments)
+    _reject_sweep_values(args.overrides)
+    config = compose("eval", args.overrides)
+    missing = _missing(config.model, "model.") + _missing(config.schedule, "schedule.")
+    if missing:
+        raise BadInput(f"{missing[0]}: expected a value, got none. Add {missing[0]}=... .")
+    from tokenprune import Schedule, breakdown, budget
+
+    if config.model.get("path") is None:
+        raise BadInput("model: expected one with a path, got none. Choose model=hub.")
+    model = config.model
+    shape, _ = budget.read_model(model.path, model.get("revision"), bool(model.trust_remote_code))
+    pruning = build_pruning(config, shape.num_layers)
+    strategy = None if pruning is None else pruning.strategy
+    schedule = Schedule() if pruning is None else pruning.schedule
+    workload = budget.workload(config.budget, model, strategy)
+    name = "unpruned" if config.strategy is None else config.strategy.name
+    text = f" and {workload.num_text} text" if workload.num_text else ""
+    title = f"{model.path}, {name}: {workload.num_visual} visual{text} tokens"
+    breakdown.show(workload, schedule, title)
+    if pruning is not None and pruning.solution is not None:
+        print("\n".join(breakdown.solved(pruning.solution)))
+    if args.output is not None:
+        print(f"picture   {breakdown.draw(workload, schedule, title, args.output)}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "train": _train,
@@ -705,6 +741,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
     "verify": _verify,
+    "flops": _flops,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage, budget
 
 
 def config_dir() -> Path:
@@ -35,11 +35,19 @@ def config_dir() -> Path:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `tokenprune.prune` needs besides the model."""
+    """What `tokenprune.prune` needs besides the model.
+
+    Attributes:
+        strategy: Says which tokens survive.
+        schedule: Says how many.
+        positions: `"original"` or `"renumbered"`.
+        solution: How the schedule meets a budget, if there is one.
+    """
 
     strategy: PruningStrategy
     schedule: Schedule
     positions: str
+    solution: budget.Solution | None = None
 
 
 def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
@@ -88,11 +96,37 @@ def build_schedule(config: DictConfig, num_layers: int) -> Schedule:
     return schedule
 
 
+def solve_budget(
+    config: DictConfig, num_layers: int, strategy: PruningStrategy
+) -> budget.Solution | None:
+    """The schedule that meets a config's budget; None if it has no target.
+
+    Args:
+        config: Has the keys `schedule` and `model`, and maybe `budget`.
+        num_layers: Decoder layers of the model.
+        strategy: Whose scoring an exact budget counts.
+
+    Raises:
+        ValueError: If it cannot be met; says what is possible.
+    """
+    from hydra.utils import instantiate
+
+    if budget.asked(config.get("budget")) is None:
+        return None
+    partial = instantiate(config.schedule)
+    name, options = "explicit", {}
+    if not isinstance(partial, Schedule):
+        name, options = partial.func.__name__, partial.keywords
+    parts = {key: plain(config[key]) for key in ("budget", "model")}
+    return budget.solve_config(parts, name, options, num_layers, strategy)
+
+
 def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
     """Strategy, schedule and position policy of a run; None for the unpruned model.
 
     Args:
-        config: Has the keys `strategy`, `schedule` and `positions`.
+        config: Has the keys `strategy`, `schedule` and `positions`; `budget` may decide what the
+            schedule leaves open.
         num_layers: Decoder layers of the model.
 
     Raises:
@@ -114,7 +148,12 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
             f"strategy: expected a PruningStrategy, got {strategy!r}. "
             "Let strategy._target_ name one."
         )
-    return Pruning(strategy, build_schedule(config.schedule, num_layers), config.positions)
+    solution = solve_budget(config, num_layers, strategy)
+    if solution is None:
+        schedule = build_schedule(config.schedule, num_layers)
+    else:
+        schedule = solution.schedule
+    return Pruning(strategy, schedule, config.positions, solution)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
