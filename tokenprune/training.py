@@ -78,6 +78,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     loaded = instantiate(recipe)
     shape = tp.cost.DecoderShape.from_config(loaded.model.config)
     pruning = compose.build_pruning(config, shape.num_layers)
+    torch.manual_seed(config.seed)  # adapters start at random
     module = FineTune(
         loaded,
         pruning,

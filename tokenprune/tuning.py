@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,11 @@ class Adapters:
             lora_dropout=lora.dropout,
             target_modules=rf"{re.escape(path)}\.(.*\.)?({'|'.join(sorted(maps))})",
         )
-        # Works in place: the model itself stays what is called.
-        self._wrapper: Any = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers 5.23 by a name that is going to change.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            # Works in place: the model itself stays what is called.
+            self._wrapper: Any = peft.get_peft_model(model, config)
 
     def save(self, folder: Path) -> None:
         """Writes the adapters alone, for `peft.PeftModel.from_pretrained`."""
