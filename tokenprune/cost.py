@@ -412,8 +412,8 @@ def scoring_flops(
     row over all keys, and, of several rows, their mean: 2(qdHE + ndGE + qnHE + qnH), the last term
     only for q > 1. The rows are whole whether attention is causal or not. A layer unlike LLaMA's
     is "captured": its own code runs up to the attention kernel, so queries, keys and values of all
-    tokens: 2(ndHE + 2ndGE + qnHE + qnH). The very first time that a layer is asked, both are run,
-    to choose.
+    tokens: 2(ndHE + 2ndGE + qnHE + qnH). The first time that a layer is asked, and again when a
+    call is twice as long as any before, both are run, to choose.
 
     Args:
         shape: The decoder.
