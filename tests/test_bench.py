@@ -183,8 +183,8 @@ def test_flops_are_those_of_the_model() -> None:
     one.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         one.prefill()
-    square = 112**2 * 64 * 4 * 2  # eager attention computes the half that the mask hides
-    assert counter.get_total_flops() == one.flops("prefill", False) + square
+    masked = 112**2 * 64 * 4 * 2  # eager attention computes the half that the mask hides
+    assert counter.get_total_flops() == one.flops("prefill", False) + masked
     cache = one.prefill()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         one.model(input_ids=torch.tensor([[1]]), past_key_values=cache)
@@ -315,3 +315,22 @@ def test_help_names_the_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "shape: hidden_1024, hub, llava_1_5_7b, llava_next_7b, tiny" in printed
     assert "data:" not in printed
+
+
+def test_the_gpu_experiment_runs_on_a_cpu_with_a_tiny_shape() -> None:
+    """Every kind of run in it: prefill, decode, full and LoRA training, both kinds of logits."""
+    pytest.importorskip("peft")
+    folder = Path(__file__).parent.parent / "experiments" / "gpu"
+    small = ["shape=tiny", "num_visual=48", "num_text=8", "rounds=1", "new_tokens=1"]
+    command = ["bench", f"--config-dir={folder}", "experiment=gpu", *small, "resolution=336x336"]
+    assert cli.main([*command, "device=cpu", "hydra.sweep.dir=there"]) == 0
+    rows = list(csv.DictReader(Path("there/bench.csv").read_text().splitlines()))
+    found = {(row["measure"], row["tuning"], row["logits"]) for row in rows}
+    assert {measure for measure, _, _ in found} == set(bench.MEASURES)
+    assert {
+        ("train", "lora", "all"),
+        ("train", "full", "all"),
+        ("train", "lora", "supervised"),
+    } <= found
+    assert {row["batch_size"] for row in rows} == {"1", "8"}
+    assert {row["status"] for row in rows} == {"ok"}

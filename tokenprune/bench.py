@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -421,50 +423,29 @@ class Bench:
         return self.pruning.schedule.lengths(self.shape.num_layers, self.load.num_visual)
 
     def flops(self, measure: str, pruned: bool) -> float:
-        """Floating-point operations of one row, without the strategy's own scoring.
+        """FLOPs of one row by the cost model, causal attention as half, without the scoring.
 
         Training: of the forward pass; the backward pass costs twice that in either variant.
+
+        Raises:
+            ValueError: If the cost model does not know the model's layers.
         """
         lengths = self.lengths() if pruned else [self.load.num_visual] * self.shape.num_layers
         shape, num_text = self.shape, self.load.num_text
         if measure == "decode":
-            return _decode_flops(shape, lengths, num_text)
+            return cost.decode_flops(shape, lengths, num_text)
         projected = 1
         if measure == "train":
             supervised = pruned and self.logits == "supervised"
             projected = self.load.num_labels if supervised else lengths[-1] + num_text
-        vocabulary = 2.0 * projected * shape.hidden_size * shape.vocab_size
-        return _prefill_flops(shape, lengths, num_text) + vocabulary
+        terms = cost.exact(shape, lengths, num_text, num_logits=projected)
+        return terms.layers + terms.vocabulary
 
     def expected_cache_bytes(self) -> int:
         """Bytes of the pruned cache after the prefill, by the cost model."""
         bytes_per_value = self.embeds.element_size()
         row = cost.kv_bytes(self.shape, self.lengths(), self.load.num_text, bytes_per_value)
         return row * self.load.batch_size
-
-
-def _prefill_flops(shape: cost.DecoderShape, lengths: Sequence[int], num_text: int) -> float:
-    """Multiply-adds x 2 of the decoder layers, causal attention counted as half."""
-    width = shape.num_heads * shape.head_dim
-    total = 0.0
-    for length in lengths:
-        n = length + num_text
-        total += 2 * n * _weights_per_layer(shape) + 2 * n**2 * width
-    return total
-
-
-def _decode_flops(shape: cost.DecoderShape, lengths: Sequence[int], num_text: int) -> float:
-    """Multiply-adds x 2 of one new token, its logits included."""
-    width = shape.num_heads * shape.head_dim
-    total = 2.0 * shape.hidden_size * shape.vocab_size
-    for length in lengths:
-        total += 2 * _weights_per_layer(shape) + 4 * (length + num_text + 1) * width
-    return total
-
-
-def _weights_per_layer(shape: cost.DecoderShape) -> int:
-    heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
-    return shape.hidden_size * (heads * shape.head_dim + 3 * shape.intermediate_size)
 
 
 # ------------------------------------------------------------------------------------- one figure
@@ -517,14 +498,16 @@ def figures(bench: Bench, measure: str, timing: Timing) -> dict[str, Any]:
     scale = 1e3 / (bench.load.new_tokens if measure == "decode" else 1)
     unpruned, pruned = timing.seconds["unpruned"], timing.seconds["pruned"]
     ratios = [b / a for a, b in zip(unpruned, pruned, strict=True)]
-    flops_ratio = bench.flops(measure, True) / bench.flops(measure, False)
+    flops_ratio = None  # of layers that the cost model does not know
+    if not bench.shape.unlike:
+        flops_ratio = bench.flops(measure, True) / bench.flops(measure, False)
     lengths = bench.lengths()
     found: dict[str, Any] = {
         **_spread("unpruned_ms", [scale * value for value in unpruned]),
         **_spread("pruned_ms", [scale * value for value in pruned]),
         **_spread("time_ratio", ratios),
         "flops_ratio": flops_ratio,
-        "over_flops": statistics.median(ratios) / flops_ratio,
+        "over_flops": flops_ratio and statistics.median(ratios) / flops_ratio,
         "avg_tokens": sum(lengths) / len(lengths),
         "pruning_ms": scale * statistics.median(timing.hooks),
         "pruning_share": statistics.median(
@@ -584,6 +567,10 @@ def check(config: DictConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ValueError(f"{key}: expected an integer >= {lowest}, got {value!r}. Set {key}=8.")
     num_tokens(config.resolution)
+    if config.tuning == "lora" and config.measure == "train" and find_spec("peft") is None:
+        raise ValueError(
+            "tuning: expected the package peft for tuning=lora, got none. Run pip install peft."
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
     if config.strategy is None:
@@ -636,7 +623,8 @@ def measure(config: DictConfig) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         return told | {"status": "out of memory"}
     finally:
-        if cuda:  # the next run of a sweep needs it
+        gc.collect()  # the next run of a sweep needs the memory
+        if cuda:
             torch.cuda.empty_cache()
 
 
@@ -664,12 +652,8 @@ def _measure(
 def _tune(model: Any, config: DictConfig) -> torch.optim.Optimizer:
     """The optimiser, with its state made; the model ready to train."""
     if config.tuning == "lora":
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise ValueError(
-                "tuning: expected the package peft for tuning=lora, got none. pip install peft."
-            ) from error
+        from peft import LoraConfig, inject_adapter_in_model
+
         model.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(**LORA), model)
     model.train()
@@ -750,7 +734,7 @@ def publish(folder: Path) -> list[dict[str, Any]]:
         writer.writeheader()
         writer.writerows([{key: _rounded(value) for key, value in row.items()} for row in rows])
     os.replace(draft, folder / TABLE)
-    plot([row for row in rows if row["status"] == "ok"], folder / PLOT)
+    plot([row for row in rows if row.get("flops_ratio")], folder / PLOT)
     return rows
 
 
@@ -813,7 +797,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
             f"{row['unpruned_ms']:.4g} ms",
             f"{row['pruned_ms']:.4g} ms",
             f"{100 * row['time_ratio']:.1f} %",
-            f"{100 * row['flops_ratio']:.1f} %",
+            f"{100 * row['flops_ratio']:.1f} %" if row["flops_ratio"] else "unknown",
             f"{100 * row['pruning_share']:.1f} %",
             "" if None in kept else f"{kept[0]:.4g} -> {kept[1]:.4g} MB",
         )
