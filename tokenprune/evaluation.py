@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -333,7 +333,17 @@ def summarise(
         "prefill_ms": 1000 * statistics.median(seconds),
         "kv_mb": kv / num / 1e6,
         "num_visual": sum(record["num_visual"] for record in records) / num,
+        # A budget is solved for one size of image: what the data's sizes gave.
+        "num_visual_range": _range(record["num_visual"] for record in records),
+        "avg_tokens_range": _range(sum(r["visual"]) / len(r["visual"]) for r in records),
+        "tflops_range": _range(visual_flops(tuple(r["visual"])) / 1e12 for r in records),
     }
+
+
+def _range(values: Iterable[float]) -> list[float]:
+    """Smallest and largest of the samples' values."""
+    known = list(values)
+    return [min(known), max(known)]
 
 
 class RememberedBatches:
@@ -447,7 +457,9 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         del loaded  # the processes have their own
         _load_model.cache_clear()
     stages = pruning.schedule.stages if pruning is not None else None
-    schedule = config.schedule if pruning is not None else {}
+    schedule = dict(config.schedule) if pruning is not None else {}
+    if pruning is not None and pruning.solution is not None:  # a budget asked for another value
+        schedule |= dict([pruning.solution.solved])
     labels = {
         "strategy": names["strategy"],
         "schedule": names["schedule"] if pruning is not None else None,
