@@ -1,6 +1,6 @@
 """Visual token pruning for any Hugging Face vision-language model."""
 
-from tokenprune import budget, cost, strategies
+from tokenprune import cost, strategies
 from tokenprune.adapters import Adapter, register_adapter, visual_mask
 from tokenprune.engine import POSITIONS, Handle, attach, prune
 from tokenprune.projection import Projected
@@ -40,7 +40,6 @@ __all__ = [
     "TracedStage",
     "attach",
     "available",
-    "budget",
     "build_strategy",
     "cost",
     "prune",
