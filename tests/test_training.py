@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import models
+import pandas
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -27,9 +28,10 @@ from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
 from tokenprune.data.scenes import COLOURS, SYMBOLS, SceneDataset
+from tokenprune.devices import check_devices
 from tokenprune.finetune import FineTune
 from tokenprune.models import LoadedModel, load
-from tokenprune.tuning import parts_of
+from tokenprune.tuning import build_optimizer, parts_of
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = re.findall(
@@ -314,6 +316,17 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
             "model.dtype: expected float32 for training, got float16, .*mixed",
         ),
         (["model.dtype=bfloat16"], "model.dtype: expected float32 for training, got bfloat16"),
+        (["model.tuning=half"], r"model.tuning: expected one of \['full', 'projector', 'lora'\]"),
+        (["model.tuning=lora", "parts=[projector]"], "parts: expected decoder among them with"),
+        (["model.tuning=lora", "model.lora.rank=0"], "model.lora.rank: expected an integer >= 1"),
+        (["learning_rates.decoder=0"], "learning_rates.decoder: expected a number above 0, got 0"),
+        (["schedule_warmup=2"], "schedule_warmup: expected a number between 0 and 1, got 2. Set"),
+        (["trainer.precision=16-mixed"], "trainer.precision: expected one that a CPU can train in"),
+        (["trainer.precision=bf16-true"], "trainer.precision: expected float32 weights, got 'bf16"),
+        (["trainer=gpu"], "trainer.accelerator: expected a device of this machine, got 'gpu' with"),
+        (["monitor=loss"], r"monitor: expected one of \['val_loss', 'val_accuracy'\], got 'loss'"),
+        (["keep=all"], "keep: expected last or best, got 'all'"),
+        (["patience=0"], "patience: expected a number of validations >= 1, or null, got 0. Set"),
         (["ckpt_path=last"], r"ckpt_path: expected a checkpoint, got '.*last.ckpt', which .* Set"),
         (["data=folder"], "data: expected the path of a .jsonl file or its folder, got none. Set"),
     ],
@@ -430,3 +443,125 @@ def test_the_command_trains(checkpoint, tmp_path, capsys):
     assert code == 0
     assert f"{folder}/model" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {"config.yaml", "model", "training.json"}
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices({"accelerator": "gpu", "devices": 2})
+    for devices in (3, "3", [0, 2], "0,2"):
+        with pytest.raises(ValueError, match=r"trainer.devices: expected at most 2, the GPUs"):
+            check_devices({"accelerator": "auto", "devices": devices})
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
+    own = ["checkpoint_every=1", "trainer.max_steps=1", "+trainer.limit_val_batches=0"]
+    training.train(config(checkpoint, *own, "parts=[projector]"), tmp_path)
+    with pytest.raises(ValueError, match=r"ckpt_path: expected the weights .* which lacks it. Use"):
+        training.train(config(checkpoint, *own, "ckpt_path=last"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_are_trained_saved_and_merged(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    own = ["model.tuning=lora", "parts=[decoder]", "model.lora.rank=4", "learning_rate=3e-2"]
+    training.train(config(checkpoint, *own, "seed=1"), tmp_path)
+    before, after = load(checkpoint).model.state_dict(), weights(tmp_path)
+    assert before.keys() == after.keys()  # a plain model again
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    assert all("language_model.layers" in name and "_proj" in name for name in changed)
+    told = summary(tmp_path)
+    assert told["num_trained"] < told["num_parameters"] / 4
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    inputs = models.batch(merged, models.ROWS)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapted(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("tuning", ["projector", "lora"])
+def test_recomputing_gives_the_same_gradients_where_little_is_trained(checkpoint, tuning):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        own = load(checkpoint, dtype="float32")
+        data = VQADataModule(train=SceneDataset("train", 4), processor=own.processor, batch_size=4)
+        module = FineTune(own, pruning(), tuning=tuning, gradient_checkpointing=recompute)
+        runs = []
+        decoder = own.model.get_decoder()
+        decoder.layers[-1].self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        fit(module, data, max_steps=1)
+        assert len(runs) == 1 + recompute
+        gradients.append([p.detach().clone() for p in module.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-7)
+
+
+def test_parts_have_learning_rates_of_their_own(loaded):
+    module = FineTune(
+        loaded, parts=["vision_tower", "projector", "decoder"], learning_rates={"projector": 1e-3}
+    )
+    own = build_optimizer(module.model, 1e-4, module.learning_rates, weight_decay=0.1)
+    assert {(g["part"], g["lr"]) for g in own.param_groups} == {
+        ("vision_tower", 1e-4),
+        ("projector", 1e-3),
+        ("decoder", 1e-4),
+    }
+    assert all((g["weight_decay"] > 0) == (g["params"][0].dim() > 1) for g in own.param_groups)
+    assert sum(len(g["params"]) for g in own.param_groups) == len(list(module.parameters()))
+
+
+def test_a_schedule_is_reached_step_by_step(loaded):
+    data = VQADataModule(train=SceneDataset("train", 16), processor=loaded.processor, batch_size=4)
+    module, seen = FineTune(loaded, pruning(), schedule_warmup=0.5), []
+    step = module.training_step
+
+    def training_step(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        seen.append(module._handle.trace.visual_lengths[:, 0].tolist()[::2])
+        return loss
+
+    module.training_step = training_step
+    fit(module, data, max_steps=8)
+    # keep is 1 at first, then 1 - (1 - target) * step / 4.
+    assert seen[:5] == [[16, 16, 16], [16, 14, 13], [16, 12, 10], [16, 10, 7], [16, 8, 4]]
+    assert seen[5:] == [[16, 8, 4]] * 3
+
+
+def test_training_ends_early_and_keeps_its_best(checkpoint, tmp_path):
+    own = ["learning_rate=0.3", "patience=2", "keep=best", "trainer.max_steps=60"]
+    training.train(config(checkpoint, *own, "trainer.val_check_interval=1"), tmp_path)
+    told = summary(tmp_path)
+    assert told["steps"] < 60
+    best = torch.load(tmp_path / training.BEST, weights_only=True)
+    after = weights(tmp_path)
+    for name, value in best["state_dict"].items():
+        assert torch.equal(after[name.removeprefix("model.")], value), name
+
+
+def test_curves_are_csv_files_with_the_throughput(checkpoint, tmp_path):
+    own = config(checkpoint, "logger=csv", "trainer.log_every_n_steps=1", "trainer.max_steps=3")
+    training.train(own, tmp_path)
+    frame = pandas.read_csv(tmp_path / "csv" / "metrics.csv")
+    assert frame["train_loss"].notna().sum() == 3
+    assert {"avg_tokens", "learning_rate_decoder", "train/lengths", "val_loss"} <= set(frame)
+
+
+def test_flops_are_those_of_the_survivors(loaded):
+    data = VQADataModule(train=SceneDataset("train", 4), processor=loaded.processor, batch_size=4)
+    found = {}
+    for name, own in {"pruned": pruning(), "whole": None}.items():
+        module = FineTune(loaded, own)
+        fit(module, data, max_steps=1)
+        found[name] = module.flops_per_batch
+    (batch,) = data.train_dataloader()
+    shape = tp.cost.DecoderShape.from_config(loaded.model.config)
+    lengths = batch["inputs"]["attention_mask"].sum(1).tolist()
+    for name, visual in {"whole": [16] * 6, "pruned": [16, 16, 8, 8, 4, 4]}.items():
+        each = [tp.cost.flops(shape, visual, num_text=length - 16) for length in lengths]
+        assert found[name] == pytest.approx(6 * sum(each))  # forward, twice that back; 2 per MAC
