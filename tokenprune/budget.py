@@ -16,9 +16,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenprune as tp
 from tokenprune import cost
-from tokenprune.strategy import unknown_name
+from tokenprune.schedule import Schedule
+from tokenprune.strategy import AttentionRows, PruningStrategy, unknown_name
 
 TARGETS = ("avg_tokens", "avg_tokens_outputs", "final_tokens", "tflops", "flops_ratio", "kv_mb")
 #: Choices of layers that `solve` looks through, at most; five cuts of 32 layers are 170 000.
@@ -71,7 +71,7 @@ class Workload:
     num_visual: int
     num_text: int = 0
     dtype: str = "float16"
-    rows: tuple[tp.AttentionRows, ...] = ()
+    rows: tuple[AttentionRows, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -90,11 +90,11 @@ class Workload:
         """Those that know the decoder's layers."""
         return tuple(c for c in cost.CONVENTIONS if c != "exact" or not self.shape.unlike)
 
-    def lengths(self, schedule: tp.Schedule) -> tuple[int, ...]:
+    def lengths(self, schedule: Schedule) -> tuple[int, ...]:
         """Visual tokens of each layer."""
         return tuple(schedule.lengths(self.shape.num_layers, self.num_visual))
 
-    def flops(self, schedule: tp.Schedule, convention: str) -> float:
+    def flops(self, schedule: Schedule, convention: str) -> float:
         """Prefill of the decoder layers, and of the scoring by the convention `"exact"`."""
         lengths = self.lengths(schedule)
         total = sum(self._layer(convention)(length) for length in lengths)
@@ -107,12 +107,12 @@ class Workload:
             )
         return total
 
-    def figure(self, schedule: tp.Schedule, target: str, convention: str) -> float:
+    def figure(self, schedule: Schedule, target: str, convention: str) -> float:
         """One figure of a schedule, in the target's unit."""
         if target == "tflops":
             return self.flops(schedule, convention) / 1e12
         if target == "flops_ratio":
-            return self.flops(schedule, convention) / self.flops(tp.Schedule(), convention)
+            return self.flops(schedule, convention) / self.flops(Schedule(), convention)
         lengths = self.lengths(schedule)
         if target == "final_tokens":
             return lengths[-1]
@@ -122,7 +122,7 @@ class Workload:
             lengths, "outputs" if target == "avg_tokens_outputs" else "inputs"
         )
 
-    def figures(self, schedule: tp.Schedule) -> Figures:
+    def figures(self, schedule: Schedule) -> Figures:
         """All figures of a schedule.
 
         Raises:
@@ -130,7 +130,7 @@ class Workload:
         """
         lengths = self.lengths(schedule)
         tera = {c: self.flops(schedule, c) / 1e12 for c in self.conventions}
-        whole = {c: self.flops(tp.Schedule(), c) / 1e12 for c in self.conventions}
+        whole = {c: self.flops(Schedule(), c) / 1e12 for c in self.conventions}
         kv = self.figure(schedule, "kv_mb", "")
         return Figures(
             lengths=lengths,
@@ -140,7 +140,7 @@ class Workload:
             tflops=tera,
             flops_ratio={c: tera[c] / whole[c] for c in tera},
             kv_mb=kv,
-            kv_ratio=kv / self.figure(tp.Schedule(), "kv_mb", ""),
+            kv_ratio=kv / self.figure(Schedule(), "kv_mb", ""),
         )
 
     def _layer(self, convention: str) -> Callable[[int], float]:
@@ -175,7 +175,7 @@ class Dial:
     """
 
     name: str
-    build: Callable[[float], tp.Schedule]
+    build: Callable[[float], Schedule]
     least: float
 
 
@@ -193,18 +193,18 @@ class Places:
     name: str
     num_cuts: int
     layers: range
-    build: Callable[[tuple[int, ...]], tp.Schedule]
+    build: Callable[[tuple[int, ...]], Schedule]
 
 
 def pyramid(layers: Sequence[int], rounding: str = "floor") -> Dial:
     """Pyramids that cut at these layers; lam is open."""
-    return Dial("lam", lambda lam: tp.Schedule.pyramid(
+    return Dial("lam", lambda lam: Schedule.pyramid(
         layers=layers, lam=lam, rounding=rounding), 1e-9)  # fmt: skip
 
 
 def one_shot(layer: int, rounding: str = "nearest") -> Dial:
     """Single cuts at this layer; keep is open."""
-    return Dial("keep", lambda keep: tp.Schedule.one_shot(layer, keep, rounding), 0.0)
+    return Dial("keep", lambda keep: Schedule.one_shot(layer, keep, rounding), 0.0)
 
 
 def pyramid_layers(
@@ -224,7 +224,7 @@ def pyramid_layers(
         "layers",
         num_stages - 1,
         range(first_layer, num_layers),
-        lambda layers: tp.Schedule.pyramid(layers=layers, lam=lam, rounding=rounding),
+        lambda layers: Schedule.pyramid(layers=layers, lam=lam, rounding=rounding),
     )
 
 
@@ -236,7 +236,7 @@ def one_shot_layer(
         "layer",
         1,
         range(first_layer, num_layers),
-        lambda layers: tp.Schedule.one_shot(layers[0], keep, rounding),
+        lambda layers: Schedule.one_shot(layers[0], keep, rounding),
     )
 
 
@@ -257,7 +257,7 @@ class Solution:
         workload: What it was solved for.
     """
 
-    schedule: tp.Schedule
+    schedule: Schedule
     solved: tuple[str, Any]
     target: str
     asked: float
@@ -301,7 +301,7 @@ def solve(
             f"budget.{target}: expected a number, got {value!r}. Set budget.{target}=192."
         )
 
-    def figure(schedule: tp.Schedule) -> float:
+    def figure(schedule: Schedule) -> float:
         return workload.figure(schedule, target, convention)
 
     search = _turn if isinstance(family, Dial) else _place
@@ -311,13 +311,13 @@ def solve(
     )
 
 
-Found = tuple[tp.Schedule, Any, tuple[float, float]]
+Found = tuple[Schedule, Any, tuple[float, float]]
 
 
 def _turn(
     workload: Workload,
     family: Dial,
-    figure: Callable[[tp.Schedule], float],
+    figure: Callable[[Schedule], float],
     target: str,
     value: float,
 ) -> Found:
@@ -374,7 +374,7 @@ def _short(counts: Callable[[float], tuple[int, ...]], best: float, least: float
 def _place(
     workload: Workload,
     family: Places,
-    figure: Callable[[tp.Schedule], float],
+    figure: Callable[[Schedule], float],
     target: str,
     value: float,
 ) -> Found:
@@ -457,7 +457,7 @@ def read_model(
 
 
 def workload(
-    budget: Mapping[str, Any], model: Mapping[str, Any], strategy: tp.PruningStrategy | None
+    budget: Mapping[str, Any], model: Mapping[str, Any], strategy: PruningStrategy | None
 ) -> Workload:
     """The sample that a config's budget is about.
 
@@ -498,7 +498,7 @@ def solve_config(
     shape: str,
     options: Mapping[str, Any],
     num_layers: int,
-    strategy: tp.PruningStrategy | None,
+    strategy: PruningStrategy | None,
 ) -> Solution:
     """Solves a config's budget for what its schedule leaves open.
 
@@ -575,10 +575,10 @@ def family(
     if shape == "one_shot":
         rounding = options.get("rounding", "nearest")
         if wanted == "keep":
-            tp.Schedule.one_shot(options["layer"], 1.0).check_depth(num_layers)
+            Schedule.one_shot(options["layer"], 1.0).check_depth(num_layers)
             return one_shot(options["layer"], rounding)
         return one_shot_layer(num_layers, options["keep"], rounding, first)
-    start = tp.Schedule.pyramid(**{**options, "num_layers": num_layers})
+    start = Schedule.pyramid(**{**options, "num_layers": num_layers})
     rounding = options.get("rounding", "floor")
     layers = [stage.layer for stage in start.stages]
     if wanted == "lam":
