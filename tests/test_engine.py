@@ -97,13 +97,14 @@ def test_shift_labels() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_supervised_logits(family) -> None:
+@pytest.mark.parametrize("schedule", [SCHEDULE, tp.Schedule()], ids=["cuts", "none"])
+def test_supervised_logits(family, schedule) -> None:
     model = build(family)
     inputs, labels = labelled(model)
     results = {}
     for logits in ("all", "supervised"):
         model.zero_grad()
-        with tp.prune(model, PDROP, SCHEDULE, logits=logits):
+        with tp.prune(model, PDROP, schedule, logits=logits):
             output = model(**inputs, labels=labels)
             output.loss.backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

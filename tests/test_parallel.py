@@ -63,10 +63,12 @@ class Data(VQADataModule):
 
 def run(folder: Path, strategy: str, how="auto", batch_size=4, devices=1, batches=1, **options):
     """Losses of six steps, two validation losses, and the trained weights."""
-    masked = options.pop("masked", frozenset())
+    options = dict(options)
+    masked, double = options.pop("masked", frozenset()), options.pop("double", False)
     module_options = {"learning_rate": 1e-3, "weight_decay": 0.1} | options
     torch.manual_seed(0)
-    loaded = LoadedModel(models.build("llava"), build_processor())
+    model = models.build("llava")
+    loaded = LoadedModel(model.double() if double else model, build_processor())
     data = Data(
         train=SceneDataset("train", 24),
         validation=SceneDataset("validation", 5),
@@ -134,7 +136,13 @@ def test_two_processes_are_one(tmp_path, how):
 @pytest.mark.parametrize("strategy", ["none", *tp.available()])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tuning": "lora"}, {"parts": ALL, "gradient_checkpointing": True}],
+    [
+        {},
+        {"tuning": "lora"},
+        # Adam makes whole steps of gradients that are nothing but rounding, as those of the vision
+        # tower's key biases are: in float32 even accumulated batches drift apart by 1e-3.
+        {"parts": ALL, "gradient_checkpointing": True, "double": True},
+    ],
     ids=["full", "lora", "all-checkpointed"],
 )
 def test_two_processes_are_one_for_every_strategy(tmp_path, how, strategy, options):

@@ -156,7 +156,7 @@ class Handle:
         changed = named.pop("visual_mask", None) is not None
         changed |= self._show_unpruned(call, named)
         labels = named.get("labels")
-        if labels is not None and self._settings.cuts:
+        if labels is not None and (self._settings.cuts or self._settings.supervised):
             promise_labels(self._settings, call, module, named, labels)
             changed = True
         return (rest, named) if changed else None

@@ -112,8 +112,9 @@ def ordinary(
     if named.get("position_embeddings") is not None:
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         cos, sin = named["position_embeddings"]
-        _, keys = rotate(keys, keys, cos, sin)
-        queries, _ = rotate(queries, queries, take(cos, rows_BQ), take(sin, rows_BQ))
+        # It rotates two tensors: the one that is not needed is a single head.
+        _, keys = rotate(keys[:, :1], keys, cos, sin)
+        queries, _ = rotate(queries, queries[:, :1], take(cos, rows_BQ), take(sin, rows_BQ))
     return Projected(queries, keys, getattr(attention, "scaling", width**-0.5))
 
 
