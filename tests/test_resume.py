@@ -136,7 +136,6 @@ SETTINGS = {
     "one-workers": ("data.num_workers=2",),
     "two": TWO,
     "two-workers": (*TWO, "data.num_workers=2"),
-    "spawned": (*TWO, "trainer.strategy=ddp_spawn", "data.num_workers=2"),
     "accumulated": ("trainer.accumulate_grad_batches=2", "data.batch_size=2"),
 }
 
@@ -179,7 +178,6 @@ matrix = pytest.mark.matrix
         pytest.param("one-workers", "kill", 7, marks=matrix),
         pytest.param("two", "kill", 7, marks=matrix),
         pytest.param("two-workers", "ask", 3, marks=matrix),
-        pytest.param("spawned", "kill", 7, marks=matrix),
         pytest.param("accumulated", "kill", 11, marks=matrix),
     ],
 )
