@@ -85,9 +85,10 @@ def project(
             layer, hidden, rows_BQ, named, whole
         )
         _is_ordinary[layer] = is_ordinary, hidden.shape[1]
-    if is_ordinary:
-        return ordinary(layer, hidden, rows_BQ, named)
-    return captured(layer, hidden, rows_BQ, named)
+        if not is_ordinary:
+            return whole
+    way = ordinary if is_ordinary else captured
+    return way(layer, hidden, rows_BQ, named)
 
 
 def ordinary(
