@@ -9,7 +9,8 @@ Phases:
 3. `final`: full scenes while the learning rate falls to zero, mostly with image tokens that do not
    see each other, so that evidence stays in its own patch.
 4. `settle`: as at inference, nothing hidden, at a lower learning rate; half of the images are
-   followed by questions whose positions start earlier, as after a shorter image.
+   followed by questions whose positions start earlier, as after a shorter image. `--unsettled`
+   stops before.
 
 Every image carries several questions. They share its tokens, and a mask keeps them apart: each sees
 the image and itself alone, at the positions that it would have alone. Half-way up the decoder a
@@ -424,6 +425,12 @@ def train(phase: Phase, name: str, folder: Path, epochs: int, steps: int, batch:
     trainer.fit(phase, datamodule=feed, ckpt_path=str(last) if last.exists() else None)
 
 
+def save(model: Any, folder: Path) -> None:
+    """Writes a checkpoint for `from_pretrained`."""
+    model.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+
+
 def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -433,6 +440,8 @@ def main() -> None:
     parser.add_argument("--lookup-epochs", type=int, default=12)
     parser.add_argument("--final-epochs", type=int, default=28)
     parser.add_argument("--settle-epochs", type=int, default=10)
+    help_text = "stop before the last phase, with unsettled/ for experiments that fork from there"
+    parser.add_argument("--unsettled", action="store_true", help=help_text)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = arguments.folder
@@ -457,11 +466,13 @@ def main() -> None:
     run("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 2), epochs, 100, 16)
     epochs = arguments.final_epochs
     run("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", FULL[1], True), epochs, 100, 16)
+    save(model, folder / "unsettled")
+    if arguments.unsettled:
+        return
     epochs = arguments.settle_epochs
     settle = Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1], shifts=True)
     run("settle", settle, epochs, 100, 16)
-    model.save_pretrained(folder / "model")
-    build_processor().save_pretrained(folder / "model")
+    save(model, folder / "model")
     publish(folder, times)
 
 
