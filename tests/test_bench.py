@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import refused
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from tokenprune import bench, cli, cost
+from tokenprune import bench, cli, cost, ways
 from tokenprune.cli import compose
 from tokenprune.compose import build_pruning
 
@@ -40,7 +41,7 @@ def made(*overrides: str) -> bench.Bench:
     pruning = build_pruning(own, 4)
     assert pruning is not None
     load = bench.Load(own.num_visual, own.num_text, own.batch_size, own.new_tokens)
-    return bench.Bench(model, pruning, load, own.logits)
+    return bench.Bench(model, pruning, load, own.logits, list(own.ways))
 
 
 # -------------------------------------------------------------------------------------- one figure
@@ -51,6 +52,7 @@ def test_what_a_run_leaves(measure: str) -> None:
     found = bench.measure(config(f"measure={measure}", "batch_size=2"))
     assert found["status"] == "ok"
     assert set(found) <= {*bench.COLUMNS, "rounds_s"}
+    assert "ways" not in found
     rounds = found["rounds_s"]
     assert len(rounds["unpruned"]) == len(rounds["pruned"]) == len(rounds["hooks"]) == 2
     ratios = [b / a for a, b in zip(rounds["unpruned"], rounds["pruned"], strict=True)]
@@ -143,6 +145,43 @@ def test_every_round_of_decoding_starts_at_the_same_context() -> None:
             assert [layer.keys.shape[2] for layer in cache.layers] == [115, 67, 43, 31]
 
 
+def test_decoding_is_timed_without_marks() -> None:
+    """Two device events per layer would be seen in a step; time in hooks has rounds of its own."""
+    one = made("measure=decode")
+    variants = one.variants("decode", None)
+    for name, per_step in (("pruned", 0), ("marked", 2 * 5)):  # a decoder and four layers
+        context, prepare, work = variants[name]
+        with context():
+            cache = prepare()
+            one.marks.clear()
+            work(cache)
+        assert len(one.marks) == 3 * per_step
+    timing = bench.interleave(one, variants, rounds=2, warmup=1)
+    told = bench.figures(one, "decode", timing)
+    shares = [a / b for a, b in zip(timing.hooks, timing.seconds["marked"], strict=True)]
+    assert told["pruning_share"] == pytest.approx(statistics.median(shares))
+
+
+def test_no_copy_of_a_cache_outlives_its_round() -> None:
+    """Two copies at a time of a large batch's cache would not fit where one does."""
+    alive: set[int] = set()
+    most = 0
+
+    class State:
+        def __init__(self) -> None:
+            nonlocal most
+            alive.add(id(self))
+            most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    variants = {name: bench.Variant(nullcontext, State, lambda _: None) for name in "AB"}
+    one = made()
+    bench.interleave(one, variants, rounds=2, warmup=2)
+    assert most == 1
+
+
 def test_training_makes_all_parameters_move_or_the_adapters_alone() -> None:
     for tuning, moved in (("full", False), ("lora", True)):
         if tuning == "lora":
@@ -170,6 +209,109 @@ def test_checkpointing_changes_no_gradient() -> None:
             output.loss.backward()
         gradients.append([weight.grad for weight in one.decoder.layers.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ------------------------------------------------------------------- the ways of published code
+
+PREVIOUS = ["schedule=pyramid", "schedule.num_stages=4", "strategy.source=previous"]
+
+
+def answer(one: bench.Bench, way: str | None) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """Logits of the first new token, survivors of each cut, bytes in the cache."""
+    with one.pruned(way) as trace, torch.no_grad():
+        output = one.model(inputs_embeds=one.embeds, use_cache=True, logits_to_keep=1)
+    kept = [row for stage in trace.stages for row in stage.kept]
+    return output.logits, kept, bench.cache_bytes(output.past_key_values)
+
+
+@pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv"])
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_a_way_keeps_what_the_product_keeps(way: str, strategy: str) -> None:
+    torch.manual_seed(0)
+    one = made(f"strategy={strategy}", *PREVIOUS, "batch_size=2")
+    one.embeds *= 50  # embeddings of scale 1, so that attention is not flat
+    logits, kept, held = answer(one, None)
+    own_logits, own_kept, own_held = answer(one, way)
+    assert len(kept) == 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(kept, own_kept, strict=True))
+    assert not torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-5)
+    # Before the three cuts 112, 64 and 40 tokens; a layer holds two tensors of 2 heads of 16.
+    twice = 2 * (112 + 64 + 40) * 2 * 2 * 16 * 4 if way == "cached_twice" else 0
+    assert own_held == held + twice
+    again_logits, again_kept, again_held = answer(one, None)
+    torch.testing.assert_close(again_logits, logits, rtol=0, atol=0)  # and nothing is left behind
+    assert all(torch.equal(a, b) for a, b in zip(kept, again_kept, strict=True))
+    assert again_held == held
+
+
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_a_way_does_the_work_that_it_names(way: str) -> None:
+    """Products that torch counts; on a CPU it does not see into sdpa, only into eager attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = made(*PREVIOUS)
+    counts = []
+    for name in (None, way):
+        answer(one, name)  # the first call compares two ways to queries and keys
+        with FlopCounterMode(display=False) as counter:
+            answer(one, name)
+        counts.append(counter.get_total_flops())
+    lengths = (112, 64, 40)  # hidden size 64, 4 heads of 16, 2 key heads, MLP of 176
+    scoring = sum(cost.scoring_flops(one.shape, n, "last") for n in lengths)
+    extra = {
+        "eager_layer": sum(4 * n * n * 64 for n in lengths) - scoring,
+        "full_maps": sum(2 * n * 64 * (64 + 32) + 2 * n * n * 64 for n in lengths) - scoring,
+        "dense_masks": 0,
+        "cached_twice": sum(2 * n * 64 * (2 * 64 + 2 * 32 + 3 * 176) for n in lengths),
+    }
+    assert counts[1] - counts[0] == extra[way]
+
+
+@pytest.mark.parametrize("way", [None, *ways.WAYS])
+def test_masks_that_sdpa_gets(way: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made(*PREVIOUS, "batch_size=2")
+    answer(one, way)
+    seen = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **options):
+        seen.append((attn_mask, options["is_causal"]))
+        return original(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    answer(one, way)
+    # 4 layers; three of them eager, or run twice.
+    assert len(seen) == {"eager_layer": 1, "cached_twice": 7}.get(way or "", 4)
+    if way != "dense_masks":
+        assert all(mask is None and causal for mask, causal in seen)
+        return
+    assert [tuple(mask.shape) for mask, _ in seen] == [(2, 1, n, n) for n in (112, 64, 40, 28)]
+    assert all(mask.dtype == torch.float32 and not causal for mask, causal in seen)
+
+
+def test_rows_of_the_ways() -> None:
+    names = list(ways.WAYS)
+    listed = ",".join(names)
+    command = ["bench", "prefill", *TINY, "strategy.source=previous", f"ways=[{listed}]"]
+    assert cli.main([*command, "hydra.run.dir=here"]) == 0
+    product, *rows = csv.DictReader(Path("here/bench.csv").read_text().splitlines())
+    rounds = json.loads(Path("here/bench.json").read_text())["rounds_s"]
+    assert product["way"] == product["over_product"] == ""
+    assert [row["way"] for row in rows] == names
+    for row in rows:
+        ratios = [b / a for a, b in zip(rounds["pruned"], rounds[row["way"]], strict=True)]
+        assert float(row["over_product"]) == pytest.approx(statistics.median(ratios), rel=1e-4)
+        assert float(row["over_product_low"]) == pytest.approx(min(ratios), rel=1e-4)
+        median = 1e3 * statistics.median(rounds[row["way"]])
+        assert float(row["pruned_ms"]) == pytest.approx(median, rel=1e-4)
+        assert row["unpruned_ms"] == product["unpruned_ms"]
+        assert all(row[name] == "" for name in bench.PRODUCT_ONLY)
+    held = {row["way"]: float(row["pruned_kv_mb"]) for row in rows}
+    assert held.pop("cached_twice") > float(product["pruned_kv_mb"])
+    assert set(held.values()) == {float(product["pruned_kv_mb"])}
+    maps = {row["way"]: float(row["pruned_peak_mb"]) for row in rows}
+    assert min(maps["eager_layer"], maps["full_maps"]) > float(product["pruned_peak_mb"])
 
 
 # ------------------------------------------------------------------------------------------ theory
@@ -293,6 +435,12 @@ def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
         (["num_text=many"], "num_text: expected an integer >= 2, got 'many'"),
         (["resolution=large"], "resolution: expected width x height in pixels, got 'large'"),
         (["schedule.num_stages=9"], "expected"),
+        (["ways=[flash]"], "ways: expected some of ['eager_layer', 'full_maps', "),
+        (["ways=full_maps"], "ways: expected a list, got 'full_maps'. Set ways=[full_maps]"),
+        (["ways=[dense_masks,dense_masks]"], "ways: expected each once"),
+        (["ways=[dense_masks]", "attention=eager"], "ways: expected attention=sdpa"),
+        (["ways=[dense_masks]", "measure=decode"], "ways: expected measure=prefill"),
+        (["ways=[full_maps]"], "Set strategy=pyramiddrop strategy.source=previous."),
         (["shape=hub"], "shape.path: expected a value"),
         (["shape=hub", "shape.path=./nowhere"], "expected a folder, got './nowhere'"),
         (["shape=hidden_2048"], "shape: expected one of"),

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import tokenprune as tp
-from tokenprune import cost, results
+from tokenprune import cost, results, ways
 from tokenprune.compose import Pruning, build_pruning, plain
 
 MEASURES = ("prefill", "decode", "train")
@@ -41,15 +41,18 @@ RESULT, TABLE, PLOT = "bench.json", "bench.csv", "bench.png"
 #: Columns of bench.csv: what ran, what came out (medians; low and high are quartiles), on what.
 COLUMNS = (
     *("measure", "shape", "strategy", "schedule", "positions", "batch_size", "num_visual"),
-    *("num_text", "avg_tokens", "tuning", "logits", "status"),
+    *("num_text", "avg_tokens", "tuning", "logits", "way", "status"),
     *("unpruned_ms", "unpruned_ms_low", "unpruned_ms_high"),
     *("pruned_ms", "pruned_ms_low", "pruned_ms_high"),
     *("time_ratio", "time_ratio_low", "time_ratio_high", "flops_ratio", "over_flops"),
+    *("over_product", "over_product_low", "over_product_high"),
     *("pruning_ms", "pruning_share", "keys_ms", "pruning_over_keys"),
     *("unpruned_peak_mb", "pruned_peak_mb", "unpruned_kv_mb", "pruned_kv_mb", "expected_kv_mb"),
     *("weights_mb", "rounds", "dtype", "attention", "machine", "threads", "torch", "transformers"),
     "run",
 )
+#: What a row of another way of pruning leaves open.
+PRODUCT_ONLY = ("pruning_ms", "pruning_share", "keys_ms", "pruning_over_keys", "expected_kv_mb")
 #: CLIP ViT-L/14 at 336 pixels, the tile of LLaVA-1.5 and LLaVA-NeXT: 24 x 24 patches of 14 pixels.
 TILE_PIXELS, TILE_TOKENS = 336, 576
 #: LLaVA-1.5's script finetune_lora.sh; weights of all linear maps but the vocabulary's.
@@ -296,10 +299,19 @@ class Bench:
         pruning: Strategy, schedule and positions.
         load: What the model is given.
         logits: Of which positions training makes logits, `all` or `supervised`.
+        ways: Ways of published code to measure beside, of `ways.WAYS`.
     """
 
-    def __init__(self, model: Any, pruning: Pruning, load: Load, logits: str = "all") -> None:
+    def __init__(
+        self,
+        model: Any,
+        pruning: Pruning,
+        load: Load,
+        logits: str = "all",
+        ways: Sequence[str] = (),
+    ) -> None:
         self.model, self.pruning, self.load, self.logits = model, pruning, load, logits
+        self.ways = tuple(ways)
         self.decoder: Any = model.get_decoder()
         self.device: torch.device = self.decoder.embed_tokens.weight.device
         self.clock = Clock(self.device)
@@ -317,26 +329,36 @@ class Bench:
     # -- contexts --------------------------------------------------------------------------------
 
     @contextmanager
-    def pruned(self) -> Iterator[None]:
-        """The model pruned; `marks` gets a moment before and after each module's own hooks."""
+    def pruned(self, way: str | None = None, marked: bool = True) -> Iterator[tp.Trace]:
+        """The model pruned; yields the trace.
+
+        Args:
+            way: How published code does it, one of `ways.WAYS`, in place of the product's way.
+            marked: Whether `marks` gets a moment before and after each module's own hooks.
+        """
 
         def mark(*_: Any) -> None:
             self.marks.append(self.clock.mark())
 
-        modules: list[nn.Module] = [self.decoder, *self.decoder.layers]
+        modules: list[nn.Module] = [self.decoder, *self.decoder.layers] if marked else []
         handles = [module.register_forward_pre_hook(mark, prepend=True) for module in modules]
-        own = self.pruning
+        own, strategy = self.pruning, self.pruning.strategy
+        cuts = [stage.layer for stage in own.schedule.stages]
+        rows: ways.Rows = {}
+        if way in ways.READS_MAPS:
+            strategy = ways.FromMaps(strategy, self.load.num_text // 2, rows)
         try:
             with tp.prune(
                 self.model,
-                own.strategy,
+                strategy,
                 own.schedule,
                 own.positions,
                 self.logits,
                 self.load.visual_mask.to(self.device),
-            ):
+            ) as trace:
                 handles += [module.register_forward_pre_hook(mark) for module in modules]
-                yield
+                with ways.WAYS[way](self.decoder.layers, cuts, rows) if way else nullcontext():
+                    yield trace
         finally:
             for handle in handles:
                 handle.remove()
@@ -384,12 +406,18 @@ class Bench:
             self.decoder.layers[stage.layer].self_attn.k_proj(hidden)
 
     def variants(self, measure: str, optimizer: torch.optim.Optimizer | None) -> dict[str, Variant]:
-        """What is compared: `unpruned`, `pruned` and, for strategies that score, `keys`."""
+        """What is compared: `unpruned`, `pruned` and, for strategies that score, `keys`.
+
+        Decoding also has `marked`, which the time in the hooks is read from: a step is so short
+        that two device events per layer would be seen in `pruned`. The ways follow by name.
+        """
         contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "unpruned": nullcontext,
-            "pruned": self.pruned,
+            "pruned": partial(self.pruned, marked=measure != "decode"),
         }
+        contexts |= {way: partial(self.pruned, way) for way in self.ways}
         if measure == "decode":
+            contexts["marked"] = self.pruned
             # Every round continues from a copy of the same cache, so that its context is the same.
             filled = {}
             for name, context in contexts.items():
@@ -452,7 +480,7 @@ class Bench:
 
 
 class Timing(NamedTuple):
-    """Seconds of every round, and the peak memory of the warm-up, by variant."""
+    """Seconds of every round and the peak memory of the warm-up, by variant; time in the hooks."""
 
     seconds: dict[str, list[float]]
     hooks: list[float]
@@ -468,6 +496,7 @@ def interleave(bench: Bench, variants: Mapping[str, Variant], rounds: int, warmu
         rounds: How often each is timed.
         warmup: How often each runs before, at least once; the last time its peak memory is read.
     """
+    hooked = "marked" if "marked" in variants else "pruned"
     timing = Timing({name: [] for name in variants}, [], {})
     names = list(variants)
     for number in range(-warmup, rounds):
@@ -477,6 +506,7 @@ def interleave(bench: Bench, variants: Mapping[str, Variant], rounds: int, warmu
                 state = prepare()
                 if number == -1:
                     timing.peaks[name] = peak_bytes(bench.device, partial(work, state))
+                    del state
                     continue
                 bench.marks.clear()
                 bench.clock.wait()
@@ -484,9 +514,10 @@ def interleave(bench: Bench, variants: Mapping[str, Variant], rounds: int, warmu
                 work(state)
                 end = bench.clock.mark()
                 bench.clock.wait()
+                del state  # a copy of a cache; the next one is made before this name is bound anew
             if number >= 0:
                 timing.seconds[name].append(bench.clock.seconds(start, end))
-                if name == "pruned":
+                if name == hooked:
                     timing.hooks.append(bench.hook_seconds())
     bench.marks.clear()
     return timing
@@ -511,7 +542,8 @@ def figures(bench: Bench, measure: str, timing: Timing) -> dict[str, Any]:
         "avg_tokens": sum(lengths) / len(lengths),
         "pruning_ms": scale * statistics.median(timing.hooks),
         "pruning_share": statistics.median(
-            hooks / whole for hooks, whole in zip(timing.hooks, pruned, strict=True)
+            hooks / whole
+            for hooks, whole in zip(timing.hooks, timing.seconds.get("marked", pruned), strict=True)
         ),
         "unpruned_peak_mb": timing.peaks["unpruned"] / 1e6,
         "pruned_peak_mb": timing.peaks["pruned"] / 1e6,
@@ -523,7 +555,28 @@ def figures(bench: Bench, measure: str, timing: Timing) -> dict[str, Any]:
         found["pruning_over_keys"] = statistics.median(
             hooks / alone for hooks, alone in zip(timing.hooks, keys, strict=True)
         )
+    if bench.ways:
+        found["ways"] = [_way_figures(way, timing, scale, flops_ratio) for way in bench.ways]
     return found
+
+
+def _way_figures(
+    way: str, timing: Timing, scale: float, flops_ratio: float | None
+) -> dict[str, Any]:
+    """A way's columns of its own: what is `pruned` there is the way."""
+    own = timing.seconds[way]
+    by_unpruned, by_product = (
+        [b / a for a, b in zip(timing.seconds[name], own, strict=True)]
+        for name in ("unpruned", "pruned")
+    )
+    return {
+        "way": way,
+        **_spread("pruned_ms", [scale * value for value in own]),
+        **_spread("time_ratio", by_unpruned),
+        **_spread("over_product", by_product),
+        "over_flops": flops_ratio and statistics.median(by_unpruned) / flops_ratio,
+        "pruned_peak_mb": timing.peaks[way] / 1e6,
+    }
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -578,8 +631,14 @@ def check(config: DictConfig) -> None:
             "strategy: expected one that prunes, to compare with the unpruned model, got none. "
             "Choose strategy=pyramiddrop."
         )
+    if config.ways and config.measure != "prefill":
+        raise ValueError(
+            f"ways: expected measure=prefill, got measure={config.measure}. Set ways=[]."
+        )
     shape = cost.DecoderShape.from_config(_shape_config(config))
-    build_pruning(config, shape.num_layers)
+    pruning = build_pruning(config, shape.num_layers)
+    assert pruning is not None, "a strategy was asked for"
+    ways.check(config.ways, pruning.strategy, config.attention)
 
 
 def _shape_config(config: DictConfig) -> Any:
@@ -636,7 +695,7 @@ def _measure(
     num_layers = cost.DecoderShape.from_config(model.config).num_layers
     pruning = build_pruning(config, num_layers)
     assert pruning is not None, "checked before"
-    bench = Bench(model, pruning, load, config.logits)
+    bench = Bench(model, pruning, load, config.logits, list(config.ways))
     optimizer = _tune(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)
@@ -646,6 +705,9 @@ def _measure(
             found["pruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
         found["unpruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
         found["expected_kv_mb"] = bench.expected_cache_bytes() / 1e6
+        for own in found.get("ways", []):
+            with bench.pruned(own["way"]):
+                own["pruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
     return found
 
 
@@ -725,7 +787,9 @@ def read(folder: Path) -> dict[str, Any]:
 def publish(folder: Path) -> list[dict[str, Any]]:
     """Writes bench.csv and bench.png of a run's or a sweep's folder; the rows."""
     paths = sorted(folder.glob(f"*/{RESULT}")) or [folder / RESULT]
-    rows = [read(path.parent) | {"run": path.parent.name} for path in paths]
+    runs = [read(path.parent) | {"run": path.parent.name} for path in paths]
+    rows = [row for run in runs for row in with_ways(run)]
+    # A stable sort: the rows of a run stay together, its ways in their order.
     rows.sort(key=lambda row: [MEASURES.index(row["measure"]), str(row["shape"]), row["num_visual"],
                                row["batch_size"], row["run"]])  # fmt: skip
     draft = folder / f".{TABLE}.{os.getpid()}"
@@ -734,8 +798,15 @@ def publish(folder: Path) -> list[dict[str, Any]]:
         writer.writeheader()
         writer.writerows([{key: _rounded(value) for key, value in row.items()} for row in rows])
     os.replace(draft, folder / TABLE)
-    plot([row for row in rows if row.get("flops_ratio")], folder / PLOT)
+    plot([r for r in rows if r.get("flops_ratio") and not r.get("way")], folder / PLOT)
     return rows
+
+
+def with_ways(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run's row, and one for each way measured beside it."""
+    row = {key: value for key, value in found.items() if key != "ways"}
+    others = {key: value for key, value in row.items() if key not in PRODUCT_ONLY}
+    return [row, *(others | own for own in found.get("ways", []))]
 
 
 def _rounded(value: Any) -> Any:
@@ -785,8 +856,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column(name)
     for name in ("tokens", "rows", "unpruned", "pruned", "time", "FLOPs", "pruning", "KV cache"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for row in [line for found in rows for line in with_ways(found)]:
         head = [row["measure"], row["shape"], row["strategy"]]
+        head[2] += f" ({row['way']})" if row.get("way") else ""
         head += [f"{row['num_visual']}+{row['num_text']}", str(row["batch_size"])]
         if row["status"] != "ok":
             table.add_row(*map(escape, head), escape(row["status"]), *[""] * 5)
@@ -798,7 +870,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
             f"{row['pruned_ms']:.4g} ms",
             f"{100 * row['time_ratio']:.1f} %",
             f"{100 * row['flops_ratio']:.1f} %" if row["flops_ratio"] else "unknown",
-            f"{100 * row['pruning_share']:.1f} %",
+            f"{100 * row['pruning_share']:.1f} %" if "pruning_share" in row else "",
             "" if None in kept else f"{kept[0]:.4g} -> {kept[1]:.4g} MB",
         )
     console = Console()
