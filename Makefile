@@ -1,12 +1,13 @@
 # make demo: the ablation on the shipped model, from a bare machine. make test: the tests.
 # make test-all: and every model type, attention and mode. make test-oldest: the oldest transformers.
+# make paper: the experiments that repeat the paper's tables and figures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: install demo test test-all test-oldest check format wheel clean
+.PHONY: install demo paper test test-all test-oldest check format wheel clean
 
 install: $(STAMP)
 
@@ -21,6 +22,19 @@ demo: $(STAMP)
 	$(BIN)/tokenprune report outputs/ablation
 	@echo "Table:  outputs/ablation/results.csv"
 	@echo "Page:   outputs/ablation/report.html"
+
+# Started again, it goes on where it was stopped: experiments/paper/README.md says how long it takes.
+PAPER := --config-dir experiments/paper
+paper: $(STAMP)
+	$(BIN)/python experiments/tiny_vlm/run.py --unsettled
+	$(BIN)/tokenprune train $(PAPER) experiment=training
+	$(BIN)/tokenprune eval $(PAPER) experiment=inference
+	$(BIN)/tokenprune eval $(PAPER) experiment=one_cut
+	$(BIN)/tokenprune bench $(PAPER) experiment=steps
+	$(BIN)/python experiments/paper/publish.py
+	for name in ablation budgets layers variants; do \
+	  $(BIN)/tokenprune eval experiment=$$name && $(BIN)/python experiments/$$name/publish.py || exit 1; \
+	done
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
