@@ -211,6 +211,26 @@ def test_text_from_data_models_and_configs_is_escaped(tmp_path: Path) -> None:
     assert ATTACK in "".join("".join(ElementTree.fromstring(svg).itertext()) for svg in figures)
 
 
+def test_a_score_between_right_and_wrong_is_told(tmp_path: Path) -> None:
+    """As VQA's metric gives: six of ten people said so, or three."""
+    settings = plan("fastv", "one_shot", [2], [0.5], num_stages=2, positions="original", seed=0)
+    write_run(tmp_path, settings, num_pictures=4)
+    run = next(path for path in tmp_path.iterdir() if path.is_dir())
+    pictured = [record["id"] for record in json.loads((run / "kept.json").read_text())]
+    lines = (run / "predictions.jsonl").read_text().splitlines()
+    records = {record["id"]: record for record in map(json.loads, lines)}
+    for own, score in zip(pictured, (0.6, 0.3, 1.0, 0.0), strict=True):
+        records[own] |= {"score": score, "correct": score >= 0.5}
+    text = "".join(json.dumps(record) + "\n" for record in records.values())
+    (run / "predictions.jsonl").write_text(text)
+    reader = Reader(report.build(run).read_text(encoding="utf-8"))
+    for verdict in ("score 0.6", "score 0.3", "✓ right", "✗ wrong"):
+        assert reader.text.count(verdict) == 1, verdict
+    trees = map(ElementTree.parse, sorted((run / "figures").glob("kept_*.svg")))
+    drawn = "".join("".join(tree.getroot().itertext()) for tree in trees)
+    assert "(0.6)" in drawn
+
+
 def test_pictures_outside_the_run_are_not_read(tmp_path: Path) -> None:
     write_sweep(
         tmp_path, strategies=("random",), lams=(0.5,), published=False, unpruned=False,

@@ -131,7 +131,20 @@ class StrategyView:
     label: str
     prediction: str
     correct: bool | None
+    score: float | None
     panels: tuple[PanelView, ...]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether its metric calls it neither right nor wrong, as VQA's may."""
+        return self.score is not None and 0 < self.score < 1
+
+    @property
+    def verdict(self) -> str:
+        """A word, or the score."""
+        if self.is_partial:
+            return f"{self.score:.2g}"
+        return {True: "right", False: "wrong", None: "not scored"}[self.correct]
 
 
 @dataclass(frozen=True)
@@ -462,10 +475,9 @@ def _sample(
         answer = answers[group.first.folder].get(str(record["id"]), own)
         view = _strategy_view(group.first.strategy, group.series, answer, drawn[1:])
         views.append(view)
-        mark = {True: "right", False: "wrong", None: "not scored"}[view.correct]
         rows.append(
             (
-                f"{group.series}: {view.prediction} ({mark})",
+                f"{group.series}: {view.prediction} ({view.verdict})",
                 [(panel.title, pictures.stack(panel.images)) for panel in drawn[1:]],
             )
         )
@@ -489,12 +501,13 @@ def _sample(
 def _strategy_view(
     strategy: str, label: str, answer: Mapping[str, Any], drawn: Sequence[pictures.Panel]
 ) -> StrategyView:
-    correct = answer.get("correct")
+    correct, score = answer.get("correct"), answer.get("score")
     return StrategyView(
         strategy=strategy,
         label=label,
         prediction=str(answer.get("prediction", "")),
         correct=None if correct is None else bool(correct),
+        score=None if score is None else float(score),
         panels=tuple(_panel_view(panel, f"{label}, tokens alive from") for panel in drawn),
     )
 
