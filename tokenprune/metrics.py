@@ -86,24 +86,37 @@ _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "fou
     "ten": "10",
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# English ones; `well`, `ill`, `were` and the like are words of their own.
+#: Words of the evaluation's table, which writes them so where their apostrophe is missing. It has
+#: `I'm` and `I've` with a capital only, which no answer in lower case has, and not `lets`.
 _CONTRACTED = (
-    "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't "
-    "needn't oughtn't shan't shouldn't wasn't weren't won't wouldn't could've might've must've "
-    "should've would've what've where've who've i've they've we've you've i'm they're you're "
-    "what're there're he's how's somebody's someone's that's there's what's when's where's who's "
-    "why's it'd he'd they'd there'd who'd you'd where'd how'd how'll it'll they'll what'll who'll "
-    "you'll somebody'll someone'll let's ma'am o'clock y'all"
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's "
+    "how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've "
+    "o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll "
+    "someone's something'd something'll that's there'd there're there's they'd they'll they're "
+    "they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's "
+    "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
+    "you'll you're you've"
 )
-_CONTRACTIONS = {text.replace("'", ""): text for text in _CONTRACTED.split()}
+#: Those of several apostrophes, any one of which may be missing.
+_TWICE_CONTRACTED = (
+    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've "
+    "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll "
+    "y'all'd've you'd've 'ow's'at"
+)
+_CONTRACTIONS = {text.replace("'", ""): text for text in _CONTRACTED.split()} | {
+    text[:place] + text[place + 1 :]: text
+    for text in _TWICE_CONTRACTED.split()
+    for place, mark in enumerate(text)
+    if mark == "'"
+}
 
 
 def vqa_normalise(text: str) -> str:
     """An answer as VQA's evaluation compares it.
 
     In lower case, without punctuation and articles, number words as digits, contractions with their
-    apostrophes. Of the evaluation's table of contractions, misspellings of rare double ones
-    ("shouldntve") are left out.
+    apostrophes. Of the evaluation's table of contractions, `somebody'd`, which loses its own there,
+    is left out.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
