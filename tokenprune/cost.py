@@ -157,6 +157,8 @@ def _unlike(text: Any) -> str:
         return "layers without attention"
     if _first(text, "hidden_size_per_layer_input", "global_head_dim", "num_kv_shared_layers"):
         return "layers of several sizes"
+    if _differs_by_layer(text):
+        return "layers of several sizes"
     mixed = (
         len(set(_first(text, "mlp_layer_types") or ())) > 1
         or any(
@@ -169,6 +171,21 @@ def _unlike(text: Any) -> str:
         )
     )
     return "experts in some layers only" if mixed else ""
+
+
+def _differs_by_layer(text: Any) -> bool:
+    """Whether some layers have sizes of their own, which transformers keeps beside the config's.
+
+    Gemma 4's layers of full attention: wider heads, fewer of them for keys, and no map for values.
+    """
+    named = text.to_dict() if hasattr(text, "to_dict") else {}
+    others = named.get("per_layer_config") or {}
+    own = others.values() if isinstance(others, Mapping) else others
+    return any(
+        isinstance(value, int) and value != named.get(name)
+        for sizes in own
+        for name, value in (sizes or {}).items()
+    )
 
 
 # ----------------------------------------------------------------------------- published models
