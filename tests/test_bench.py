@@ -262,6 +262,7 @@ def test_a_way_does_the_work_that_it_names(way: str) -> None:
     extra = {
         "eager_layer": sum(4 * n * n * 64 for n in lengths) - scoring,
         "full_maps": sum(2 * n * 64 * (64 + 32) + 2 * n * n * 64 for n in lengths) - scoring,
+        "all_projections": sum(2 * n * 64 * (64 + 2 * 32 + 1) for n in lengths) - scoring,
         "dense_masks": 0,
         "cached_twice": sum(2 * n * 64 * (2 * 64 + 2 * 32 + 3 * 176) for n in lengths),
     }

@@ -345,8 +345,8 @@ class Bench:
         own, strategy = self.pruning, self.pruning.strategy
         cuts = [stage.layer for stage in own.schedule.stages]
         rows: ways.Rows = {}
-        if way in ways.READS_MAPS:
-            strategy = ways.FromMaps(strategy, self.load.num_text // 2, rows)
+        if way in ways.SCORES:
+            strategy = ways.FromRows(strategy, self.load.num_text // 2, rows)
         try:
             with tp.prune(
                 self.model,

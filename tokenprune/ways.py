@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.projection import project
+from tokenprune.projection import Projected, project
 from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
 
 #: Per cut, what the last token of each row pays all others: (B, H, T), or (B, 1, T) over heads.
 Rows = dict[int, Tensor]
-#: Hooks on a decoder's layers around the cuts; those that read maps leave rows for the strategy.
+#: Hooks on a decoder's layers around the cuts; those of `SCORES` leave rows for the strategy.
 Way = Callable[[Sequence[nn.Module], Sequence[int], Rows], AbstractContextManager[None]]
 
 
@@ -31,7 +31,7 @@ Way = Callable[[Sequence[nn.Module], Sequence[int], Rows], AbstractContextManage
 def eager_layer(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> Iterator[None]:
     """The layer before each cut runs eager attention, for its map; the strategy reads that.
 
-    FastV's released code, by `output_attentions`, and most collections of methods after it.
+    FastV's released code asks that layer for `output_attentions`.
     """
     handles: list[Any] = []
     configs: list[tuple[Any, Any]] = []
@@ -64,18 +64,32 @@ def eager_layer(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) ->
 def full_maps(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> Iterator[None]:
     """Queries and keys of all tokens, projected once more, and their whole map, mean over heads.
 
-    So do the collections that recompute attention from q and k, where one row is asked for.
+    What code does that recomputes attention as if all rows were asked for.
     """
 
     def before(module: nn.Module, args: Any, kwargs: Any, cut: int) -> None:
         hidden = args[0]
-        every = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        with torch.no_grad():
-            made = project(module, hidden, every, kwargs)
-            groups = made.queries.shape[1] // made.keys.shape[1]
-            keys = made.keys.repeat_interleave(groups, 1)  # (B, H, T, E), as `repeat_kv` does
-            logits = made.queries @ keys.transpose(2, 3) * made.scaling + causal_mask(hidden)
-            rows[cut] = logits.float().softmax(-1).mean(1, keepdim=True)[:, :, -1].clone()
+        made = _project_all(module, hidden, kwargs)
+        logits = made.queries @ made.keys.transpose(2, 3) * made.scaling + causal_mask(hidden)
+        rows[cut] = logits.float().softmax(-1).mean(1, keepdim=True)[:, :, -1].clone()
+
+    with _hooked([(layers[cut - 1], _with(before, cut)) for cut in cuts]):
+        yield
+
+
+@contextmanager
+def all_projections(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> Iterator[None]:
+    """Queries, keys and values of all tokens and a mask (B, 1, T, T), of which one row is read.
+
+    PyramidDrop's released code, in `pdrop_rank_drop`.
+    """
+
+    def before(module: nn.Module, args: Any, kwargs: Any, cut: int) -> None:
+        hidden = args[0].clone()
+        made = _project_all(module, hidden, kwargs)
+        module.self_attn.v_proj(hidden)  # type: ignore[operator, union-attr]
+        logits = made.queries[:, :, -1:] @ made.keys.transpose(2, 3) * made.scaling
+        rows[cut] = (logits + causal_mask(hidden)[:, :, -1:]).float().softmax(-1)[:, :, 0]
 
     with _hooked([(layers[cut - 1], _with(before, cut)) for cut in cuts]):
         yield
@@ -85,8 +99,8 @@ def full_maps(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> I
 def dense_masks(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> Iterator[None]:
     """Every stage gets a float mask (B, 1, T, T), so that sdpa leaves its causal kernel.
 
-    FastV's released code rebuilds it after its cut, with a function of transformers that also made
-    the first one.
+    FastV's released code for transformers makes it for the layers before its cut and anew for those
+    after it, whatever the attention implementation.
     """
     masks: list[Tensor] = []
 
@@ -103,7 +117,8 @@ def dense_masks(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) ->
 def cached_twice(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -> Iterator[None]:
     """The layer before each cut runs a second time with the same cache, which keeps both.
 
-    FastV's file for lmms-eval, and two collections of methods; here the second output is dropped.
+    FastV's released file for lmms-eval, and collections of methods after it, whose first run is
+    eager, for its map. Here both run sdpa, and what the second returns is dropped.
     """
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -118,10 +133,11 @@ def cached_twice(layers: Sequence[nn.Module], cuts: Sequence[int], rows: Rows) -
 
 
 WAYS: dict[str, Way] = {
-    way.__name__: way for way in (eager_layer, full_maps, dense_masks, cached_twice)
+    way.__name__: way
+    for way in (eager_layer, full_maps, all_projections, dense_masks, cached_twice)
 }
-#: Ways that find the scores in a map of their own, of the layer before the cut.
-READS_MAPS = ("eager_layer", "full_maps")
+#: Ways that find the scores themselves, in the layer before the cut.
+SCORES = ("eager_layer", "full_maps", "all_projections")
 
 
 def check(names: Sequence[str], strategy: PruningStrategy, attention: str) -> None:
@@ -145,16 +161,16 @@ def check(names: Sequence[str], strategy: PruningStrategy, attention: str) -> No
             "Set attention=sdpa."
         )
     asked = AttentionRows("last", "previous")
-    if any(name in READS_MAPS for name in names) and strategy.attention_rows() != (asked,):
+    if any(name in SCORES for name in names) and strategy.attention_rows() != (asked,):
         raise ValueError(
             f"ways: expected a strategy that reads the last row of the layer before the cut, for "
-            f"{' and '.join(READS_MAPS)}, got {strategy}. Set strategy=pyramiddrop "
+            f"{' and '.join(SCORES)}, got {strategy}. Set strategy=pyramiddrop "
             "strategy.source=previous."
         )
 
 
 @dataclass(frozen=True)
-class FromMaps(PruningStrategy):
+class FromRows(PruningStrategy):
     """A strategy's own choice, its attention read from rows that a way has left.
 
     Attributes:
@@ -183,6 +199,15 @@ def causal_mask(hidden: Tensor) -> Tensor:
     mask = torch.full((length, length), low, dtype=hidden.dtype, device=hidden.device).triu_(1)
     # As many copies as rows: that is what is handed to each layer.
     return mask.repeat(num_rows, 1, 1, 1)
+
+
+def _project_all(layer: nn.Module, hidden: Tensor, named: Any) -> Projected:
+    """Queries and keys of all tokens, (B, H, T, E) each, as `repeat_kv` makes them."""
+    every = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+    with torch.no_grad():
+        made = project(layer, hidden, every, named)
+        groups = made.queries.shape[1] // made.keys.shape[1]
+        return replace(made, keys=made.keys.repeat_interleave(groups, 1))
 
 
 def _with(hook: Callable[..., Any], number: int) -> Callable[..., Any]:
