@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import statistics
 import time
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -132,6 +134,15 @@ def test_bytes_in_the_cache_are_the_cost_model_s(strategy: str, positions: str) 
     assert held == one.expected_cache_bytes()
     # 4 layers with 2 key heads of 16 entries, keys and values in float32.
     assert held == 3 * 2 * (96 + 48 + 24 + 12 + 4 * 16) * 2 * 16 * 4
+
+
+def test_keys_are_those_before_the_cuts() -> None:
+    one = made("batch_size=2")
+    found = one.before_cuts()
+    assert [tuple(hidden.shape) for _, hidden in found] == [(2, n, 64) for n in (112, 64, 40)]
+    layers = list(one.decoder.layers)
+    assert [layers.index(layer) for layer, _ in found] == [1, 2, 3]
+    one.project_keys(found)
 
 
 def test_every_round_of_decoding_starts_at_the_same_context() -> None:
@@ -375,14 +386,53 @@ def test_any_checkpoint_s_config_will_do(tmp_path: Path) -> None:
     assert found["pruned_kv_mb"] == found["expected_kv_mb"]
 
 
-def test_a_model_too_large_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
+    ],
+)
+def test_a_model_too_large_is_a_result(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, *_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(bench, "build_model", full)
+    monkeypatch.setattr(bench.Bench, "prefill", full)
     found = bench.measure(config())
     assert found["status"] == "out of memory"
     assert "time_ratio" not in found
+
+
+def test_a_model_too_large_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run of a sweep needs its memory, so nothing of the error may hold on to it."""
+    alive, seen = [], []
+
+    def full(self, *_: object) -> None:
+        alive.append(weakref.ref(self.model))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.Bench, "prefill", full)
+    collect = gc.collect
+
+    def collecting() -> None:
+        collect()
+        seen.append(alive[0]())
+
+    monkeypatch.setattr(gc, "collect", collecting)
+    bench.measure(config())
+    assert seen == [None]
+
+
+def test_other_errors_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self, *_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(bench.Bench, "prefill", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        bench.measure(config())
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -482,4 +532,5 @@ def test_the_gpu_experiment_runs_on_a_cpu_with_a_tiny_shape() -> None:
         ("train", "lora", "supervised"),
     } <= found
     assert {row["batch_size"] for row in rows} == {"1", "8"}
+    assert {row["way"] for row in rows} == {"", *ways.WAYS}
     assert {row["status"] for row in rows} == {"ok"}

@@ -394,16 +394,21 @@ class Bench:
         optimizer.step()
         optimizer.zero_grad()
 
-    @torch.no_grad()
-    def project_keys(self) -> None:
-        """Key projections alone, of the tokens before each cut: the least that scoring needs."""
+    def before_cuts(self) -> list[tuple[Any, Tensor]]:
+        """Layer of each cut, and hidden states (B, T, D) as long as those before it."""
         lengths = self.lengths()
-        rows, width = self.load.batch_size, self.embeds.shape[2]
+        found = []
         for stage in self.pruning.schedule.stages:
             before = lengths[stage.layer - 1] if stage.layer else self.load.num_visual
-            length = before + self.load.num_text
-            hidden = self.embeds.new_empty(rows, length, width)
-            self.decoder.layers[stage.layer].self_attn.k_proj(hidden)
+            hidden = self.embeds[:, : before + self.load.num_text].contiguous()
+            found.append((self.decoder.layers[stage.layer], hidden))
+        return found
+
+    @torch.no_grad()
+    def project_keys(self, before_cuts: list[tuple[Any, Tensor]]) -> None:
+        """Key projections alone, of the tokens before each cut: the least that scoring needs."""
+        for layer, hidden in before_cuts:
+            layer.self_attn.k_proj(hidden)
 
     def variants(self, measure: str, optimizer: torch.optim.Optimizer | None) -> dict[str, Variant]:
         """What is compared: `unpruned`, `pruned` and, for strategies that score, `keys`.
@@ -417,12 +422,12 @@ class Bench:
         }
         contexts |= {way: partial(self.pruned, way) for way in self.ways}
         if measure == "decode":
-            contexts["marked"] = self.pruned
             # Every round continues from a copy of the same cache, so that its context is the same.
             filled = {}
             for name, context in contexts.items():
                 with context():
                     filled[name] = self.prefill()
+            contexts["marked"], filled["marked"] = self.pruned, filled["pruned"]
             found = {
                 name: Variant(context, partial(copy.deepcopy, filled[name]), self.decode)
                 for name, context in contexts.items()
@@ -441,7 +446,7 @@ class Bench:
         attention: Any = getattr(self.decoder.layers[0], "self_attn", None)
         scores = any(r.source for r in self.pruning.strategy.attention_rows())
         if measure != "decode" and scores and hasattr(attention, "k_proj"):
-            found["keys"] = Variant(nullcontext, lambda: None, lambda _: self.project_keys())
+            found["keys"] = Variant(nullcontext, self.before_cuts, self.project_keys)
         return found
 
     # -- theory ----------------------------------------------------------------------------------
@@ -679,12 +684,21 @@ def measure(config: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     try:
         return told | {"status": "ok"} | _measure(config, load, DTYPES[name], device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return told | {"status": "out of memory"}
     finally:
         gc.collect()  # the next run of a sweep needs the memory
         if cuda:
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device was full: torch's allocator says so by type, libraries and CPUs by text."""
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    full = isinstance(error, torch.OutOfMemoryError)
+    return full or any(text in str(error) for text in texts)
 
 
 def _measure(
