@@ -58,6 +58,9 @@ def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert results.changes(tmp_path, CONFIG, MARKS) == []
     assert results.changes(tmp_path, CONFIG | {"seed": 1}, MARKS) == ["seed"]
     assert results.changes(tmp_path, CONFIG, MARKS | {"torch": "9"}) == ["torch"]
+    # What it logs to, and where it goes on from, make it no other run: its folder may have moved.
+    elsewhere = {"logger": {"save_dir": "/elsewhere"}, "ckpt_path": "last"}
+    assert results.changes(tmp_path, CONFIG | elsewhere, MARKS) == []
     assert results.changes(tmp_path, CONFIG, MARKS | {"data.path": "new"}) == ["data.path"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml",

@@ -156,7 +156,8 @@ def changes(
 
     Args:
         folder: The run's folder.
-        config: The resolved config; where a training goes on from is no part of it.
+        config: The resolved config; where a training goes on from and what it logs to are no part
+            of it.
         marks: Its `fingerprint`.
         last: The file that the run writes last.
     """
@@ -165,7 +166,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - {"ckpt_path"})
+    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
     return differing + [key for key in marks if versions.get(key) != marks[key]]
 
