@@ -23,8 +23,9 @@ TUNINGS = ("full", "projector", "lora")
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
     """Parameters of a model's vision tower, decoder (head included), and all between them."""
     encoder, head = model.get_encoder(modality="image"), model.get_output_embeddings()
-    decoder = list(model.get_decoder().parameters())
-    decoder += [] if head is None else list(head.parameters())
+    # A head may be the embeddings once more: an optimiser would step twice.
+    heads = [] if head is None else list(head.parameters())
+    decoder = list({id(p): p for p in (*model.get_decoder().parameters(), *heads)}.values())
     tower = [] if encoder is model else list(encoder.parameters())
     taken = {id(parameter) for parameter in (*tower, *decoder)}
     between = [parameter for parameter in model.parameters() if id(parameter) not in taken]
