@@ -282,7 +282,7 @@ def test_a_way_does_the_work_that_it_names(way: str) -> None:
 
 @pytest.mark.parametrize("way", [None, *ways.WAYS])
 def test_masks_that_sdpa_gets(way: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = made(*PREVIOUS, "batch_size=2")
+    one = made(*PREVIOUS, "schedule.num_stages=2", "batch_size=2")
     answer(one, way)
     seen = []
     original = nn.functional.scaled_dot_product_attention
@@ -293,13 +293,16 @@ def test_masks_that_sdpa_gets(way: str | None, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
     answer(one, way)
-    # 4 layers; three of them eager, or run twice.
-    assert len(seen) == {"eager_layer": 1, "cached_twice": 7}.get(way or "", 4)
+    # 4 layers; one of them eager, or run twice.
+    assert len(seen) == {"eager_layer": 3, "cached_twice": 5}.get(way or "", 4)
     if way != "dense_masks":
         assert all(mask is None and causal for mask, causal in seen)
         return
-    assert [tuple(mask.shape) for mask, _ in seen] == [(2, 1, n, n) for n in (112, 64, 40, 28)]
+    assert [tuple(mask.shape) for mask, _ in seen] == [(2, 1, n, n) for n in (112, 112, 64, 64)]
     assert all(mask.dtype == torch.float32 and not causal for mask, causal in seen)
+    first, second, third, fourth = (mask for mask, _ in seen)
+    assert first is second  # made once per stage
+    assert third is fourth
 
 
 def test_rows_of_the_ways() -> None:
