@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import models
 import pandas
 import pytest
 import torch
+from lightning_fabric.utilities.throughput import Throughput
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -23,6 +25,7 @@ from transformers import (
 
 import tokenprune as tp
 from tokenprune import cli, compose, finetune, training
+from tokenprune.checkpoints import BEST, LAST
 from tokenprune.compose import Pruning
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
@@ -324,6 +327,11 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         (["trainer.precision=16-mixed"], "trainer.precision: expected one that a CPU can train in"),
         (["trainer.precision=bf16-true"], "trainer.precision: expected float32 weights, got 'bf16"),
         (["trainer=gpu"], "trainer.accelerator: expected a device of this machine, got 'gpu' with"),
+        (
+            ["trainer.devices=99"],
+            "trainer.devices: expected at most .*, the cores of this CPU, got",
+        ),
+        (["checkpoint_every=0"], "checkpoint_every: expected a number of steps >= 1, got 0. Set"),
         (["monitor=loss"], r"monitor: expected one of \['val_loss', 'val_accuracy'\], got 'loss'"),
         (["keep=all"], "keep: expected last or best, got 'all'"),
         (["patience=0"], "patience: expected a number of validations >= 1, or null, got 0. Set"),
@@ -454,11 +462,56 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
             check_devices({"accelerator": "auto", "devices": devices})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer=fsdp"], "trainer: expected a whole model in each process to evaluate, got a .*"),
+        (
+            ["trainer.devices=99"],
+            "trainer.devices: expected at most .*, the cores of this CPU, got",
+        ),
+    ],
+)
+def test_evaluation_refuses_what_it_cannot_run(checkpoint, tmp_path, overrides, message):
+    from tokenprune.evaluation import evaluate
+
+    own = cli.compose("eval", ["model=hub", f"model.path={checkpoint}", *overrides])
+    with pytest.raises(ValueError, match=message):
+        evaluate(own, tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_used_anew_keeps_nothing_of_the_run_before(checkpoint, tmp_path):
+    own = ["trainer.max_steps=2", "checkpoint_every=1", "logger=csv", "keep=best"]
+    own += ["trainer.log_every_n_steps=1"]
+    training.train(config(checkpoint, *own, "trainer.val_check_interval=1"), tmp_path)
+    assert (tmp_path / BEST).is_file()
+    # No validation is due in it: the weights of the other run are not its best.
+    training.train(config(checkpoint, *own, "seed=1", "learning_rate=0.1"), tmp_path)
+    last = torch.load(tmp_path / LAST, weights_only=True)["state_dict"]
+    for name, value in weights(tmp_path).items():
+        if f"model.{name}" in last:
+            assert torch.equal(value, last[f"model.{name}"]), name
+    assert len(pandas.read_csv(tmp_path / "csv" / "metrics.csv")["train_loss"].dropna()) == 2
+
+
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
     own = ["checkpoint_every=1", "trainer.max_steps=1", "+trainer.limit_val_batches=0"]
     training.train(config(checkpoint, *own, "parts=[projector]"), tmp_path)
     with pytest.raises(ValueError, match=r"ckpt_path: expected the weights .* which lacks it. Use"):
         training.train(config(checkpoint, *own, "ckpt_path=last"), tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(checkpoint, tmp_path, monkeypatch):
+    own = ["checkpoint_every=1", "trainer.max_steps=1", "+trainer.limit_val_batches=0"]
+    training.train(config(checkpoint, *own), tmp_path / "run")
+    monkeypatch.setattr(models, "NUM_LAYERS", 4)
+    models.build("llava").save_pretrained(tmp_path / "other")
+    build_processor().save_pretrained(tmp_path / "other")
+    path = tmp_path / "run" / LAST
+    with pytest.raises(ValueError, match=r"ckpt_path: expected the weights .* not trained, got .*"):
+        training.train(config(str(tmp_path / "other"), *own, f"ckpt_path={path}"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -502,6 +555,21 @@ def test_recomputing_gives_the_same_gradients_where_little_is_trained(checkpoint
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-7)
 
 
+def test_shared_parameters_are_trained_once():
+    """A head that is the embeddings once more."""
+    model = models.build("llava")
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a parameter twice
+        own = build_optimizer(model, 1e-3, {}, weight_decay=0.1)
+    found = [parameter for group in own.param_groups for parameter in group["params"]]
+    assert (
+        len(found) == len({id(parameter) for parameter in found}) == len(list(model.parameters()))
+    )
+
+
 def test_parts_have_learning_rates_of_their_own(loaded):
     module = FineTune(
         loaded, parts=["vision_tower", "projector", "decoder"], learning_rates={"projector": 1e-3}
@@ -538,18 +606,80 @@ def test_training_ends_early_and_keeps_its_best(checkpoint, tmp_path):
     training.train(config(checkpoint, *own, "trainer.val_check_interval=1"), tmp_path)
     told = summary(tmp_path)
     assert told["steps"] < 60
-    best = torch.load(tmp_path / training.BEST, weights_only=True)
+    best = torch.load(tmp_path / BEST, weights_only=True)
     after = weights(tmp_path)
     for name, value in best["state_dict"].items():
         assert torch.equal(after[name.removeprefix("model.")], value), name
 
 
-def test_curves_are_csv_files_with_the_throughput(checkpoint, tmp_path):
+def test_curves_are_csv_files_with_the_throughput(checkpoint, tmp_path, monkeypatch):
+    counted, times, update = [], [], Throughput.update
+
+    def notes(self, *, time, flops, **others):
+        counted.append(flops)
+        times.append(time)
+        update(self, time=time, flops=flops, **others)
+
+    monkeypatch.setattr(Throughput, "update", notes)
     own = config(checkpoint, "logger=csv", "trainer.log_every_n_steps=1", "trainer.max_steps=3")
     training.train(own, tmp_path)
     frame = pandas.read_csv(tmp_path / "csv" / "metrics.csv")
     assert frame["train_loss"].notna().sum() == 3
     assert {"avg_tokens", "learning_rate_decoder", "train/lengths", "val_loss"} <= set(frame)
+    # Rows are about the step that they name; the last of them is the validation that ends it.
+    for name, steps in {"train_loss": [1, 2, 3], "train/time": [1, 2, 3], "val_loss": [3]}.items():
+        assert frame["step"][frame[name].notna()].tolist() == steps, name
+    speeds = frame["train/device/flops_per_sec"].dropna().tolist()
+    # From the row before to this one.
+    expected = [counted[n] / (times[n] - times[n - 1]) for n in (1, 2)]
+    assert speeds == pytest.approx(expected, rel=1e-6)
+
+
+def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):
+    own = ["logger=csv", "trainer.log_every_n_steps=1", "checkpoint_every=2", "data.batch_size=2"]
+    own += ["trainer.val_check_interval=3", "trainer.max_steps=8"]
+    for name in ("whole", "parts"):
+        training.train(config(checkpoint, *own, "seed=1"), tmp_path / name)  # is no part of it
+    training.train(config(checkpoint, *own), tmp_path / "whole")
+    step, seen = FineTune.training_step, []
+
+    def fails(self, batch, batch_idx):
+        seen.append(batch)
+        if len(seen) in (6, 9):  # steps 6, of which the fifth was logged, and 7
+            raise RuntimeError("out of memory")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTune, "training_step", fails)
+    for more in ([], ["ckpt_path=last"]):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            training.train(config(checkpoint, *own, *more), tmp_path / "parts")
+    monkeypatch.undo()
+    training.train(config(checkpoint, *own, "ckpt_path=last"), tmp_path / "parts")
+    whole, parts = (
+        pandas.read_csv(tmp_path / f / "csv" / "metrics.csv") for f in ("whole", "parts")
+    )
+    assert len(whole) == len(parts)
+    for name in ("train_loss", "val_loss", "val_accuracy", "avg_tokens", "unsupervised_batches"):
+        rows = [frame[["step", name]].dropna().values.tolist() for frame in (whole, parts)]
+        assert rows[0] == rows[1], name
+    assert parts["train_loss"].notna().sum() == 8
+    assert sorted(path.name for path in (tmp_path / "parts" / "csv").iterdir()) == ["metrics.csv"]
+
+
+def test_tensorboard_gets_the_curves(checkpoint, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    own = ["logger=tensorboard", "trainer.log_every_n_steps=1", "trainer.max_steps=5"]
+    training.train(config(checkpoint, *own), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("val_loss")] == [4, 5]
+    told = summary(tmp_path)
+    assert events.Scalars("train_loss")[-1].value == pytest.approx(told["train_loss"])
+    assert events.Scalars("val_loss")[-1].value == pytest.approx(told["validation"]["loss"])
+    assert events.Scalars("train/device/flops_per_sec")
 
 
 def test_flops_are_those_of_the_survivors(loaded):

@@ -187,7 +187,8 @@ def _train_task(config: DictConfig) -> None:
     with _tidy(folder), _quiet():
         from tokenprune import compose as recipes
         from tokenprune import results
-        from tokenprune.training import CHECKPOINT, SUMMARY, train
+        from tokenprune.checkpoints import LAST, Stopped
+        from tokenprune.training import SUMMARY, train
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             resolved = recipes.plain(config)
@@ -199,12 +200,20 @@ def _train_task(config: DictConfig) -> None:
                 return
             if changes:
                 print(f"{label}: again, {', '.join(changes)} changed", flush=True)
-            elif results.changes(folder, resolved, marks, CHECKPOINT) == []:
+            elif results.changes(folder, resolved, marks, LAST) == []:
                 print(f"{label}: goes on from its checkpoint", flush=True)
                 config.ckpt_path = "last"
             elif config.ckpt_path == "last":  # of a sweep that had not come so far
                 config.ckpt_path = None
-        train(config, folder)
+        try:
+            train(config, folder)
+        except Stopped as stop:
+            again = f"ckpt_path=last hydra.run.dir={folder}"
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                again = "the same command once more"
+            hint = f" To go on: {again}" if (folder / LAST).is_file() else ""
+            print(f"tokenprune: training was stopped {stop}.{hint}", file=sys.stderr)
+            raise SystemExit(128 + stop.signum) from None
 
 
 def _bench_task(config: DictConfig) -> float:
@@ -450,6 +459,8 @@ def explain(error: BaseException) -> str | None:
         return f"files: expected to read and write what a run needs, got: {_one_line(text)}."
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's
         return f"trainer: expected settings that fit this machine, got: {_one_line(text)}"
+    if type(cause).__name__ == "ProcessExitedException":
+        return f"trainer: expected all processes to end by themselves, got: {_one_line(text)}."
     if type(cause).__name__ == "OutOfMemoryError":
         return (
             f"memory: expected model and batch to fit the device, got: {_one_line(text)} "

@@ -1,7 +1,8 @@
-"""What a training asks of the machine, checked before anything is loaded."""
+"""What a run asks of the machine, checked before anything is loaded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         trainer: Arguments of `pytorch_lightning.Trainer`.
 
     Raises:
-        ValueError: There is no GPU, or fewer than processes; the precision keeps no small updates,
-            or the device does not have it.
+        ValueError: There is no GPU, or there are fewer of them, or of a CPU's cores, than
+            processes.
     """
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -34,28 +35,75 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
             f"trainer.devices: expected at most {num_gpus}, the GPUs of this machine, got "
             f"{devices!r}: {most} processes. Set trainer.devices=auto."
         )
-    precision = trainer.get("precision")
+    cores = os.cpu_count() or 1
+    if not uses_gpus and _on_cpu(trainer) and (most := _num_devices(devices)) > cores:
+        raise ValueError(
+            f"trainer.devices: expected at most {cores}, the cores of this CPU, got {devices!r}. "
+            "Lower trainer.devices."
+        )
+
+
+def check_training(trainer: Mapping[str, Any]) -> None:
+    """Refuses a trainer's config that cannot train on this machine.
+
+    Args:
+        trainer: Arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: As `check_devices`; or the precision keeps no small updates, or the device does
+            not have it.
+    """
+    check_devices(trainer)
+    on_cpu, precision = _on_cpu(trainer), trainer.get("precision")
     if (None if precision is None else str(precision)) not in PRECISIONS:
         raise ValueError(
             f"trainer.precision: expected float32 weights, got {precision!r}. "
             "Set trainer.precision=bf16-mixed, 16-mixed or null."
         )
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and num_gpus == 0)
     if precision == "16-mixed" and on_cpu:
         raise ValueError(
             "trainer.precision: expected one that a CPU can train in, got '16-mixed'. "
             "Set trainer.precision=bf16-mixed or null."
         )
-    if precision == "bf16-mixed" and uses_gpus and not torch.cuda.is_bf16_supported(False):
+    has_gpu = torch.cuda.is_available() and not on_cpu
+    if precision == "bf16-mixed" and has_gpu and not torch.cuda.is_bf16_supported(False):
         raise ValueError(
             "trainer.precision: expected one that this GPU has, got 'bf16-mixed', which needs "
             "compute capability 8.0. Set trainer.precision=16-mixed."
         )
-    if precision == "16-mixed" and "Sharded" in str(trainer.get("strategy")):
+    if precision == "16-mixed" and _shards(trainer):
         raise ValueError(
             "trainer.precision: expected bf16-mixed or float32 for a sharded training, got "
             "'16-mixed'. Set trainer.precision=bf16-mixed."
         )
+
+
+def check_evaluation(trainer: Mapping[str, Any]) -> None:
+    """Refuses a trainer's config that cannot evaluate on this machine.
+
+    Args:
+        trainer: Arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: As `check_devices`; or the model would be sharded.
+    """
+    check_devices(trainer)
+    if _shards(trainer):
+        raise ValueError(
+            "trainer: expected a whole model in each process to evaluate, got a strategy that "
+            "shards it. Set trainer=ddp; a model that one GPU does not hold fits several with "
+            "model.device_map=auto and trainer=gpu."
+        )
+
+
+def _on_cpu(trainer: Mapping[str, Any]) -> bool:
+    accelerator = trainer.get("accelerator", "auto")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
+def _shards(trainer: Mapping[str, Any]) -> bool:
+    text = str(trainer.get("strategy")).lower()
+    return any(name in text for name in ("sharded", "fsdp", "modelparallel", "deepspeed"))
 
 
 def _num_devices(devices: Any) -> int:

@@ -25,6 +25,8 @@ from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 import tokenprune as tp
 from tokenprune import compose, results
 from tokenprune.compose import Pruning
+from tokenprune.curves import CSVCurve
+from tokenprune.devices import check_evaluation
 from tokenprune.metrics import build_metric
 from tokenprune.models import LoadedModel
 
@@ -438,10 +440,14 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     marks = results.fingerprint(resolved)
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
+    check_evaluation(resolved["trainer"])
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer = instantiate(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )
+    for own in trainer.loggers:
+        if isinstance(own, CSVCurve):
+            own.cut(-1)  # of an earlier run
     loaded = load_model(config, marks)
     num_layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
     pruning = compose.build_pruning(config, num_layers)

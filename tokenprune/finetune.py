@@ -304,6 +304,10 @@ class FineTune(pl.LightningModule):
         frozen = {name for name, value in self.named_parameters() if not value.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}
+        checkpoint["unsupervised_batches"] = float(self._num_unsupervised)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._num_unsupervised = checkpoint.get("unsupervised_batches", 0.0)
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -377,6 +381,9 @@ class FineTune(pl.LightningModule):
         # All processes have the same numbers; sync_dist only tells the trainer so.
         for name, value in sorted(numbers.items()):
             self.log(name, value, prog_bar=name in ("val_loss", "val_accuracy"), sync_dist=True)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.global_step), sync_dist=True)
+            self.log("validated_step", float(self.global_step), logger=False, sync_dist=True)
 
     def on_validation_end(self) -> None:
         self._started += time.perf_counter() - self._paused

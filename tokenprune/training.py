@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a vision-language model, with its visual tokens pruned or whole.
 
 A model trained under the schedule that it will run with loses less than one that was never pruned.
-What is trained is in `tuning.py`, how a step's loss comes about in `finetune.py`.
+What is trained is in `tuning.py`, how a step's loss comes about in `finetune.py`, how a training is
+interrupted and goes on in `checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -17,34 +18,54 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, ThroughputMonitor
 
 import tokenprune as tp
 from tokenprune import compose, results
-from tokenprune.devices import check_devices
+from tokenprune.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
+from tokenprune.curves import CSVCurve
+from tokenprune.devices import check_training
 from tokenprune.finetune import FineTune
 from tokenprune.randomness import RandomStates
 from tokenprune.tuning import Lora
 
 #: What a finished training says about itself; `metrics.json` would make it a run of a sweep.
 SUMMARY = "training.json"
-#: Where an interrupted training goes on from, and the weights of the best validation.
-CHECKPOINT, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 #: What can say which validation is best, and whether high or low is good.
 MONITORS = {"val_loss": "min", "val_accuracy": "max"}
 
 
 class _Begin(pl.Callback):
-    """Notes what is trained once there is something to train: not when a checkpoint has it all."""
+    """Notes what is trained once there is something to train: not when a checkpoint has it all.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str]) -> None:
-        self.folder, self.config, self.marks = folder, config, marks
+    A training that starts anew takes the place of what was in its folder.
+    """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], anew: bool
+    ) -> None:
+        self.folder, self.config, self.marks, self.anew = folder, config, marks, anew
+        self._begun = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._begun:
+            return
+        self._begun = True
         if trainer.is_global_zero:
-            (self.folder / SUMMARY).unlink(missing_ok=True)
+            for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
+                (self.folder / name).unlink(missing_ok=True)
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             results.write_text(self.folder / results.CONFIG, text)
             results.write_versions(self.folder, self.marks)
+
+
+class _Throughput(ThroughputMonitor):
+    """Rows of the curve at the step that they are about."""
+
+    def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
+        super()._compute(trainer, trainer.global_step)
 
 
 def train(config: DictConfig, output_dir: Path) -> None:
@@ -61,6 +82,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
 
     Raises:
         ValueError: If something in the config cannot be honoured.
+        Stopped: A signal came while it trained; `checkpoints/last.ckpt` holds all steps.
     """
     from hydra.utils import instantiate
 
@@ -69,7 +91,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
         config.logger.save_dir = str(output_dir)  # what it refers to, outside Hydra as well
     resolved = compose.plain(config)
     options = dict(resolved["trainer"])
-    check_devices(options)
+    check_training(options)
     start = _checkpoint(config.ckpt_path, output_dir)
     marks = results.fingerprint(resolved)
     # Not from the evaluation's memory: this model changes.
@@ -99,19 +121,30 @@ def train(config: DictConfig, output_dir: Path) -> None:
     module.detach()
     data = instantiate(config.data, processor=loaded.processor)
     data.train_dataloader()  # refuses a config without training data
-    options["callbacks"] = [
-        *(options.get("callbacks") or []),
-        *_callbacks(config, output_dir, validates=data.validation is not None),
-    ]
+    signals = StopSignals()
+    own = _callbacks(config, output_dir, signals, validates=data.validation is not None)
+    given = [instantiate(callback) for callback in options.pop("callbacks", None) or []]
     if data.validation is None:
         options["limit_val_batches"] = 0
     logger = instantiate(config.logger) if config.get("logger") else False
-    if start is not None:
-        _set_curve_aside(output_dir)
-    trainer = instantiate(options, logger=logger, enable_model_summary=False)
-    trainer.callbacks += [_Begin(output_dir, resolved, marks), RandomStates(config.seed)]
+    begin = _Begin(output_dir, resolved, marks, anew=start is None)
+    trainer = instantiate(options | {"_partial_": True})(
+        callbacks=[*given, begin, RandomStates(config.seed), *own],
+        logger=logger,
+        enable_model_summary=False,
+    )
+    signals.tell(trainer)
+    _cut_curves(trainer, start)
     with _quiet(resumes=start is not None):
-        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        try:
+            with signals:
+                trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except Exception as error:
+            if signum := signals.cause(error):
+                raise Stopped(signum) from error
+            raise
+    if signals.received:  # as training ended by itself
+        raise Stopped(signals.received)
     if start is not None and (output_dir / SUMMARY).is_file():
         print(f"nothing left to train: {output_dir}", flush=True)
         return
@@ -119,7 +152,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
         "num_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "num_parameters": sum(p.numel() for p in module.parameters()),
     }
-    if config.keep == "best":
+    if config.keep == "best" and (output_dir / BEST).is_file():  # else none was validated
         best = torch.load(output_dir / BEST, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"], strict=False)
     # All this before anything else can go wrong.
@@ -132,10 +165,17 @@ def train(config: DictConfig, output_dir: Path) -> None:
         loaded.processor.save_pretrained(output_dir / "model")
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if data.validation is not None:
+        loggers, trainer.loggers = trainer.loggers, []
         with _quiet():
             found = trainer.validate(module, datamodule=data, verbose=False)
         # None where trainer.limit_val_batches=0.
-        numbers |= {name: float(value) for own in found for name, value in own.items()}
+        last = {name: float(value) for own in found for name, value in own.items()}
+        # A curve ends with a validation of the last step.
+        ends = config.keep == "last" and numbers.get("step") != numbers.get("validated_step")
+        for logger in loggers if ends and last else []:
+            logger.log_metrics(last, step=int(numbers["step"]))
+            logger.save()
+        numbers |= last
     if trainer.is_global_zero:
         numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
         summary = _summary(numbers) | counts
@@ -155,8 +195,6 @@ def _quiet(resumes: bool = False) -> Iterator[None]:
     ]
     if resumes:
         messages.append(".*your dataloader is not resumable")  # the data module is
-        messages.append("Checkpoint directory .* is not empty")
-        messages.append("Experiment logs directory .* is not empty")
     with warnings.catch_warnings():
         for message in messages:
             warnings.filterwarnings("ignore", message=message)
@@ -167,7 +205,7 @@ def _checkpoint(choice: str | None, folder: Path) -> str | None:
     """The checkpoint to go on from."""
     if choice is None:
         return None
-    path = folder / CHECKPOINT if choice == "last" else Path(choice).expanduser()
+    path = folder / LAST if choice == "last" else Path(choice).expanduser()
     if not path.is_file():
         raise ValueError(
             f"ckpt_path: expected a checkpoint, got {str(path)!r}, which does not exist. Set "
@@ -215,8 +253,16 @@ def _check_precision(model: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def _callbacks(config: DictConfig, folder: Path, validates: bool) -> list[dict[str, Any]]:
+def _callbacks(
+    config: DictConfig, folder: Path, signals: StopSignals, validates: bool
+) -> list[pl.Callback]:
     """Checkpoints, the throughput, and an early end."""
+    every = config.checkpoint_every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(
+            f"checkpoint_every: expected a number of steps >= 1, got {every!r}. "
+            "Set checkpoint_every=100."
+        )
     if config.monitor not in MONITORS:
         raise ValueError(
             f"monitor: expected one of {list(MONITORS)}, got {config.monitor!r}. "
@@ -238,31 +284,20 @@ def _callbacks(config: DictConfig, folder: Path, validates: bool) -> list[dict[s
             f"data: expected validation data with {key}, got none. Set data.validation_path "
             "(folder) or data.validation_split (hub), or choose data=scenes."
         )
-    lightning = "pytorch_lightning.callbacks"
-    judged = {"monitor": config.monitor, "mode": MONITORS[config.monitor]}
-    saved = {
-        "_target_": f"{lightning}.ModelCheckpoint",
-        "dirpath": str((folder / CHECKPOINT).parent),
-        "enable_version_counter": False,
-    }
-    callbacks: list[dict[str, Any]] = [
-        saved | {"filename": "last", "every_n_train_steps": config.checkpoint_every}
-    ]
-    if validates:
-        best = {"filename": "best", "save_weights_only": True, "save_on_train_epoch_end": False}
-        callbacks.append(saved | judged | best)
+    callbacks: list[pl.Callback] = []
+    mode = MONITORS[config.monitor]
     if patience is not None:
-        stopping = {"_target_": f"{lightning}.EarlyStopping", "patience": patience}
-        callbacks.append(stopping | judged | {"check_on_train_epoch_end": False})
-    if config.get("logger"):
         callbacks.append(
-            {
-                "_target_": f"{lightning}.ThroughputMonitor",
-                "batch_size_fn": {"_target_": "hydra.utils.get_method", "path": f"{__name__}.size"},
-                "length_fn": {"_target_": "hydra.utils.get_method", "path": f"{__name__}.length"},
-            }
+            EarlyStopping(
+                config.monitor, patience=patience, mode=mode, check_on_train_epoch_end=False
+            )
         )
-    return callbacks
+    if config.get("logger"):
+        # Rates from one row to the next; Lightning gives none until its window is full.
+        window = max(2, config.trainer.get("log_every_n_steps") or 2)
+        callbacks.append(_Throughput(size, length, window_size=window))
+    # After what may end the training.
+    return [*callbacks, Checkpoints(folder, every, signals, config.monitor, mode)]
 
 
 def size(batch: Mapping[str, Any]) -> int:
@@ -275,12 +310,14 @@ def length(batch: Mapping[str, Any]) -> int:
     return sum(batch["lengths"])
 
 
-def _set_curve_aside(folder: Path) -> None:
-    """Renames the CSV logger's file, which it would overwrite when training goes on."""
-    own = folder / "csv" / "metrics.csv"
-    if own.is_file():
-        number = len(list(own.parent.glob("metrics*.csv")))
-        own.rename(own.with_name(f"metrics-{number}.csv"))
+def _cut_curves(trainer: pl.Trainer, start: str | None) -> None:
+    """Leaves of the curves what the checkpoint to start from knows."""
+    step = -1
+    if start is not None:
+        step = torch.load(start, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVCurve):
+            logger.cut(step)
 
 
 def _summary(numbers: Mapping[str, float]) -> dict[str, Any]:
