@@ -449,6 +449,20 @@ def test_experiments_of_your_own(
     assert cli.main([*command, *random_llava(checkpoint), *few]) == 0
     assert "3 runs: outputs/budget/results.csv" in capsys.readouterr().out
     assert cli.main([*command, "schedule.keep=2", *random_llava(checkpoint), *few]) == 2
+    capsys.readouterr()
+    (tmp_path / "mine" / "experiment" / "layers.yaml").write_text("# @package _global_\n")
+    assert cli.main(command) == 2
+    assert "got experiment/layers.yaml, which tokenprune has" in capsys.readouterr().err
+
+
+def test_an_experiment_sweeps_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_check", lambda config: seen.append(config.seed))
+    monkeypatch.setattr(cli, "_run_hydra", lambda **arguments: None)
+    chosen = ["strategy=random", "schedule.lam=0.5", "schedule.num_stages=2"]
+    assert cli.main(["eval", "experiment=ablation", *chosen, "seed=3,4"]) == 0
+    assert set(seen) == {3, 4}
+    assert cli.main(["eval", "strategy=random", "seed=3,4"]) == 2
 
 
 def test_keys_that_fit_the_swept_choices_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,6 +329,13 @@ def compose(
     if extra_dir is not None:
         if not Path(extra_dir).is_dir():
             raise BadInput(f"--config-dir: expected a folder, got {extra_dir!r}. Check the path.")
+        for path in sorted(Path(extra_dir).rglob("*.yaml")):
+            own = path.relative_to(extra_dir)
+            if (config_dir() / own).exists():  # Hydra would read that one, and not say so
+                raise BadInput(
+                    f"--config-dir: expected names of their own, got {own}, which tokenprune has "
+                    "as well. Rename yours."
+                )
         overrides.append(f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
@@ -349,7 +356,7 @@ def _check_jobs(command: str, args: argparse.Namespace) -> None:
     single = _single(args.overrides)
     leading = [item for item in single if re.match(r"[+~]*(hydra|experiment)\b", item)]
     master = compose(command, leading, args.config_dir, hydra=True)
-    sweeps = args.multirun or OmegaConf.select(master, "hydra.mode") == "MULTIRUN"
+    sweeps = args.multirun or OmegaConf.select(master, "hydra.mode") == RunMode.MULTIRUN
     if not sweeps:
         _reject_sweep_values(args.overrides)
         _check(compose(command, args.overrides, args.config_dir))
