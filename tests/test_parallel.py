@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import models
@@ -13,6 +18,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from test_training import build_processor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
 from tokenprune.compose import Pruning
@@ -52,6 +58,16 @@ class Masking(ConversationCollator):
         return batch
 
 
+class Blind(SceneDataset):
+    """Takes the pictures from some samples."""
+
+    blind: frozenset[str] = frozenset()
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dataclasses.replace(sample, images=()) if sample.id in self.blind else sample
+
+
 class Data(VQADataModule):
     masked: frozenset[str] = frozenset()
 
@@ -65,12 +81,14 @@ def run(folder: Path, strategy: str, how="auto", batch_size=4, devices=1, batche
     """Losses of six steps, two validation losses, and the trained weights."""
     options = dict(options)
     masked, double = options.pop("masked", frozenset()), options.pop("double", False)
+    train = Blind("train", options.pop("num_samples", 24))
+    train.blind = options.pop("blind", frozenset())
     module_options = {"learning_rate": 1e-3, "weight_decay": 0.1} | options
     torch.manual_seed(0)
     model = models.build("llava")
     loaded = LoadedModel(model.double() if double else model, build_processor())
     data = Data(
-        train=SceneDataset("train", 24),
+        train=train,
         validation=SceneDataset("validation", 5),
         processor=loaded.processor,
         batch_size=batch_size,
@@ -181,6 +199,119 @@ def test_batches_without_a_supervised_token_are_counted_and_teach_nothing(tmp_pa
     parts = run(tmp_path / "parts", "pyramiddrop", masked=some, batch_size=2, batches=2)
     assert one["unsupervised_batches"][-1] < parts["unsupervised_batches"][-1] < 12
     assert_same(one, parts, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+def test_processes_with_batches_of_different_sizes_are_one(tmp_path, how):
+    # The sixth step has three samples: two for one process, one for the other.
+    _compare(tmp_path, how, "pyramiddrop", {"num_samples": 23})
+
+
+def test_batches_without_images_do_not_train_the_projector(tmp_path):
+    everything = frozenset(f"train-0-{index}" for index in range(24))
+    own = {"tuning": "projector", "weight_decay": 0.0}
+    none = run(tmp_path / "none", "pyramiddrop", blind=everything, **own)
+    before = dict(models.build("llava").named_parameters())
+    assert none["trained"]
+    for name, value in none["trained"].items():
+        assert torch.equal(value, before[name.removeprefix("model.")]), name
+    assert all(loss > 0 for loss in none["train_loss"])
+    # Now and then a batch has none: four samples in a row, or two.
+    some = frozenset(f"train-0-{index}" for index in range(24) if index % 4)
+    one = run(tmp_path / "one", "pyramiddrop", blind=some, **own)
+    parts = run(tmp_path / "parts", "pyramiddrop", blind=some, batch_size=2, batches=2, **own)
+    assert_same(one, parts, tolerance=1e-5)
+    assert any(
+        not torch.equal(value, none["trained"][name]) for name, value in one["trained"].items()
+    )
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
+    some = frozenset(f"train-0-{index}" for index in range(24) if index % 4)
+    _compare(tmp_path, how, "pyramiddrop", {"blind": some, "tuning": "projector"})
+
+
+def command(*overrides):
+    """`tokenprune train` as a user starts it: it starts its processes by itself."""
+    base = ["model=tiny", "data.train.num_samples=11", "data.validation.num_samples=5"]
+    base += ["trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.max_steps=4"]
+    base += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
+    return [sys.executable, "-m", "tokenprune.cli", "train", *base, *overrides]
+
+
+def two(how):
+    return [f"trainer={how}", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+
+
+def curves(folder):
+    with (folder / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        name: [
+            (int(row["step"]), pytest.approx(float(row[name]), abs=1e-4))
+            for row in rows
+            if row[name]
+        ]
+        for name in ("train_loss", "val_loss", "val_accuracy")
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    own = command("data.batch_size=4", f"hydra.run.dir={folder}")
+    subprocess.run(own, check=True, capture_output=True, text=True)
+    return folder
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_command_trains_in_two_processes(tmp_path, alone, how):
+    own = command(*two(how), f"hydra.run.dir={tmp_path / 'run'}")
+    subprocess.run(own, check=True, capture_output=True, text=True)
+    told, expected = (
+        json.loads((folder / "training.json").read_text()) for folder in (tmp_path / "run", alone)
+    )
+    assert [step for step, _ in curves(alone)["train_loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in curves(alone)["val_loss"]] == [2, 4]
+    found = curves(tmp_path / "run")
+    for name, values in curves(alone).items():
+        assert [(step, value.expected) for step, value in found[name]] == values, name
+    assert told["steps"] == expected["steps"] == 4
+    assert told["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], abs=1e-4)
+    states = [
+        AutoModelForImageTextToText.from_pretrained(folder / "model").state_dict()
+        for folder in (tmp_path / "run", alone)
+    ]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, how):
+    own = command("-m", *two(how), "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    process = subprocess.Popen(own, stderr=subprocess.PIPE, text=True)
+    runs: list[Path] = []
+    until = time.monotonic() + 300
+    while not runs and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)  # until the first run has a step to lose
+        runs = list(tmp_path.glob("*/csv/metrics.csv"))
+    process.terminate()
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 143, told
+    assert "training was stopped by SIGTERM. To go on: the same command once more" in told
+    (run,) = runs
+    last = run.parent.parent / "checkpoints" / "last.ckpt"
+    assert 1 <= torch.load(last, weights_only=True)["global_step"] <= 4
+    done = subprocess.run(own, check=True, capture_output=True, text=True)
+    assert "goes on from its checkpoint" in done.stdout
+    finished = sorted(tmp_path.glob("*/training.json"))
+    assert [json.loads(path.read_text())["steps"] for path in finished] == [4, 4]
+    for path in finished:
+        assert [step for step, _ in curves(path.parent)["train_loss"]] == [1, 2, 3, 4]
+        assert [step for step, _ in curves(path.parent)["val_loss"]] == [2, 4]
 
 
 @pytest.fixture(scope="module")
