@@ -232,10 +232,14 @@ def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
     _compare(tmp_path, how, "pyramiddrop", {"blind": some, "tuning": "projector"})
 
 
-def command(*overrides):
+def command(*overrides, steps=4):
     """`tokenprune train` as a user starts it: it starts its processes by itself."""
     base = ["model=tiny", "data.train.num_samples=11", "data.validation.num_samples=5"]
-    base += ["trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.max_steps=4"]
+    base += [
+        "trainer.log_every_n_steps=1",
+        "trainer.val_check_interval=2",
+        f"trainer.max_steps={steps}",
+    ]
     base += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
     return [sys.executable, "-m", "tokenprune.cli", "train", *base, *overrides]
 
@@ -291,7 +295,7 @@ def test_the_command_trains_in_two_processes(tmp_path, alone, how):
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, how):
-    own = command("-m", *two(how), "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    own = command("-m", *two(how), "seed=0,1", f"hydra.sweep.dir={tmp_path}", steps=12)
     process = subprocess.Popen(own, stderr=subprocess.PIPE, text=True)
     runs: list[Path] = []
     until = time.monotonic() + 300
@@ -304,14 +308,14 @@ def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, ho
     assert "training was stopped by SIGTERM. To go on: the same command once more" in told
     (run,) = runs
     last = run.parent.parent / "checkpoints" / "last.ckpt"
-    assert 1 <= torch.load(last, weights_only=True)["global_step"] <= 4
+    assert 1 <= torch.load(last, weights_only=True)["global_step"] <= 12
     done = subprocess.run(own, check=True, capture_output=True, text=True)
     assert "goes on from its checkpoint" in done.stdout
     finished = sorted(tmp_path.glob("*/training.json"))
-    assert [json.loads(path.read_text())["steps"] for path in finished] == [4, 4]
+    assert [json.loads(path.read_text())["steps"] for path in finished] == [12, 12]
     for path in finished:
-        assert [step for step, _ in curves(path.parent)["train_loss"]] == [1, 2, 3, 4]
-        assert [step for step, _ in curves(path.parent)["val_loss"]] == [2, 4]
+        assert [step for step, _ in curves(path.parent)["train_loss"]] == [*range(1, 13)]
+        assert [step for step, _ in curves(path.parent)["val_loss"]] == [*range(2, 13, 2)]
 
 
 @pytest.fixture(scope="module")
