@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlavaConfig
 from zoo import ZOO
 
 import tokenprune as tp
-from tokenprune import projection
+from tokenprune import budget, projection
 from tokenprune.adapters import examine
 
 SEVEN = tp.cost.DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
@@ -437,3 +437,14 @@ def test_every_type_has_a_shape(name: str) -> None:
     assert (shape.num_layers, shape.hidden_size) == (6, 32)
     assert shape.num_heads in (2, 4)
     assert shape.vocab_size > 0
+
+
+def test_the_cache_of_layers_that_differ_is_not_guessed() -> None:
+    latent = tp.cost.DecoderShape(1, 8, 16, 2, 1, 4, 10, unlike="latent attention")
+    with pytest.raises(ValueError, match="expected layers that cache keys and values of one size"):
+        tp.cost.kv_bytes(latent, [4])
+    gated = tp.cost.DecoderShape(1, 8, 16, 2, 1, 4, 10, unlike="a gate on the attention")
+    assert tp.cost.kv_bytes(gated, [4]) == 2 * 4 * 1 * 4 * 2
+    figures = budget.Workload(latent, num_visual=4, num_text=0).figures(tp.Schedule())
+    assert figures.kv_mb is None
+    assert figures.kv_ratio is None

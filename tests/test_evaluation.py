@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_metrics_are_means_over_samples() -> None:
     assert metrics["tflops_ratio"] == pytest.approx(sum(each) / 3 / tp.cost.flops(shape, [4, 4]))
     assert metrics["kv_mb"] == pytest.approx(2 * 16 * 1 * 4 * 2 / 1e6)
     assert metrics["prefill_ms"] == pytest.approx(2)
+    latent = replace(shape, unlike="latent attention")
+    assert summarise(records, [0.1], latent, 2)["kv_mb"] is None
 
 
 def test_no_samples_is_an_error() -> None:

@@ -44,7 +44,9 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
                     shape, [length] * shape.num_layers, workload.num_text, dtype=workload.dtype
                 )
                 / shape.num_layers
-                / 1e6,
+                / 1e6
+                if shape.caches_alike
+                else None,
             }
         )
         before = length
@@ -82,7 +84,8 @@ def summary(workload: Workload, schedule: tp.Schedule) -> list[tuple[str, str, s
             ("vocabulary, per row of logits (GFLOPs)", logits, logits, ".4g"),
             ("decoding a token after it (GFLOPs)", before, after, ".4g"),
         ]
-    found.append((f"keys and values (MB, {workload.dtype})", whole.kv_mb, pruned.kv_mb, ".4g"))
+    if whole.kv_mb is not None and pruned.kv_mb is not None:
+        found.append((f"keys and values (MB, {workload.dtype})", whole.kv_mb, pruned.kv_mb, ".4g"))
     return [
         (name, format(a, form), format(b, form), f"{100 * b / a:.1f} %" if a else "")
         for name, a, b, form in found
@@ -127,7 +130,7 @@ def show(workload: Workload, schedule: tp.Schedule, title: str) -> None:
             str(row["tokens"]),
             f"{row['gflops']:.4g}",
             f"{row['scoring']:.3g}" if row["scoring"] else "",
-            f"{row['kv_mb']:.4g}",
+            "" if row["kv_mb"] is None else f"{row['kv_mb']:.4g}",
             f"{'█' * round(_BAR * share):<{_BAR}} {100 * share:.0f} %",
         )
     console = Console()

@@ -39,7 +39,7 @@ class Figures:
         tflops: Prefill of the decoder layers by convention; `"exact"` includes the scoring, not the
             vocabulary projection, and is absent where its formula does not know the layers.
         flops_ratio: The same as fractions of the unpruned.
-        kv_mb: Keys and values cached, in 10⁶ bytes.
+        kv_mb: Keys and values cached, in 10⁶ bytes; None where layers cache different sizes.
         kv_ratio: The same as a fraction of the unpruned.
     """
 
@@ -49,8 +49,8 @@ class Figures:
     final_tokens: int
     tflops: Mapping[str, float]
     flops_ratio: Mapping[str, float]
-    kv_mb: float
-    kv_ratio: float
+    kv_mb: float | None
+    kv_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ class Workload:
         lengths = self.lengths(schedule)
         tera = {c: self.flops(schedule, c) / 1e12 for c in self.conventions}
         whole = {c: self.flops(Schedule(), c) / 1e12 for c in self.conventions}
-        kv = self.figure(schedule, "kv_mb", "")
+        kv, whole_kv = (
+            self.figure(own, "kv_mb", "") if self.shape.caches_alike else None
+            for own in (schedule, Schedule())
+        )
         return Figures(
             lengths=lengths,
             avg_tokens=cost.average_tokens(lengths),
@@ -140,7 +143,7 @@ class Workload:
             tflops=tera,
             flops_ratio={c: tera[c] / whole[c] for c in tera},
             kv_mb=kv,
-            kv_ratio=kv / self.figure(Schedule(), "kv_mb", ""),
+            kv_ratio=kv / whole_kv if kv is not None and whole_kv is not None else None,
         )
 
     def _layer(self, convention: str) -> Callable[[int], float]:

@@ -55,6 +55,11 @@ class DecoderShape:
     router_size: int = 0
     unlike: str = ""
 
+    @property
+    def caches_alike(self) -> bool:
+        """Whether every layer caches `num_kv_heads` x `head_dim` keys, and so many values."""
+        return self.unlike not in _CACHED_OTHERWISE
+
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
         """Reads the text part of any Hugging Face config.
@@ -103,6 +108,8 @@ class DecoderShape:
         return find_preset(name).shape
 
 
+_LATENT, _GAPS, _SIZES = "latent attention", "layers without attention", "layers of several sizes"
+_CACHED_OTHERWISE = (_LATENT, _GAPS, _SIZES)
 #: Text models whose MLP has no gate: two matrices.
 _UNGATED = {
     *("opt", "kosmos_2_text_model", "kosmos_2_5_text_model", "gpt2", "gpt_neox", "phi"),
@@ -149,16 +156,16 @@ def _experts(text: Any) -> tuple[int, int]:
 def _unlike(text: Any) -> str:
     """What sets the layers apart from LLaMA's, as far as a config shows it."""
     if _first(text, "kv_lora_rank", "q_lora_rank"):
-        return "latent attention"
+        return _LATENT
     if getattr(text, "model_type", "") in _WITH_MORE:
         return _WITH_MORE[text.model_type]
     kinds = set(_first(text, "layer_types") or ())
     if any("linear" in kind or "conv" in kind or "mamba" in kind for kind in kinds):
-        return "layers without attention"
+        return _GAPS
     if _first(text, "hidden_size_per_layer_input", "global_head_dim", "num_kv_shared_layers"):
-        return "layers of several sizes"
+        return _SIZES
     if _differs_by_layer(text):
-        return "layers of several sizes"
+        return _SIZES
     mixed = (
         len(set(_first(text, "mlp_layer_types") or ())) > 1
         or any(
@@ -532,10 +539,15 @@ def kv_bytes(
         dtype: A type that says it instead, `"bfloat16"` or torch.bfloat16.
 
     Raises:
-        ValueError: If `lengths` does not fit the decoder.
+        ValueError: If `lengths` does not fit the decoder, or its layers cache other sizes.
         KeyError: If `dtype` is unknown.
     """
     _check_lengths("kv_bytes", shape, lengths)
+    if not shape.caches_alike:
+        raise ValueError(
+            f"cost.kv_bytes: expected layers that cache keys and values of one size, got "
+            f"{shape.unlike}. Add up what the model's own cache holds."
+        )
     tokens = sum(lengths) + num_text * shape.num_layers
     size = bytes_per_value if dtype is None else dtype_bytes(dtype)
     return 2 * tokens * shape.num_kv_heads * shape.head_dim * size

@@ -317,10 +317,12 @@ def summarise(
     per_layer = [sum(counts) / num for counts in zip(*(r["visual"] for r in records), strict=True)]
     flops = sum(visual_flops(tuple(record["visual"])) for record in records) / num
     whole = sum(visual_flops((record["num_visual"],) * shape.num_layers) for record in records)
-    kv = sum(
-        tp.cost.kv_bytes(shape, record["real"], bytes_per_value=bytes_per_value)
-        for record in records
-    )
+    kv = None
+    if shape.caches_alike:
+        sizes = (
+            tp.cost.kv_bytes(shape, r["real"], bytes_per_value=bytes_per_value) for r in records
+        )
+        kv = sum(sizes) / num / 1e6
     return {
         "num_samples": num,
         "accuracy": share,
@@ -333,7 +335,7 @@ def summarise(
         "tflops": flops / 1e12,
         "tflops_ratio": flops / (whole / num) if whole else 1.0,
         "prefill_ms": 1000 * statistics.median(seconds),
-        "kv_mb": kv / num / 1e6,
+        "kv_mb": kv,
         "num_visual": sum(record["num_visual"] for record in records) / num,
         # A budget is solved for one size of image: what the data's sizes gave.
         "num_visual_range": _range(record["num_visual"] for record in records),

@@ -262,7 +262,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
             f"{entry['avg_tokens']:.1f}",
             f"{100 * entry['tflops_ratio']:.0f} %",
             f"{entry['prefill_ms']:.1f} ms",
-            f"{entry['kv_mb']:.2f} MB",
+            "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
         )
     console = Console()
     if not console.is_terminal:  # a log: rich assumes 80 columns and would cut numbers off
