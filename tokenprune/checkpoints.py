@@ -206,6 +206,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
 
 _LOADERS = ("train_dataloader", "val_dataloader")
+_LINGER = 10  # seconds
 
 
 def _outliving(loads: Callable[[], Any]) -> Any:
@@ -217,7 +218,8 @@ def _outliving(loads: Callable[[], Any]) -> Any:
 
 
 def _outlive(init: Callable[[int], None] | None, worker: int) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not for ever: a process that fails ends its workers so, and waits for them.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LINGER))
     if init is not None:
         init(worker)
