@@ -435,6 +435,8 @@ def test_experiments_of_your_own(
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "budget.yaml").write_text(
         "# @package _global_\n"
+        "defaults: [override /model: hub]\n"
+        f"model: {{path: {checkpoint}}}\n"
         "hydra:\n"
         "  mode: MULTIRUN\n"
         "  sweep: {dir: outputs/budget}\n"
@@ -446,9 +448,11 @@ def test_experiments_of_your_own(
     )
     command = ["eval", "--config-dir", str(tmp_path / "mine"), "experiment=budget"]
     few = ["data.test.num_samples=2", *TINY]
-    assert cli.main([*command, *random_llava(checkpoint), *few]) == 0
+    assert cli.main([*command, *few]) == 0
     assert "3 runs: outputs/budget/results.csv" in capsys.readouterr().out
-    assert cli.main([*command, "schedule.keep=2", *random_llava(checkpoint), *few]) == 2
+    rows = csv.DictReader(Path("outputs/budget/results.csv").read_text().splitlines())
+    assert {row["model"] for row in rows} == {str(checkpoint)}
+    assert cli.main([*command, "schedule.keep=2", *few]) == 2
     capsys.readouterr()
     (tmp_path / "mine" / "experiment" / "layers.yaml").write_text("# @package _global_\n")
     assert cli.main(command) == 2

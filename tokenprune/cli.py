@@ -252,7 +252,8 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
     strategy = str(choices.get("strategy"))
     named = {key: str(choices.get(key)) for key in ("schedule", "model", "data")}
     for group in ("model", "data"):
-        if any(override.startswith(f"{group}.path=") for override in hydra.overrides.task):
+        given = any(override.startswith(f"{group}.path=") for override in hydra.overrides.task)
+        if given or (named[group] in ("hub", "folder") and config[group].get("path")):
             named[group] = str(config[group]["path"])
     return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = Path("outputs/paper")
@@ -47,8 +48,8 @@ def read_trainings() -> pd.DataFrame:
 def read_sweep(name: str) -> pd.DataFrame:
     """A sweep's table, with how its models were trained."""
     table = pd.read_csv(SOURCE / name / "results.csv")
-    folder = table["model"].str.extract(r"training/(?P<recipe>.+),seed=(?P<seed>\d+)/model$")
-    table["trained"], table["seed"] = folder["recipe"].map(RECIPES), folder["seed"].astype(int)
+    configs = [OmegaConf.load(SOURCE / name / run / "config.yaml") for run in table["run"]]
+    table["trained"] = [RECIPES[config.trained] for config in configs]
     return table.drop(columns=["run", "model", "prefill_ms"])
 
 
