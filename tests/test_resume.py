@@ -282,7 +282,7 @@ def test_one_process_that_fails_ends_all(checkpoint: str, tmp_path: Path, stop: 
     assert told[stop] in (tmp_path / "error").read_text()
 
 
-@pytest.mark.parametrize("at", [6, 8, pytest.param(1, marks=matrix), pytest.param(7, marks=matrix)])
+@pytest.mark.parametrize("at", [6, 8, pytest.param(2, marks=matrix), pytest.param(7, marks=matrix)])
 def test_it_validates_as_if_nothing_had_happened(
     checkpoint: str, tmp_path: Path, early: Path, at: int
 ) -> None:

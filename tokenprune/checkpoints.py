@@ -193,9 +193,11 @@ class Checkpoints(pl.callbacks.Checkpoint):
         loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
         if step == self._saved or loop._should_accumulate():
             return
-        received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
-        # All processes stop at the same step, whichever of them a signal has reached.
-        self._stop = int(trainer.strategy.reduce(received, reduce_op="max"))
+        self._stop = self.signals.received
+        if trainer.world_size > 1:
+            # All processes stop at the same step, whichever of them a signal has reached.
+            received = torch.tensor(self._stop, device=trainer.strategy.root_device)
+            self._stop = int(trainer.strategy.reduce(received, reduce_op="max"))
         epochs = trainer.max_epochs
         is_last = loop._is_training_done and (
             step == trainer.max_steps or trainer.current_epoch + 1 == epochs

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -76,3 +77,11 @@ def shard(model: Any, mesh: Any) -> None:
     for layer in examine(model).layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # A backward pass gathers the layers once more, which takes all processes: it must get there
+    # even where nothing before the layers is trained by this process's batch.
+    model.get_input_embeddings().register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: Any, args: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
