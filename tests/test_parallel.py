@@ -25,9 +25,9 @@ from tokenprune.compose import Pruning
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.scenes import SceneDataset
-from tokenprune.finetune import FineTune
 from tokenprune.models import LoadedModel
-from tokenprune.sharding import Sharded, shard
+from tokenprune.training.module import FineTune
+from tokenprune.training.sharding import Sharded, shard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),

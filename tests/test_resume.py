@@ -23,7 +23,7 @@ from checkpoint import save_checkpoint
 from safetensors.torch import load_file
 
 from tokenprune import cli, training
-from tokenprune.checkpoints import BEST, LAST, Stopped
+from tokenprune.training.checkpoints import BEST, LAST, Stopped
 
 # Of pytorch_lightning with this torch, and advice on settings that are right for a test.
 pytestmark = [

@@ -24,17 +24,17 @@ from transformers import (
 )
 
 import tokenprune as tp
-from tokenprune import cli, compose, finetune, training
-from tokenprune.checkpoints import BEST, LAST
+from tokenprune import cli, compose, training
 from tokenprune.compose import Pruning
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
 from tokenprune.data.scenes import COLOURS, SYMBOLS, SceneDataset
 from tokenprune.devices import check_devices
-from tokenprune.finetune import FineTune
 from tokenprune.models import LoadedModel, load
-from tokenprune.tuning import build_optimizer, parts_of
+from tokenprune.training.checkpoints import BEST, LAST
+from tokenprune.training.module import FineTune, _turns
+from tokenprune.training.tuning import build_optimizer, parts_of
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = re.findall(
@@ -280,7 +280,7 @@ def test_a_turn_is_right_if_all_its_tokens_are():
     right = torch.ones(12, dtype=torch.bool)
     right[7] = right[0] = False
     sample = Sample("s", None, turns)
-    assert finetune._turns(sample, labels, right) == [
+    assert _turns(sample, labels, right) == [
         ("read", True),
         ("text", False),
         ("read", True),

@@ -187,8 +187,8 @@ def _train_task(config: DictConfig) -> None:
     with _tidy(folder), _quiet():
         from tokenprune import compose as recipes
         from tokenprune import results
-        from tokenprune.checkpoints import LAST, Stopped
         from tokenprune.training import SUMMARY, train
+        from tokenprune.training.checkpoints import LAST, Stopped
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             resolved = recipes.plain(config)

@@ -25,10 +25,10 @@ from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 import tokenprune as tp
 from tokenprune import compose, results
 from tokenprune.compose import Pruning
-from tokenprune.curves import CSVCurve
 from tokenprune.devices import check_evaluation
 from tokenprune.metrics import build_metric
 from tokenprune.models import LoadedModel
+from tokenprune.training.curves import CSVCurve
 
 _Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 

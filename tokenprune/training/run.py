@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a vision-language model, with its visual tokens pruned or whole.
 
 A model trained under the schedule that it will run with loses less than one that was never pruned.
-What is trained is in `tuning.py`, how a step's loss comes about in `finetune.py`, how a training is
+What is trained is in `tuning.py`, how a step's loss comes about in `module.py`, how a training is
 interrupted and goes on in `checkpoints.py`.
 """
 
@@ -22,12 +22,12 @@ from pytorch_lightning.callbacks import EarlyStopping, ThroughputMonitor
 
 import tokenprune as tp
 from tokenprune import compose, results
-from tokenprune.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
-from tokenprune.curves import CSVCurve
 from tokenprune.devices import check_training
-from tokenprune.finetune import FineTune
-from tokenprune.randomness import RandomStates
-from tokenprune.tuning import Lora
+from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
+from tokenprune.training.curves import CSVCurve
+from tokenprune.training.module import FineTune
+from tokenprune.training.randomness import RandomStates
+from tokenprune.training.tuning import Lora
 
 #: What a finished training says about itself; `metrics.json` would make it a run of a sweep.
 SUMMARY = "training.json"

@@ -22,8 +22,16 @@ from tokenprune.cost import DecoderShape, flops
 from tokenprune.data.collate import IGNORED
 from tokenprune.data.sample import Sample
 from tokenprune.models import LoadedModel
-from tokenprune.sharding import shard
-from tokenprune.tuning import PARTS, Lora, build_optimizer, check_number, cosine, parts_of, tune
+from tokenprune.training.sharding import shard
+from tokenprune.training.tuning import (
+    PARTS,
+    Lora,
+    build_optimizer,
+    check_number,
+    cosine,
+    parts_of,
+    tune,
+)
 
 
 class FineTune(pl.LightningModule):
@@ -38,7 +46,7 @@ class FineTune(pl.LightningModule):
     Args:
         loaded: Model and processor; the model is trained in place.
         pruning: Strategy, schedule and positions; None for the unpruned model.
-        tuning: `"full"`, `"projector"` or `"lora"`, see `tokenprune.tuning.tune`.
+        tuning: `"full"`, `"projector"` or `"lora"`, see `tokenprune.training.tuning.tune`.
         parts: What is trained: some of `vision_tower`, `projector` and `decoder`.
         lora: Size of the adapters.
         learning_rate: Peak, after the warm-up; from there a cosine leads to zero.

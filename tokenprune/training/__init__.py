@@ -1,0 +1,5 @@
+"""Fine-tuning, pruned or not: `run.py` is the command, `module.py` what a step and its loss are."""
+
+from tokenprune.training.run import MONITORS, SUMMARY, train
+
+__all__ = ["MONITORS", "SUMMARY", "train"]
