@@ -635,6 +635,18 @@ def test_curves_are_csv_files_with_the_throughput(checkpoint, tmp_path, monkeypa
     assert speeds == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_head_that_is_the_embeddings_goes_on(tmp_path: Path) -> None:
+    """As the shipped model's: one weight under two names."""
+    own = ["model=tiny", "model.path=tiny", "data.train.num_samples=8", "keep=best"]
+    training.train(config("tiny", *own, "trainer.max_steps=2"), tmp_path)
+    state = torch.load(tmp_path / LAST, weights_only=True)["state_dict"]
+    assert "model.model.language_model.embed_tokens.weight" in state
+    assert "model.lm_head.weight" not in state
+    (tmp_path / training.SUMMARY).unlink()
+    training.train(config("tiny", *own, "trainer.max_steps=3", "ckpt_path=last"), tmp_path)
+    assert summary(tmp_path)["steps"] == 3
+
+
 def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):
     own = ["logger=csv", "trainer.log_every_n_steps=1", "checkpoint_every=2", "data.batch_size=2"]
     own += ["trainer.val_check_interval=3", "trainer.max_steps=8"]

@@ -309,9 +309,11 @@ class FineTune(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = {name for name, value in self.named_parameters() if not value.requires_grad}
+        # By one name each: a head that is the embeddings has another in the state.
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        kept = trained | {name for name, _ in self.named_buffers()}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
         checkpoint["unsupervised_batches"] = float(self._num_unsupervised)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -228,6 +228,7 @@ def _checkpoint(choice: str | None, folder: Path) -> str | None:
 def _check_weights(path: str, module: FineTune) -> None:
     """Refuses a checkpoint whose weights are not those that this training trains."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = {name: state[name] for name in state.keys() - dict(module.named_buffers()).keys()}
     own = {name: value for name, value in module.named_parameters() if value.requires_grad}
     whose = f"the weights that are trained here, of {type(module.model).__name__}"
     for name in sorted(own.keys() | state.keys()):
