@@ -63,10 +63,13 @@ def inferred(row: pd.Series) -> str:
     return f"λ = {row['lam']:g}" + ("" if stages == 4 else f", {stages} stages")
 
 
-def mean(values: pd.Series) -> str:
+def mean(values: pd.Series, form: str = ".1f") -> str:
     """Mean and interval of a share over seeds, in %."""
-    half = T[len(values)] * values.std() / len(values) ** 0.5
-    return f"{100 * values.mean():.1f} ± {100 * half:.1f}"
+    share = f"{100 * values.mean():{form}}"
+    if len(values) < 2:
+        return f"{share} (1 seed)"
+    half = 100 * T[len(values)] * values.std() / len(values) ** 0.5
+    return f"{share} ± {half:.1f}"
 
 
 def lines(header: list[str], rows: list[list[str]]) -> str:
@@ -83,6 +86,13 @@ def write_tables(
     def cell(trained: str, ran: str, column: str = "accuracy") -> str:
         return mean(runs[(runs["trained"] == trained) & (runs["inferred"] == ran)][column])
 
+    def gain(trained: str, ran: str) -> str:
+        """Points over the vanilla training of the same seed."""
+        own = runs[runs["inferred"] == ran].pivot(
+            columns="trained", index="seed", values="accuracy"
+        )
+        return "" if trained == VANILLA else mean(own[trained] - own[VANILLA], "+.1f")
+
     half, tenth = "λ = 0.5", "λ = 0.2"
     one = [
         [trained, ran, f"{100 * share(ran):.0f}", steps[trained], cell(trained, ran)]
@@ -94,22 +104,24 @@ def write_tables(
     header = ["trained", "inferred", "FLOPs, %", "training step, %", "right, %", *KINDS]
     texts = ["## Tables 1 and 2: trained and inferred with PyramidDrop", lines(header, one)]
     three = [
-        [trained, ran, f"{100 * share(ran):.0f}", cell(trained, ran)]
+        [trained, ran, f"{100 * share(ran):.0f}", cell(trained, ran), gain(trained, ran)]
         + [cell(trained, ran, f"accuracy_{kind}") for kind in KINDS]
         for ran in (FASTV_HALF, FASTV_TENTH)
         for trained in (VANILLA, half, tenth)
     ]
-    header = ["trained", "inferred", "FLOPs, %", "right, %", *KINDS]
+    header = ["trained", "inferred", "FLOPs, %", "right, %", "over vanilla, points", *KINDS]
     texts += ["## Table 3: another pruner at inference", lines(header, three)]
     four = [
         [
             *(recipe, f"{100 * share(recipe):.0f}", steps[recipe]),
-            *(cell(recipe, recipe), cell(VANILLA, recipe), cell(recipe, VANILLA)),
+            *(cell(recipe, recipe), cell(VANILLA, recipe), gain(recipe, recipe)),
+            cell(recipe, VANILLA),
         ]
         for recipe in RECIPES.values()
     ]
     header = ["schedule", "FLOPs, %", "training step, %", "trained and inferred with it",
-              "inferred with it only", "trained with it, inferred unpruned"]  # fmt: skip
+              "inferred with it only", "gain of training, points",
+              "trained with it, inferred unpruned"]  # fmt: skip
     return [*texts, "## Table 4: λ and stages", lines(header, four)]
 
 
