@@ -273,6 +273,14 @@ def test_flops_needs_a_config_only(capsys: pytest.CaptureFixture[str], tmp_path:
             },
             2880,
         ),
+        (
+            {
+                "model_type": "llava_onevision",
+                "image_grid_pinpoints": [[384, 384], [2304, 2304]],
+                "vision_aspect_ratio": "anyres_max_9",
+            },
+            7290,
+        ),
         ({"model_type": "qwen2_5_vl"}, None),
         ({"model_type": "gemma3"}, 256),
         ({"model_type": "internvl"}, 256),

@@ -10,23 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from test_training import build_processor
+from pytorch_lightning.loops import utilities as loop_utilities
+from test_training import Watched, build_processor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
+from tokenprune import cli, training
 from tokenprune.compose import Pruning
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.scenes import SceneDataset
 from tokenprune.models import LoadedModel
-from tokenprune.training.module import FineTune
 from tokenprune.training.sharding import Sharded, shard
 
 pytestmark = [
@@ -97,7 +99,7 @@ def run(folder: Path, strategy: str, how="auto", batch_size=4, devices=1, batche
     own = None
     if strategy != "none":
         own = Pruning(tp.build_strategy(strategy), SCHEDULE, "renumbered")
-    module = FineTune(loaded, own, **module_options)
+    module = Watched(loaded, own, **module_options)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -123,7 +125,7 @@ def run(folder: Path, strategy: str, how="auto", batch_size=4, devices=1, batche
         rows = list(csv.DictReader(file))
     trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     found = {"rows": rows, "trained": trained}
-    for name in ("train_loss", "val_loss", "unsupervised_batches"):
+    for name in ("train_loss", "val_loss", "gradient", "unsupervised_batches"):
         found[name] = [float(row[name]) for row in rows if row.get(name)]
     return found
 
@@ -132,6 +134,9 @@ def assert_same(one, other, tolerance=1e-4):
     assert len(one["train_loss"]) == 6
     for name in ("train_loss", "val_loss"):
         assert other[name] == pytest.approx(one[name], abs=tolerance), name
+    # Before clipping. AdamW hides their size.
+    assert other["gradient"] == pytest.approx(one["gradient"], rel=1e-2)
+    assert other["gradient"][0] == pytest.approx(one["gradient"][0], rel=1e-4)
     assert one["trained"].keys() == other["trained"].keys()
     for name, value in one["trained"].items():
         torch.testing.assert_close(other["trained"][name], value, rtol=1e-3, atol=1e-3)
@@ -230,6 +235,18 @@ def test_batches_without_images_do_not_train_the_projector(tmp_path):
 def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
     some = frozenset(f"train-0-{index}" for index in range(24) if index % 4)
     _compare(tmp_path, how, "pyramiddrop", {"blind": some, "tuning": "projector"})
+
+
+@pytest.mark.matrix
+def test_a_sharded_training_validates_under_nccl(tmp_path, monkeypatch):
+    """There Lightning would use inference mode, which it leaves out for gloo."""
+    monkeypatch.setattr(loop_utilities, "dist", SimpleNamespace(get_backend=lambda: "nccl"))
+    own = ["model=tiny", "trainer=fsdp", "trainer.strategy.start_method=fork"]
+    own += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_steps=2", "logger=none"]
+    own += ["data.train.num_samples=8", "data.validation.num_samples=4", "data.batch_size=4"]
+    own += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
+    training.train(cli.compose("train", own), tmp_path)
+    assert json.loads((tmp_path / training.SUMMARY).read_text())["steps"] == 2
 
 
 def command(*overrides, steps=4):

@@ -236,15 +236,26 @@ def test_only_the_chosen_parts_move(loaded, parts, moved):
     assert changed == moved
 
 
+class Watched(FineTune):
+    """Keeps and logs the gradients of each step: AdamW would hide their size."""
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        found = [p.grad for p in self.parameters() if p.grad is not None]
+        self.gradients = [getattr(g, "full_tensor", g.clone)() for g in found]
+        norms = torch.stack([gradient.norm() for gradient in self.gradients])
+        self.log("gradient", norms.norm())
+
+
 def test_gradient_checkpointing_changes_nothing(checkpoint):
-    losses = []
+    gradients = []
     for recompute in (False, True):
         own = load(checkpoint, dtype="float32")
         data = VQADataModule(train=SceneDataset("train", 8), processor=own.processor, batch_size=4)
-        module = FineTune(own, pruning(), learning_rate=3e-3, gradient_checkpointing=recompute)
-        fit(module, data, max_steps=2)
-        losses.append([p.detach().clone() for p in own.model.parameters()])
-    for plain, recomputed in zip(*losses, strict=True):
+        module = Watched(own, pruning(), learning_rate=3e-3, gradient_checkpointing=recompute)
+        fit(module, data, max_steps=1)
+        gradients.append(module.gradients)
+    for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
@@ -330,6 +341,14 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         (
             ["trainer.devices=99"],
             "trainer.devices: expected at most .*, the cores of this CPU, got",
+        ),
+        (
+            ["trainer.max_steps=-1"],
+            "trainer.max_steps: expected a number of steps, by which .* got -1 with .*=None. Set",
+        ),
+        (
+            ["model.dtype=bfloat16", "model.tuning=lora", "trainer.precision=32-true"],
+            "model.dtype: expected float32 .*, got bfloat16 with trainer.precision=32-true. Set",
         ),
         (["checkpoint_every=0"], "checkpoint_every: expected a number of steps >= 1, got 0. Set"),
         (["monitor=loss"], r"monitor: expected one of \['val_loss', 'val_accuracy'\], got 'loss'"),
@@ -544,15 +563,15 @@ def test_recomputing_gives_the_same_gradients_where_little_is_trained(checkpoint
         torch.manual_seed(0)
         own = load(checkpoint, dtype="float32")
         data = VQADataModule(train=SceneDataset("train", 4), processor=own.processor, batch_size=4)
-        module = FineTune(own, pruning(), tuning=tuning, gradient_checkpointing=recompute)
+        module = Watched(own, pruning(), tuning=tuning, gradient_checkpointing=recompute)
         runs = []
         decoder = own.model.get_decoder()
         decoder.layers[-1].self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         fit(module, data, max_steps=1)
         assert len(runs) == 1 + recompute
-        gradients.append([p.detach().clone() for p in module.parameters() if p.requires_grad])
+        gradients.append(module.gradients)
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
 def test_shared_parameters_are_trained_once():
@@ -645,6 +664,18 @@ def test_a_head_that_is_the_embeddings_goes_on(tmp_path: Path) -> None:
     (tmp_path / training.SUMMARY).unlink()
     training.train(config("tiny", *own, "trainer.max_steps=3", "ckpt_path=last"), tmp_path)
     assert summary(tmp_path)["steps"] == 3
+
+
+def test_patience_may_end_between_the_batches_of_a_step(tmp_path: Path, checkpoint: str) -> None:
+    own = ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3", "patience=1"]
+    own += ["learning_rate=0.3", "trainer.max_steps=40", "data.train.num_samples=80"]
+    training.train(config(checkpoint, *own), tmp_path)
+    steps = summary(tmp_path)["steps"]
+    assert steps < 40
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == steps
+    (tmp_path / training.SUMMARY).unlink()
+    training.train(config(checkpoint, *own, "ckpt_path=last"), tmp_path)
+    assert summary(tmp_path)["steps"] == steps
 
 
 def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):

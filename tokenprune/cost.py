@@ -264,7 +264,8 @@ def visual_tokens(config: Any) -> int | None:
     """Visual tokens of one image at the size that a Hugging Face config names.
 
     LLaVA: the patches of its vision tower. LLaVA-NeXT: the largest grid of tiles and the whole
-    image, (2 x 2 + 1) x 576, as papers count it, without the newline token of each row.
+    image, (2 x 2 + 1) x 576, as papers count it, without the newline token of each row. Of larger
+    grids LLaVA-OneVision keeps as many tokens as N tiles have, with `anyres_max_N`.
 
     Returns:
         None where the image decides (Qwen-VL, Pixtral) or the config does not say.
@@ -294,6 +295,9 @@ def visual_tokens(config: Any) -> int | None:
         per_tile += 1  # the class token
     grids = _first(config, "image_grid_pinpoints") or [[0, 0]]
     most = max((height // size) * (width // size) for height, width in grids)
+    start, _, limit = str(getattr(config, "vision_aspect_ratio", "")).rpartition("_")
+    if start == "anyres_max" and limit.isdigit():
+        most = min(most, int(limit))
     return per_tile * (most + 1) if most else per_tile
 
 

@@ -50,10 +50,16 @@ def check_training(trainer: Mapping[str, Any]) -> None:
         trainer: Arguments of `pytorch_lightning.Trainer`.
 
     Raises:
-        ValueError: As `check_devices`; or the precision keeps no small updates, or the device does
-            not have it.
+        ValueError: As `check_devices`; or training has no end, the precision keeps no small
+            updates, or the device does not have it.
     """
     check_devices(trainer)
+    steps, epochs = (trainer.get(name) for name in ("max_steps", "max_epochs"))
+    if steps in (None, -1) and epochs in (None, -1):
+        raise ValueError(
+            f"trainer.max_steps: expected a number of steps, by which the learning rate falls, got "
+            f"{steps} with trainer.max_epochs={epochs}. Set one of them."
+        )
     on_cpu, precision = _on_cpu(trainer), trainer.get("precision")
     if (None if precision is None else str(precision)) not in PRECISIONS:
         raise ValueError(

@@ -152,7 +152,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = trainer.global_step
         # Lightning keeps patience in checkpoints, but not that it was over.
-        if any(own.wait_count >= own.patience for own in trainer.early_stopping_callbacks):
+        if _is_over(trainer):
             trainer.should_stop = True
 
     def on_train_batch_start(
@@ -191,7 +191,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def _end_step(self, trainer: pl.Trainer) -> None:
         """Saves a step that is over, if it is time to."""
         loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
-        if step == self._saved or loop._should_accumulate():
+        # Patience may end between the batches of a step, which is then left undone.
+        if not _is_over(trainer) and (step == self._saved or loop._should_accumulate()):
             return
         self._stop = self.signals.received
         if trainer.world_size > 1:
@@ -205,6 +206,11 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if self._stop or is_last or trainer.should_stop or step % self.every == 0:
             trainer.save_checkpoint(self.folder / LAST)
             self._saved = step
+
+
+def _is_over(trainer: pl.Trainer) -> bool:
+    """Whether there were as many validations without a new best as patience allows."""
+    return any(own.wait_count >= own.patience for own in trainer.early_stopping_callbacks)
 
 
 _LOADERS = ("train_dataloader", "val_dataloader")

@@ -111,7 +111,8 @@ class FineTune(pl.LightningModule):
         self._handle: tp.Handle | None = None
         self._schedule: tp.Schedule | None = None
         self._window: _Window | None = None
-        self._num_unsupervised: Tensor | float = 0.0
+        #: Batches without a supervised token so far, on all processes.
+        self.num_unsupervised: Tensor | float = 0.0
         self._tally: dict[str, list[int]] = {}
         self._loss = [0.0, 0]
         self._num_samples, self._started = 0, 0.0
@@ -245,9 +246,9 @@ class FineTune(pl.LightningModule):
             if parameter.grad is not None:
                 own: Any = parameter.grad
                 getattr(own, "_local_tensor", own).mul_(factor)
-        self._num_unsupervised = self._num_unsupervised + num_unsupervised
+        self.num_unsupervised = self.num_unsupervised + num_unsupervised
         self.log("train_loss", loss / num_supervised.clamp_min(1), prog_bar=True)
-        self.log("unsupervised_batches", self._num_unsupervised)
+        self.log("unsupervised_batches", self.num_unsupervised)
 
     def _over_processes(self, numbers: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -314,10 +315,10 @@ class FineTune(pl.LightningModule):
         kept = trained | {name for name, _ in self.named_buffers()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
-        checkpoint["unsupervised_batches"] = float(self._num_unsupervised)
+        checkpoint["unsupervised_batches"] = float(self.num_unsupervised)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._num_unsupervised = checkpoint.get("unsupervised_batches", 0.0)
+        self.num_unsupervised = checkpoint.get("unsupervised_batches", 0.0)
 
     # -- validation ----------------------------------------------------------------------------
 

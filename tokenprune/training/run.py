@@ -177,6 +177,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
             logger.save()
         numbers |= last
     if trainer.is_global_zero:
+        numbers.setdefault("unsupervised_batches", float(module.num_unsupervised))
         numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
         summary = _summary(numbers) | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
@@ -245,11 +246,13 @@ def _check_weights(path: str, module: FineTune) -> None:
 
 def _check_precision(model: Any, options: Mapping[str, Any]) -> None:
     """Weights in half precision are frozen ones under adapters in float32: casts are needed."""
-    if model.dtype in (torch.float16, torch.bfloat16) and options.get("precision") is None:
+    precision = options.get("precision")
+    if model.dtype in (torch.float16, torch.bfloat16) and "mixed" not in str(precision):
         name = str(model.dtype).removeprefix("torch.")
         mixed = "16-mixed" if model.dtype == torch.float16 else "bf16-mixed"
         raise ValueError(
-            f"model.dtype: expected float32 for training, got {name} with trainer.precision=null. "
+            f"model.dtype: expected float32 for training, got {name} with "
+            f"trainer.precision={'null' if precision is None else precision}. "
             f"Set model.dtype=float32, or model.tuning=lora and trainer.precision={mixed}."
         )
 
