@@ -22,6 +22,7 @@ from tokenprune.cost import DecoderShape, flops
 from tokenprune.data.collate import IGNORED
 from tokenprune.data.sample import Sample
 from tokenprune.models import LoadedModel
+from tokenprune.training.quiet import quiet_if_started
 from tokenprune.training.sharding import shard
 from tokenprune.training.tuning import (
     PARTS,
@@ -119,6 +120,7 @@ class FineTune(pl.LightningModule):
         self._num_own = self._num_left = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        quiet_if_started()  # nothing of a training arrives earlier
         restore: Any = super().__setstate__
         restore(state)
         # transformers notes what a class of models can record when one is built, and LLaVA reads

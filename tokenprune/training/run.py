@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from tokenprune.devices import check_training
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
 from tokenprune.training.curves import CSVCurve
 from tokenprune.training.module import FineTune
+from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
 from tokenprune.training.tuning import Lora
 
@@ -135,7 +134,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     )
     signals.tell(trainer)
     _cut_curves(trainer, start)
-    with _quiet(resumes=start is not None):
+    with quiet():
         try:
             with signals:
                 trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
@@ -166,7 +165,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if data.validation is not None:
         loggers, trainer.loggers = trainer.loggers, []
-        with _quiet():
+        with quiet():
             found = trainer.validate(module, datamodule=data, verbose=False)
         # None where trainer.limit_val_batches=0.
         last = {name: float(value) for own in found for name, value in own.items()}
@@ -182,24 +181,6 @@ def train(config: DictConfig, output_dir: Path) -> None:
         summary = _summary(numbers) | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         print(_sentence(summary, output_dir / "model"), flush=True)
-
-
-@contextmanager
-def _quiet(resumes: bool = False) -> Iterator[None]:
-    """Keeps back warnings about what is meant to be so."""
-    messages = [
-        ".*in eval mode at the start of training",  # what is frozen has no dropout
-        ".*overridden `transfer_batch_to_device`",  # pictures stay where they are
-        ".*does not have many workers",
-        ".*Using `DistributedSampler` with the dataloaders",  # ours repeats no sample
-        ".*isinstance.treespec, LeafSpec",  # Lightning's own
-    ]
-    if resumes:
-        messages.append(".*your dataloader is not resumable")  # the data module is
-    with warnings.catch_warnings():
-        for message in messages:
-            warnings.filterwarnings("ignore", message=message)
-        yield
 
 
 def _checkpoint(choice: str | None, folder: Path) -> str | None:

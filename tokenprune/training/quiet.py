@@ -1,0 +1,40 @@
+"""Keeps back what Lightning says about things that are meant to be so."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MESSAGES = (
+    ".*in eval mode at the start of training",  # what is frozen has no dropout
+    ".*overridden `transfer_batch_to_device`",  # pictures stay where they are
+    ".*does not have many workers",
+    ".*Using `DistributedSampler` with the dataloaders",  # ours repeats no sample
+    ".*isinstance.treespec, LeafSpec",  # Lightning's own
+    ".*your dataloader is not resumable",  # the data module is
+)
+
+
+def _ignore() -> None:
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without these warnings inside its `with`."""
+    with warnings.catch_warnings():
+        _ignore()
+        yield
+
+
+def quiet_if_started() -> None:
+    """Without these warnings, and what goes well, where this process was started by a training."""
+    # Its parent is not known yet where a process is being set up, but its name is.
+    if multiprocessing.current_process().name != "MainProcess":
+        _ignore()
+        for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
