@@ -290,7 +290,9 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_command_trains_in_two_processes(tmp_path, alone, how):
     own = command(*two(how), f"hydra.run.dir={tmp_path / 'run'}")
-    subprocess.run(own, check=True, capture_output=True, text=True)
+    done = subprocess.run(own, check=True, capture_output=True, text=True)
+    for noise in ("Initializing distributed", "LeafSpec", "in eval mode", "weights_only"):
+        assert noise not in done.stderr + done.stdout
     told, expected = (
         json.loads((folder / "training.json").read_text()) for folder in (tmp_path / "run", alone)
     )
