@@ -654,7 +654,28 @@ def test_curves_are_csv_files_with_the_throughput(checkpoint, tmp_path, monkeypa
     assert speeds == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_head_that_is_the_embeddings_goes_on(tmp_path: Path) -> None:
+class Missing:
+    """A logger whose package is not there."""
+
+    def __init__(self) -> None:
+        raise ModuleNotFoundError("No module named 'boards'")
+
+
+def test_a_logger_without_its_package(checkpoint: str, tmp_path: Path) -> None:
+    own = config(checkpoint, "logger={_target_:test_training.Missing}")
+    with pytest.raises(ValueError, match="logger: expected the package that Missing needs, got"):
+        training.train(own, tmp_path)
+
+
+def test_a_short_training_has_a_curve(checkpoint: str, tmp_path: Path) -> None:
+    training.train(config(checkpoint, "logger=csv", "trainer.max_steps=2"), tmp_path)
+    curve = pandas.read_csv(tmp_path / "csv" / "metrics.csv")
+    assert curve.dropna(subset="train_loss")["step"].tolist() == [2]
+
+
+def test_a_head_that_is_the_embeddings_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As the shipped model's: one weight under two names."""
     own = ["model=tiny", "model.path=tiny", "data.train.num_samples=8", "keep=best"]
     training.train(config("tiny", *own, "trainer.max_steps=2"), tmp_path)
@@ -662,8 +683,10 @@ def test_a_head_that_is_the_embeddings_goes_on(tmp_path: Path) -> None:
     assert "model.model.language_model.embed_tokens.weight" in state
     assert "model.lm_head.weight" not in state
     (tmp_path / training.SUMMARY).unlink()
+    assert "ckpt_path" not in capsys.readouterr().out
     training.train(config("tiny", *own, "trainer.max_steps=3", "ckpt_path=last"), tmp_path)
     assert summary(tmp_path)["steps"] == 3
+    assert "ckpt_path: goes on with another trainer than before" in capsys.readouterr().out
 
 
 def test_patience_may_end_between_the_batches_of_a_step(tmp_path: Path, checkpoint: str) -> None:

@@ -208,7 +208,7 @@ def _train_task(config: DictConfig) -> None:
         try:
             train(config, folder)
         except Stopped as stop:
-            again = f"ckpt_path=last hydra.run.dir={folder}"
+            again = f"the same command with ckpt_path=last hydra.run.dir={folder}"
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 again = "the same command once more"
             hint = f" To go on: {again}" if (folder / LAST).is_file() else ""

@@ -422,6 +422,10 @@ def _key(config: DictConfig, marks: Mapping[str, str] | None) -> str:
     return json.dumps([compose.plain(config), marks])
 
 
+def _leave_signals() -> None:
+    """Registers no handlers: a signal ends the process."""
+
+
 def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """Runs one evaluation and writes its files, unless they are there already.
 
@@ -450,6 +454,8 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     for own in trainer.loggers:
         if isinstance(own, CSVCurve):
             own.cut(-1)  # of an earlier run
+    # Lightning's own handlers note a SIGTERM, and act on it in training only.
+    trainer._signal_connector.register_signal_handlers = _leave_signals
     loaded = load_model(config, marks)
     num_layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
     pruning = compose.build_pruning(config, num_layers)

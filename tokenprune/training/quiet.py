@@ -14,6 +14,7 @@ _MESSAGES = (
     ".*does not have many workers",
     ".*Using `DistributedSampler` with the dataloaders",  # ours repeats no sample
     ".*isinstance.treespec, LeafSpec",  # Lightning's own
+    ".*is smaller than the logging interval",
     ".*your dataloader is not resumable",  # the data module is
 )
 

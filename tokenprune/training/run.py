@@ -85,7 +85,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
     """
     from hydra.utils import instantiate
 
-    if config.get("logger") and OmegaConf.is_interpolation(config.logger, "save_dir"):
+    logs = config.get("logger")
+    if logs and "save_dir" in logs.keys() and OmegaConf.is_interpolation(logs, "save_dir"):  # noqa: SIM118
         config = config.copy()
         config.logger.save_dir = str(output_dir)  # what it refers to, outside Hydra as well
     resolved = compose.plain(config)
@@ -93,6 +94,9 @@ def train(config: DictConfig, output_dir: Path) -> None:
     check_training(options)
     start = _checkpoint(config.ckpt_path, output_dir)
     marks = results.fingerprint(resolved)
+    changes = results.changes(output_dir, resolved, marks, LAST) if start is not None else None
+    if changes:
+        print(f"ckpt_path: goes on with another {', '.join(changes)} than before", flush=True)
     # Not from the evaluation's memory: this model changes.
     recipe = dict(resolved["model"])
     tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
@@ -120,12 +124,14 @@ def train(config: DictConfig, output_dir: Path) -> None:
     module.detach()
     data = instantiate(config.data, processor=loaded.processor)
     data.train_dataloader()  # refuses a config without training data
+    if 0 < (options.get("max_steps") or 0) < (options.get("log_every_n_steps") or 0):
+        options["log_every_n_steps"] = options["max_steps"]  # the curve has its end at least
     signals = StopSignals()
     own = _callbacks(config, output_dir, signals, validates=data.validation is not None)
     given = [instantiate(callback) for callback in options.pop("callbacks", None) or []]
     if data.validation is None:
         options["limit_val_batches"] = 0
-    logger = instantiate(config.logger) if config.get("logger") else False
+    logger = _logger(config.logger) if config.get("logger") else False
     begin = _Begin(output_dir, resolved, marks, anew=start is None)
     trainer = instantiate(options | {"_partial_": True})(
         callbacks=[*given, begin, RandomStates(config.seed), *own],
@@ -181,6 +187,22 @@ def train(config: DictConfig, output_dir: Path) -> None:
         summary = _summary(numbers) | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         print(_sentence(summary, output_dir / "model"), flush=True)
+
+
+def _logger(config: DictConfig) -> Any:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise ValueError(
+            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
+            "got none. Install it (TensorBoard: pip install 'tokenprune[train]'), or choose "
+            "logger=csv."
+        ) from error
 
 
 def _checkpoint(choice: str | None, folder: Path) -> str | None:
