@@ -387,6 +387,12 @@ def test_any_checkpoint_s_config_will_do(tmp_path: Path) -> None:
     LlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
     found = bench.measure(config("shape=hub", f"shape.path={tmp_path}"))
     assert found["pruned_kv_mb"] == found["expected_kv_mb"]
+    text.global_head_dim = 16  # what says that layers differ in size
+    LlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    found = bench.measure(config("shape=hub", f"shape.path={tmp_path}"))
+    assert found["pruned_kv_mb"] < found["unpruned_kv_mb"]
+    assert found["flops_ratio"] is None
+    assert "expected_kv_mb" not in found
 
 
 @pytest.mark.parametrize(

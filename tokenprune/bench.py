@@ -719,7 +719,8 @@ def _measure(
         with bench.pruned():
             found["pruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
         found["unpruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
-        found["expected_kv_mb"] = bench.expected_cache_bytes() / 1e6
+        if bench.shape.caches_alike:
+            found["expected_kv_mb"] = bench.expected_cache_bytes() / 1e6
         for own in found.get("ways", []):
             with bench.pruned(own["way"]):
                 own["pruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6
