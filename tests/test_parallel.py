@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loops import utilities as loop_utilities
-from test_training import Watched, build_processor
+from test_training import LIGHTNING, Watched, build_processor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
 
@@ -32,10 +32,7 @@ from tokenprune.models import LoadedModel
 from tokenprune.training.sharding import Sharded, shard
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
-    pytest.mark.filterwarnings("ignore:.*overridden `transfer_batch_to_device`"),
+    *LIGHTNING,
     pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft

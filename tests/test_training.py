@@ -44,11 +44,14 @@ WORDS = re.findall(
 )
 
 # Of pytorch_lightning with this torch, and advice on settings that are right for a test.
-pytestmark = [
+LIGHTNING = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
     pytest.mark.filterwarnings("ignore:.*overridden `transfer_batch_to_device`"),
+]
+pytestmark = [
+    *LIGHTNING,
     pytest.mark.filterwarnings("ignore:.*The number of training batches"),
 ]
 

@@ -109,6 +109,8 @@ def _run(command: str, arguments: list[str], task: Callable[[DictConfig], Any]) 
         raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
     if args.resolve and not args.cfg:
         raise BadInput("--resolve: expected --cfg beside it, got none. Add --cfg job.")
+    if args.config_dir is not None:
+        _check_folder(args.config_dir)
     if args.help:
         return _help(command, args)
     if args.hydra_help or args.info or args.shell_completion:
@@ -330,13 +332,6 @@ def compose(
     if extra_dir is not None:
         if not Path(extra_dir).is_dir():
             raise BadInput(f"--config-dir: expected a folder, got {extra_dir!r}. Check the path.")
-        for path in sorted(Path(extra_dir).rglob("*.yaml")):
-            own = path.relative_to(extra_dir)
-            if (config_dir() / own).exists():  # Hydra would read that one, and not say so
-                raise BadInput(
-                    f"--config-dir: expected names of their own, got {own}, which tokenprune has "
-                    "as well. Rename yours."
-                )
         overrides.append(f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
@@ -349,6 +344,17 @@ def compose(
         del config["hydra"]
         OmegaConf.set_struct(config, True)
     return config
+
+
+def _check_folder(extra_dir: str) -> None:
+    """Refuses a user's configs named as those of tokenprune: Hydra would read these, silently."""
+    for path in sorted(Path(extra_dir).rglob("*.yaml")):
+        own = path.relative_to(extra_dir)
+        if (config_dir() / own).exists():
+            raise BadInput(
+                f"--config-dir: expected names of their own, got {own}, which tokenprune has "
+                "as well. Rename yours."
+            )
 
 
 def _check_jobs(command: str, args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from tokenprune.compose import Pruning
 from tokenprune.devices import check_evaluation
 from tokenprune.metrics import build_metric
 from tokenprune.models import LoadedModel
-from tokenprune.training.curves import CSVCurve
+from tokenprune.training.curves import CSVCurve, build_logger
 
 _Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
@@ -447,7 +447,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     check_evaluation(resolved["trainer"])
-    logger = instantiate(config.logger) if config.get("logger") else False
+    logger = build_logger(config.get("logger"))
     trainer = instantiate(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )

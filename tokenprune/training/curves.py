@@ -1,4 +1,4 @@
-"""CSV curves that outlive an interruption: one file, each step once."""
+"""Loggers, and CSV curves that outlive an interruption: one file, each step once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from tokenprune.results import write_text
+
+
+def build_logger(config: Any) -> Any:
+    """The logger that a config names, False for none.
+
+    Raises:
+        ValueError: If its package is not installed.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    if not config:
+        return False
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise ValueError(
+            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
+            "got none. Install it (TensorBoard: pip install 'tokenprune[train]'), or choose "
+            "logger=csv."
+        ) from error
 
 
 class CSVCurve(CSVLogger):

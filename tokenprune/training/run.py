@@ -22,7 +22,7 @@ import tokenprune as tp
 from tokenprune import compose, results
 from tokenprune.devices import check_training
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
-from tokenprune.training.curves import CSVCurve
+from tokenprune.training.curves import CSVCurve, build_logger
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
@@ -131,7 +131,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     given = [instantiate(callback) for callback in options.pop("callbacks", None) or []]
     if data.validation is None:
         options["limit_val_batches"] = 0
-    logger = _logger(config.logger) if config.get("logger") else False
+    logger = build_logger(config.get("logger"))
     begin = _Begin(output_dir, resolved, marks, anew=start is None)
     trainer = instantiate(options | {"_partial_": True})(
         callbacks=[*given, begin, RandomStates(config.seed), *own],
@@ -187,22 +187,6 @@ def train(config: DictConfig, output_dir: Path) -> None:
         summary = _summary(numbers) | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         print(_sentence(summary, output_dir / "model"), flush=True)
-
-
-def _logger(config: DictConfig) -> Any:
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(config)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise ValueError(
-            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
-            "got none. Install it (TensorBoard: pip install 'tokenprune[train]'), or choose "
-            "logger=csv."
-        ) from error
 
 
 def _checkpoint(choice: str | None, folder: Path) -> str | None:
