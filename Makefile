@@ -44,7 +44,7 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" --numprocesses 2
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/test_golden.py tests/test_oracles.py tests/test_engine.py tests/test_adapters.py
+	$(OLDEST)/bin/python -m pytest tests/engine/test_golden.py tests/engine/test_oracles.py tests/engine/test_engine.py tests/families/test_adapters.py
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

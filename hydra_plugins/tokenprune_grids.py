@@ -35,8 +35,8 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
-        from tokenprune import results
-        from tokenprune.sweep import expand, run_names
+        from tokenprune.runs import results
+        from tokenprune.runs.sweeps import expand, run_names
 
         assert self.config is not None
         assert self.launcher is not None

@@ -1,7 +1,7 @@
 """Runs every check of the zoo and writes docs/compatibility.csv and docs/compatibility.md.
 
 `python tests/compatibility.py [model type ...]` renews the rows of these types, or all.
-`tests/test_compatibility.py` holds the table to what the code does.
+`tests/families/test_compatibility.py` holds the table to what the code does.
 """
 
 from __future__ import annotations

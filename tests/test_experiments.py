@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tokenprune import cli
-from tokenprune.compose import build_pruning, describe
-from tokenprune.sweep import expand, run_names
+from tokenprune.cli import main as cli
+from tokenprune.runs.compose import build_pruning, describe
+from tokenprune.runs.sweeps import expand, run_names
 
 PAPER = Path(__file__).parent.parent / "experiments" / "paper"
 COMMANDS = {"training": "train", "inference": "eval", "one_cut": "eval", "steps": "bench"}

@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
-from tokenprune.cli import main
+from tokenprune.cli.main import main
 from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import SceneDataset
-from tokenprune.models import TINY
+from tokenprune.runs.models import TINY
 
 NUM_SCENES = 200
 

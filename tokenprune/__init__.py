@@ -1,11 +1,13 @@
 """Visual token pruning for any Hugging Face vision-language model."""
 
 from tokenprune import cost, strategies
-from tokenprune.adapters import Adapter, register_adapter, visual_mask
-from tokenprune.engine import POSITIONS, Handle, attach, prune
-from tokenprune.projection import Projected
-from tokenprune.published import published
+from tokenprune.engine.attach import POSITIONS, Handle, attach, prune
+from tokenprune.engine.trace import Trace, TracedStage
+from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.anatomy import visual_mask
+from tokenprune.families.projection import Projected
 from tokenprune.schedule import Schedule, Stage
+from tokenprune.strategies.published import published
 from tokenprune.strategy import (
     AttentionRows,
     AttentionStrategy,
@@ -18,7 +20,6 @@ from tokenprune.strategy import (
     build_strategy,
     register,
 )
-from tokenprune.trace import Trace, TracedStage
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from tokenprune.cli import main as tokenprune_command
+from tokenprune.cli.main import main as tokenprune_command
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = Path("outputs/ablation")

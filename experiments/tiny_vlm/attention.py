@@ -13,7 +13,7 @@ import torch
 
 from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import GRID, SceneDataset
-from tokenprune.models import load
+from tokenprune.runs.models import load
 
 NUM_SCENES = 200
 

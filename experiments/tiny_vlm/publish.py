@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import tokenprune
-from tokenprune.cli import main as tokenprune_command
+from tokenprune.cli.main import main as tokenprune_command
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import tokenprune as tp
-from tokenprune.adapters import examine
-from tokenprune.masks import dense
+from tokenprune.engine.masks import dense
+from tokenprune.families.anatomy import examine
 from zoo.flash import attention
 from zoo.specimen import NUM_LAYERS, PROMPTS, TEXT, VOCABULARY, Specimen
 

@@ -17,11 +17,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.compose import Pruning
 from tokenprune.cost import DecoderShape, flops
 from tokenprune.data.collate import IGNORED
 from tokenprune.data.sample import Sample
-from tokenprune.models import LoadedModel
+from tokenprune.runs.compose import Pruning
+from tokenprune.runs.models import LoadedModel
 from tokenprune.training.quiet import quiet_if_started
 from tokenprune.training.sharding import shard
 from tokenprune.training.tuning import (

@@ -19,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, ThroughputMonitor
 
 import tokenprune as tp
-from tokenprune import compose, results
-from tokenprune.devices import check_training
+from tokenprune.runs import compose, results
+from tokenprune.runs.devices import check_training
+from tokenprune.runs.loggers import CSVCurve, build_logger
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
-from tokenprune.training.curves import CSVCurve, build_logger
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates

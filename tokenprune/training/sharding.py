@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-from tokenprune.adapters import examine
+from tokenprune.families.anatomy import examine
 
 
 class Sharded(ModelParallelStrategy):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tokenprune.adapters import examine
+from tokenprune.families.anatomy import examine
 
 PARTS = ("vision_tower", "projector", "decoder")
 TUNINGS = ("full", "projector", "lora")

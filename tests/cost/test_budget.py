@@ -1,0 +1,442 @@
+"""Budgets: the solver, its words, the configs, the command, and docs/budgets.md."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlavaConfig
+
+import tokenprune as tp
+from tokenprune import cost
+from tokenprune.cli import main as cli
+from tokenprune.cli.main import compose
+from tokenprune.cost import solver
+from tokenprune.cost.figures import Figures, Workload
+from tokenprune.runs import budgets
+from tokenprune.runs.compose import build_pruning
+
+DOC = Path(__file__).parents[2] / "docs" / "budgets.md"
+LLAVA = Workload(cost.DecoderShape.preset("llava-1.5-7b"), 576)
+NEXT = Workload(cost.DecoderShape.preset("llava-next-7b"), 2880)
+PDROP = tuple(tp.build_strategy("pyramiddrop").attention_rows())
+EVEN = solver.pyramid([8, 16, 24])
+FASTV = solver.one_shot(2)
+
+
+# --------------------------------------------------------------------------------------- the solver
+
+
+@pytest.mark.parametrize(
+    ("workload", "family", "target", "value", "solved"),
+    [
+        (LLAVA, EVEN, "avg_tokens", 270, 0.5),  # PyramidDrop's own average
+        (LLAVA, FASTV, "avg_tokens", 306, 0.5),  # FastV's
+        (LLAVA, FASTV, "avg_tokens", 192, 0.288),  # 166 tokens after layer 2
+        (LLAVA, FASTV, "avg_tokens", 128, 0.17),  # 98
+        (LLAVA, FASTV, "avg_tokens", 64, 0.052),  # 30
+        (LLAVA, FASTV, "final_tokens", 57, 0.099),
+        (NEXT, EVEN, "tflops", 9.4646, 0.5),
+        (NEXT, solver.pyramid_layers(32, 4, 0.5), "tflops", 9.4646, [8, 16, 24]),
+        (LLAVA, solver.one_shot_layer(32, 0.5), "avg_tokens", 306, 2),
+        (LLAVA, EVEN, "kv_mb", 141.557760, 0.5),
+    ],
+)
+def test_known_schedules_are_found_again(workload, family, target, value, solved) -> None:
+    solution = solver.solve(workload, family, target, value)
+    name, found = solution.solved
+    assert name == family.name
+    if isinstance(found, float):
+        counts = workload.lengths(family.build(solved))
+        assert workload.lengths(solution.schedule) == counts
+        assert found == pytest.approx(solved, abs=2e-3)
+        assert len(str(found)) <= len("0.1234567")  # the shortest that does it
+    else:
+        assert found == solved
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_visual=st.integers(1, 700),
+    cuts=st.lists(st.integers(0, 31), min_size=1, max_size=4, unique=True).map(sorted),
+    rounding=st.sampled_from(["floor", "nearest"]),
+    share=st.floats(0, 1),
+    target=st.sampled_from(solver.TARGETS),
+    convention=st.sampled_from(cost.CONVENTIONS),
+)
+def test_nothing_in_the_family_is_nearer(
+    num_visual, cuts, rounding, share, target, convention
+) -> None:
+    workload = Workload(LLAVA.shape, num_visual, num_text=3, rows=PDROP)
+    families: list[solver.Dial] = [
+        solver.pyramid(cuts, rounding),
+        solver.one_shot(cuts[0], rounding),
+    ]
+    for family in families:
+        low, high = (
+            workload.figure(family.build(end), target, convention) for end in (family.least, 1.0)
+        )
+        value = low + share * (high - low)
+        solution = solver.solve(workload, family, target, value, convention)
+        assert solution.possible == (low, high)
+        assert solution.got == workload.figure(solution.schedule, target, convention)
+        off = abs(solution.got - value)
+        for step in range(1, 200):
+            other = workload.figure(family.build(step / 199), target, convention)
+            assert off <= abs(other - value) + 1e-9 * max(1.0, high)
+
+
+def test_open_layers_are_even_among_those_that_fit() -> None:
+    family = solver.pyramid_layers(12, 3, 0.5, first_layer=2)
+    workload = Workload(cost.DecoderShape(12, 64, 96, 4, 2, 16, 77), 400)
+    found = {
+        layers: workload.figure(family.build(layers), "avg_tokens", "pyramiddrop")
+        for layers in itertools.combinations(range(2, 12), 2)
+    }
+    for value in (170, 200, 250, 300):
+        solution = solver.solve(workload, family, "avg_tokens", value)
+        best = min(abs(figure - value) for figure in found.values())
+        assert abs(solution.got - value) <= max(best, 0.005 * value)
+        own = tuple(solution.solved[1])
+        even = [
+            sum(b - a > 0 and (b - a) ** 2 for a, b in itertools.pairwise((0, *layers, 12)))
+            for layers in (own, *(k for k, f in found.items() if abs(f - value) <= best))
+        ]
+        assert even[0] == min(even)
+
+
+def test_real_counts_are_reported() -> None:
+    """Seven visual tokens do not reach every average: what is told is what they give."""
+    workload = Workload(LLAVA.shape, 7)
+    solution = solver.solve(workload, EVEN, "avg_tokens", 3.1)
+    figures = solution.figures
+    assert figures.lengths == tuple(solution.schedule.lengths(32, 7))
+    assert solution.got == figures.avg_tokens == sum(figures.lengths) / 32 != 3.1
+    assert figures.tflops["pyramiddrop"] == cost.flops(LLAVA.shape, figures.lengths) / 1e12
+    assert figures.flops_ratio["fastv"] == pytest.approx(
+        cost.flops(LLAVA.shape, figures.lengths, convention="fastv")
+        / cost.flops(LLAVA.shape, [7] * 32, convention="fastv")
+    )
+    assert figures.kv_mb * 1e6 == cost.kv_bytes(LLAVA.shape, figures.lengths)
+    assert figures.avg_tokens_outputs == cost.average_tokens(figures.lengths, "outputs")
+
+
+def test_exact_budgets_count_the_scoring() -> None:
+    workload = Workload(LLAVA.shape, 576, num_text=30, rows=PDROP)
+    lengths = workload.lengths(EVEN.build(0.5))
+    terms = cost.exact(LLAVA.shape, lengths, 30, cuts=(8, 16, 24), rows=PDROP)
+    total = workload.flops(EVEN.build(0.5), "exact")
+    assert total == pytest.approx(terms.layers + terms.scoring, rel=1e-12)
+    assert terms.scoring > 0
+    blind = Workload(LLAVA.shape, 576, num_text=30)
+    assert blind.flops(EVEN.build(0.5), "exact") == pytest.approx(terms.layers, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("solve", "message"),
+    [
+        (lambda: solver.solve(LLAVA, EVEN, "avg_tokens", 128), "expected 144 to 576.*got 128"),
+        (
+            lambda: solver.solve(LLAVA, EVEN, "tflops", 4),
+            r"budget.tflops: expected 0.9543 to 3.817",
+        ),
+        (lambda: solver.solve(LLAVA, EVEN, "final_tokens", 577), "expected 0 to 576"),
+        (
+            lambda: solver.solve(LLAVA, solver.pyramid_layers(32, 4, 0.5), "avg_tokens", 64),
+            "expected 96.75 to 537.8, which is what these stages can give, got 64. Move the cuts",
+        ),
+        (
+            lambda: solver.solve(LLAVA, solver.pyramid_layers(80, 9, 0.5), "avg_tokens", 64),
+            "expected at most 500000 ways",
+        ),
+        (
+            lambda: solver.solve(LLAVA, solver.pyramid_layers(2, 4, 0.5), "kv_mb", 64),
+            "Choose fewer",
+        ),
+        (lambda: solver.solve(LLAVA, EVEN, "avg_tokens", "many"), "expected a number, got 'many'"),
+        (lambda: solver.solve(LLAVA, EVEN, "avg_token", 1), "Did you mean 'avg_tokens'"),
+        (lambda: solver.solve(LLAVA, EVEN, "tflops", 1, "exat"), "Did you mean 'exact'"),
+        (lambda: Workload(LLAVA.shape, 0), "budget.num_visual: expected an integer >= 1"),
+        (lambda: Workload(LLAVA.shape, 9, dtype="half"), "cost.dtype: expected one of"),
+        (lambda: budgets.asked({"tflops": 1, "kv_mb": 1}), "expected one target, got"),
+    ],
+)
+def test_what_cannot_be_met_says_what_can(solve, message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=message):
+        solve()
+
+
+# --------------------------------------------------------------------------------------- in configs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedule"),
+    [
+        (["budget.avg_tokens=270"], tp.Schedule.pyramid(layers=[8, 16, 24], lam=0.5)),
+        (["strategy=fastv", "budget.avg_tokens=306"], tp.Schedule.one_shot(2, 0.5)),
+        (
+            ["schedule.layers=[2,6,15]", "budget.solve=layers", "budget.avg_tokens=270"],
+            tp.Schedule.pyramid(layers=[8, 16, 24], lam=0.5),
+        ),
+        (
+            ["strategy=fastv", "budget.solve=layer", "budget.avg_tokens=306"],
+            tp.Schedule.one_shot(2, 0.5),
+        ),
+        (
+            ["model=llava_next_7b", "budget.tflops=9.4646"],
+            tp.Schedule.pyramid(layers=[8, 16, 24], lam=0.5),
+        ),
+        (
+            ["budget.num_visual=2880", "budget.flops_ratio=0.5", "budget.convention=exact"],
+            None,
+        ),
+    ],
+)
+def test_a_config_is_solved(overrides: list[str], schedule: tp.Schedule | None) -> None:
+    config = compose("eval", ["model=llava_1_5_7b", *overrides])
+    pruning = build_pruning(config, 32)
+    assert pruning is not None
+    assert pruning.solution is not None
+    if schedule is None:
+        assert pruning.solution.got == pytest.approx(0.5, rel=1e-3)
+        assert pruning.solution.workload.rows == PDROP
+    else:
+        workload = pruning.solution.workload
+        assert workload.lengths(pruning.schedule) == workload.lengths(schedule)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget.avg_tokens=100"], "budget.avg_tokens: expected 144 to 576"),
+        (["schedule=explicit", "budget.avg_tokens=100"], "expected schedule=pyramid or"),
+        (["budget.avg_tokens=200", "budget.solve=keep"], r"expected one of \['lam', 'layers'\]"),
+        (["budget.avg_tokens=200", "budget.solve=layers", "budget.first_layer=40"], "from 0 to 31"),
+        (["model.path=Qwen/Qwen2-VL-7B-Instruct", "budget.kv_mb=9"], "Set budget.num_visual=1280"),
+    ],
+)
+def test_a_config_that_cannot_be_solved(overrides: list[str], message: str) -> None:
+    config = compose("train", ["model=llava_1_5_7b", *overrides])
+    with pytest.raises(ValueError, match=message):
+        build_pruning(config, 32)
+
+
+def test_a_run_is_refused_before_it_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "budget.avg_tokens=20"]) == 2
+    assert "budget.avg_tokens: expected 36 to 144" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_flops_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "costs.png"
+    arguments = ["flops", "model=llava_1_5_7b", "budget.avg_tokens=192", f"--output={picture}"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(✂ )?(\d+) +(\d+) ", printed, re.MULTILINE)
+    assert [int(layer) for _, layer, _ in rows] == list(range(32))
+    assert [int(layer) for cut, layer, _ in rows if cut] == [8, 16, 24]
+    assert sum(int(visual) for _, _, visual in rows) / 32 == 192
+    assert "solved    lam = 0.254" in printed
+    assert "possible  144 to 576" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["flops", "model=llava_1_5_7b", "--output", str(tmp_path / "costs.txt")]) == 2
+    assert "flops.output: expected a picture file" in capsys.readouterr().err
+
+
+def test_flops_needs_a_config_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = LlamaConfig(num_hidden_layers=6, hidden_size=64, intermediate_size=96)
+    LlavaConfig(text_config=text).save_pretrained(tmp_path)
+    command = ["flops", "model=hub", f"model.path={tmp_path}", "strategy=none"]
+    assert cli.main(command) == 0
+    assert "576 visual tokens" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(command) == 2
+    assert "model.path: expected a readable config.json" in capsys.readouterr().err
+    assert cli.main(["flops", "model=hub"]) == 2
+    assert "model.path: expected a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"model_type": "llava"}, 576),
+        (
+            {
+                "model_type": "llava_next",
+                "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336]],
+            },
+            2880,
+        ),
+        (
+            {
+                "model_type": "llava_onevision",
+                "image_grid_pinpoints": [[384, 384], [2304, 2304]],
+                "vision_aspect_ratio": "anyres_max_9",
+            },
+            7290,
+        ),
+        ({"model_type": "qwen2_5_vl"}, None),
+        ({"model_type": "gemma3"}, 256),
+        ({"model_type": "internvl"}, 256),
+    ],
+)
+def test_visual_tokens_of_a_config(config: dict, tokens: int | None) -> None:
+    from transformers import AutoConfig
+
+    assert cost.visual_tokens(AutoConfig.for_model(**config)) == tokens
+
+
+# --------------------------------------------------------------------------------- docs/budgets.md
+
+FAMILIES = {
+    "λ, even cuts": ("schedule=pyramid", solver.pyramid([8, 16, 24])),
+    "λ, cuts at 2, 6, 15": (
+        "schedule=pyramid schedule.layers=[2,6,15]",
+        solver.pyramid([2, 6, 15]),
+    ),
+    "λ, cuts at 1, 2, 3": ("schedule=pyramid schedule.layers=[1,2,3]", solver.pyramid([1, 2, 3])),
+    "keep, one cut at 2": ("schedule=one_shot", solver.one_shot(2)),
+    "keep, one cut at 3": ("schedule=one_shot schedule.layer=3", solver.one_shot(3)),
+    "layers, λ = 0.5": ("schedule=pyramid", solver.pyramid_layers(32, 4, 0.5)),
+    "layers, λ = 0.3": ("schedule=pyramid schedule.lam=0.3", solver.pyramid_layers(32, 4, 0.3)),
+    "layer, keep = 0.1": ("schedule=one_shot schedule.keep=0.1", solver.one_shot_layer(32, 0.1)),
+}
+MODELS = {"LLaVA-1.5-7B": (LLAVA, (192, 128, 64)), "LLaVA-NeXT-7B": (NEXT, (640, 320, 160))}
+
+
+def stages(lengths: tuple[int, ...]) -> str:
+    return ", ".join(f"{n} × {len(list(own))}" for n, own in itertools.groupby(lengths))
+
+
+def figures_of(figures: Figures) -> str:
+    tera = " / ".join(f"{figures.tflops[c]:.3g}" for c in cost.CONVENTIONS)
+    return (
+        f"{stages(figures.lengths)} | {figures.avg_tokens:.2f} | {figures.avg_tokens_outputs:.2f} "
+        f"| {figures.final_tokens} | {tera} | {figures.kv_mb:.1f}"
+    )
+
+
+def budget_table(workload: Workload, values: tuple[int, ...]) -> list[str]:
+    """A row per budget and family; an impossible budget says what is possible."""
+    columns = "tokens × layers | inputs | outputs | last | TFLOPs | KV MB"
+    lines = [f"| average | open | add to the command | {columns} |", f"|{' --- |' * 9}"]
+    for value, (name, (overrides, family)) in itertools.product(values, FAMILIES.items()):
+        try:
+            solution = solver.solve(workload, family, "avg_tokens", value)
+        except ValueError as error:
+            (reach,) = re.findall(r"expected (\S+ to [^,\s]+),", str(error))
+            lines.append(f"| {value} | {name} | impossible: {reach} |" + " |" * 6)
+            continue
+        key, found = solution.solved
+        text = f"`{overrides} schedule.{key}={found}`".replace(", ", ",")
+        if " schedule.layers=" in overrides and key == "layers":
+            raise AssertionError("layers are given twice")
+        lines.append(f"| {value} | {name} | {text} | {figures_of(solution.figures)} |")
+    return lines
+
+
+def strategy_table() -> list[str]:
+    """What each strategy's published schedule gives, and the share that its scoring takes."""
+    columns = "tokens × layers | inputs | outputs | last | TFLOPs | KV MB | scoring"
+    lines = [f"| strategy | model | {columns} |", f"|{' --- |' * 9}"]
+    models = {
+        "LLaVA-1.5-7B": LLAVA,
+        "LLaVA-1.5-13B": Workload(cost.DecoderShape.preset("llava-1.5-13b"), 576),
+        "LLaVA-NeXT-7B": NEXT,
+    }
+    for name, (model, plain) in itertools.product(tp.available(), models.items()):
+        strategy, schedule, _ = tp.published(name, num_layers=plain.shape.num_layers)
+        workload = Workload(plain.shape, plain.num_visual, rows=tuple(strategy.attention_rows()))
+        total = workload.flops(schedule, "exact")
+        share = 100 * (total - plain.flops(schedule, "exact")) / total
+        lines.append(
+            f"| `{name}` | {model} | {figures_of(workload.figures(schedule))} | {share:.2f} % |"
+        )
+    return lines
+
+
+def document() -> str:
+    parts = [
+        "# Which configuration gives budget X?",
+        "",
+        "<!-- Generated: python tests/cost/test_budget.py -->",
+        "",
+        "Any strategy takes any of these schedules: which tokens stay does not change how many. To",
+        "solve a budget of your own, name one target; what the schedule leaves open follows:",
+        "",
+        "```bash",
+        "tokenprune flops model=llava_1_5_7b strategy=pyramiddrop budget.avg_tokens=192",
+        "tokenprune flops model=llava_next_7b strategy=fastv budget.tflops=9.5",
+        "tokenprune eval model=llava_1_5_7b strategy=fastv budget.solve=layer budget.kv_mb=200",
+        "```",
+        "",
+        "`tokenprune flops` needs no weights. Targets: `avg_tokens` (mean over what the layers are",
+        "given: FastV, PyramidDrop, VScan), `avg_tokens_outputs` (mean over what they leave:",
+        "SparseVLM's code), `final_tokens`, `tflops`, `flops_ratio`, `kv_mb`; see",
+        "[configs/budget/default.yaml](../configs/budget/default.yaml).",
+        "",
+        "* Token counts are integers: the figures are those of the real counts, the nearest that",
+        "  the family reaches. Open layers are spread evenly within 0.5 % of the target.",
+        "* TFLOPs are of the visual tokens in the decoder: as PyramidDrop / as FastV count / exact",
+        "  (two per multiply-add, causal attention counted as half; the last table adds scoring).",
+        "  Papers print the first two, which are multiply-adds. KV is in 10⁶ bytes, two per value.",
+        "* The same average is not the same cost: the tables of one paper mix both averages.",
+        "* PyramidDrop's even cuts leave the first 8 of 32 layers whole, a quarter of all tokens:",
+        "  smaller budgets need earlier cuts. The paper does not say which it used for them.",
+        "* LLaVA-NeXT's 2 880 leaves out the newline tokens, at most 48 (budget.num_visual=2928).",
+        "* 160 of 2 880 is less than two whole layers: published numbers of that kind average",
+        "  layer outputs (`budget.avg_tokens_outputs=160`), or prune before the decoder.",
+    ]
+    for model, (workload, values) in MODELS.items():
+        budgets = "/".join(map(str, values))
+        parts += ["", f"## {model}: {budgets} of {workload.num_visual}", ""]
+        parts += budget_table(workload, values)
+    parts += [
+        "",
+        "## What the published schedules give",
+        "",
+        "Scoring is the strategy's share of the exact FLOPs: a row of queries, keys of all tokens.",
+        "",
+        *strategy_table(),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def test_document_is_current() -> None:
+    """To renew it: python tests/cost/test_budget.py."""
+    assert DOC.read_text() == document()
+
+
+def test_documented_commands_can_be_met() -> None:
+    readme = (DOC.parent.parent / "README.md").read_text()
+    commands = re.findall(r"tokenprune \w+ ([^`\n]*budget\.[^`\n]*)", DOC.read_text() + readme)
+    assert len(commands) >= 4
+    for overrides in commands:
+        pruning = build_pruning(compose("eval", overrides.split()), 32)
+        assert pruning is not None
+        assert pruning.solution is not None
+
+
+def test_documented_schedules_are_those_of_their_configs() -> None:
+    rows = re.findall(r"^\| (\d+) \| \S.*? \| `(.*?)` \| (.*?) \|", DOC.read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for value, overrides, counts in rows[::9]:
+        model = "llava_1_5_7b" if int(value) < 160 or value == "192" else "llava_next_7b"
+        pruning = build_pruning(compose("eval", [f"model={model}", *overrides.split()]), 32)
+        assert pruning is not None
+        workload = LLAVA if model == "llava_1_5_7b" else NEXT
+        assert stages(workload.lengths(pruning.schedule)) == counts
+
+
+if __name__ == "__main__":
+    DOC.write_text(document())

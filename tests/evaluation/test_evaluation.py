@@ -1,0 +1,299 @@
+"""What an evaluation measures, and that it measures the same however it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tokenprune as tp
+from tokenprune.cli.main import compose
+from tokenprune.data import Sample
+from tokenprune.evaluation import run as evaluation
+from tokenprune.evaluation.run import summarise, wilson
+from tokenprune.runs import models
+
+NUM_SAMPLES = 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    config = compose(
+        "eval",
+        [
+            "model=hub",
+            f"model.path={checkpoint}",
+            f"data.test.num_samples={NUM_SAMPLES}",
+            "data.batch_size=4",
+            "max_new_tokens=3",
+            "num_pictures=2",
+            "trainer.callbacks=[]",
+            *overrides,
+        ],
+    )
+    strategy = "none" if config.strategy is None else config.strategy.name
+    names = {"strategy": strategy, "schedule": "pyramid", "model": "random", "data": "scenes"}
+    return evaluation.evaluate(config, folder, names)
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # By hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
+    [
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (450, 500, 0.870578, 0.923322),
+    ],
+)
+def test_wilson_intervals(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-5)
+
+
+def test_metrics_are_means_over_samples() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    common = {"num_visual": 4, "real": [9, 7]}
+    records = [
+        common | {"kind": "a", "score": 1.0, "visual": [4, 2]},
+        common | {"kind": "a", "score": 0.0, "visual": [4, 0]},
+        common | {"kind": "b", "score": 1.0, "visual": [4, 1]},
+    ]
+    assert summarise(
+        [common | {"kind": "a", "score": s, "visual": [4, 2]} for s in (0.3, 0.9)], [0.1], shape, 2
+    )["accuracy"] == pytest.approx(0.6)
+    metrics = summarise(records, [0.002, 0.001, 0.009], shape, bytes_per_value=2)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["kinds"]["a"]["accuracy"] == 0.5
+    assert metrics["kinds"]["b"]["num_samples"] == 1
+    assert metrics["visual_tokens_per_layer"] == [4, 1]
+    assert (metrics["avg_tokens"], metrics["final_tokens"]) == (2.5, 1)
+    each = [tp.cost.flops(shape, [4, count]) for count in (2, 0, 1)]
+    assert metrics["tflops"] == pytest.approx(sum(each) / 3 / 1e12)
+    assert metrics["tflops_ratio"] == pytest.approx(sum(each) / 3 / tp.cost.flops(shape, [4, 4]))
+    assert metrics["kv_mb"] == pytest.approx(2 * 16 * 1 * 4 * 2 / 1e6)
+    assert metrics["prefill_ms"] == pytest.approx(2)
+    latent = replace(shape, unlike="latent attention")
+    assert summarise(records, [0.1], latent, 2)["kv_mb"] is None
+
+
+def test_no_samples_is_an_error() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    with pytest.raises(ValueError, match="expected at least one sample"):
+        summarise([], [], shape, 2)
+
+
+def test_text_alone_costs_no_visual_flops() -> None:
+    shape = tp.cost.DecoderShape(2, 8, 16, 2, 1, 4, 10)
+    record = {"kind": "a", "score": 1.0, "num_visual": 0, "visual": [0, 0], "real": [5, 5]}
+    assert summarise([record], [0.1], shape, 2)["tflops_ratio"] == 1.0
+
+
+def test_counts_follow_the_schedule(checkpoint: Path, tmp_path: Path) -> None:
+    overrides = ["strategy=uniform", "schedule.num_stages=2", "schedule.lam=0.3"]
+    metrics = run(checkpoint, tmp_path, *overrides)
+    lengths = tp.Schedule.pyramid(NUM_LAYERS, 2, 0.3).lengths(NUM_LAYERS, NUM_VISUAL)
+    assert metrics["visual_tokens_per_layer"] == lengths
+    assert metrics["final_tokens"] == lengths[-1]
+    assert metrics["num_visual"] == NUM_VISUAL
+    shape = tp.cost.DecoderShape.from_config(models.load_config(str(checkpoint)))
+    assert metrics["tflops"] == pytest.approx(tp.cost.flops(shape, lengths) / 1e12)
+    assert metrics["num_samples"] == NUM_SAMPLES == len(predictions(tmp_path))
+    assert set(metrics["kinds"]) == {"read", "colour", "exist", "relation", "text"}
+    assert metrics["prefill_ms"] > 0
+
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept) == 2
+    assert kept[0]["grids"] == [[4, 4]]
+    assert kept[0]["places"][5] == [0, 0, 1, 1]
+    assert [stage["layer"] for stage in kept[0]["stages"]] == [2]
+    assert len(kept[0]["stages"][0]["kept"]) == lengths[-1]
+    assert all((tmp_path / entry["image"]).is_file() for entry in kept)
+
+
+def test_keeping_everything_is_the_unpruned_model(checkpoint: Path, tmp_path: Path) -> None:
+    whole = run(checkpoint, tmp_path / "none", "strategy=none")
+    kept = run(checkpoint, tmp_path / "all", "strategy=fastv", "schedule.keep=1")
+    assert predictions(tmp_path / "none") == predictions(tmp_path / "all")
+    for key in ("accuracy", "tflops", "kv_mb", "avg_tokens", "num_visual"):
+        assert whole[key] == kept[key]
+    assert whole["visual_tokens_per_layer"] == [NUM_VISUAL] * NUM_LAYERS
+    assert whole["tflops_ratio"] == 1.0
+    assert whole["lam"] is None
+    assert whole["schedule"] is None
+
+
+def test_fewer_tokens_cost_less(checkpoint: Path, tmp_path: Path) -> None:
+    cheap = run(checkpoint, tmp_path / "a", "strategy=random", "schedule.lam=0.3")
+    dear = run(checkpoint, tmp_path / "b", "strategy=random", "schedule.lam=0.9")
+    for key in ("tflops", "kv_mb", "avg_tokens", "final_tokens"):
+        assert cheap[key] < dear[key]
+
+
+def test_batches_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
+    run(checkpoint, tmp_path / "many", "strategy=random", "data.batch_size=10")
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "many")
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tiles"), "llava_next")
+
+
+WHOLE = 16 + 8 * 9  # base image, and a mosaic of 2 x 2 tiles with a newline per row
+
+
+def test_tiles_run_with_the_same_config(tiles: Path, tmp_path: Path) -> None:
+    metrics = run(tiles, tmp_path, "strategy=pyramiddrop", "schedule.num_stages=2")
+    assert metrics["num_visual"] == WHOLE
+    assert metrics["final_tokens"] == WHOLE // 2
+
+
+def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
+    run(tiles, tmp_path, "strategy=pyramiddrop", "schedule.num_stages=2")
+    (first, _) = json.loads((tmp_path / "kept.json").read_text())
+    assert first["grids"] == [[4, 4], [8, 9]]
+    assert len(first["places"]) == first["num_visual"] == WHOLE
+
+
+def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
+    alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
+    together = run(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
+    assert [p["id"] for p in predictions(tmp_path / "two")] == [f"test-0-{i}" for i in range(5)]
+    for key in ("accuracy", "tflops", "kv_mb", "num_samples"):
+        assert alone[key] == together[key]
+    assert (tmp_path / "one/kept.json").read_text() == (tmp_path / "two/kept.json").read_text()
+
+
+def test_a_complete_run_is_not_run_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(checkpoint, tmp_path, "strategy=uniform")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "load_model", lambda *given: pytest.fail("loaded again"))
+        assert run(checkpoint, tmp_path, "strategy=uniform") == first
+    assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
+
+
+def test_other_weights_are_run_again(checkpoint: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    run(own, tmp_path / "run", "strategy=none")
+    first = predictions(tmp_path / "run")
+    weights = load_file(own / "model.safetensors")
+    name = next(name for name in weights if "lm_head" in name)
+    weights[name] = -weights[name]
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    run(own, tmp_path / "run", "strategy=none")
+    assert predictions(tmp_path / "run") != first
+
+
+def test_the_seed_is_the_one_that_draws(checkpoint: Path, tmp_path: Path) -> None:
+    for overrides in (["seed=3"], ["strategy.seed=3"], ["strategy.seed=3", "seed=5"]):
+        metrics = run(checkpoint, tmp_path, "strategy=random", *overrides)
+        assert metrics["seed"] == 3
+    assert run(checkpoint, tmp_path, "strategy=fastv", "seed=4")["seed"] == 4
+
+
+def test_small_data_is_prepared_once_and_large_data_streams() -> None:
+    class Loader:
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            tensors = {"x": torch.zeros(2), "y": "text"}
+            sample = Sample("a", (Image.new("L", (4, 2)),), ())  # 8 bytes, as many as the tensor
+            return iter([{"inputs": tensors, "samples": [sample], "i": i} for i in range(3)])
+
+        def __len__(self) -> int:
+            return 3
+
+    for limit, passes in ((48, 1), (47, 2)):
+        loader = Loader()
+        remembered = evaluation.RememberedBatches(loader, limit)
+        assert [batch["i"] for batch in remembered] == [0, 1, 2] == [b["i"] for b in remembered]
+        assert loader.passes == passes
+        assert len(remembered) == 3
+    looked = evaluation.RememberedBatches(loader := Loader(), 1000)
+    next(iter(looked))  # a pass that stopped early remembers nothing
+    assert len(list(looked)) == 3
+    assert loader.passes == 2
+
+
+def test_an_error_leaves_the_model_unhooked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("in a strategy")
+
+    monkeypatch.setattr("tokenprune.strategies.uniform.Uniform.select", broken)
+    with pytest.raises(RuntimeError, match="in a strategy"):
+        run(checkpoint, tmp_path, "strategy=uniform")
+    config = compose("eval", ["model=hub", f"model.path={checkpoint}"])
+    model = evaluation.load_model(config).model
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    assert not hooked
+    assert not list(tmp_path.iterdir())
+
+
+def test_accepted_answers_and_turns_before(checkpoint: Path, tmp_path: Path) -> None:
+    """The last answer of a conversation, by a metric that counts people."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    texts = ["<image>\nwhat is this ?", "red", "which colour ?", "blue"]
+    roles = ["human", "gpt"] * 2
+    talk = [{"from": r, "value": text} for r, text in zip(roles, texts, strict=True)]
+    rows = [{"image": "a.png", "id": "talk", "conversations": talk}]
+    path = tmp_path / "rows.json"
+    options = ["data=folder", f"data.path={path}"]
+    for own in (rows, [{"image": "a.png", "question": "which ?", "answer": ["x"] * 3 + ["y"]}]):
+        path.write_text(json.dumps(own))
+        config = compose(
+            "eval",
+            [
+                "model=hub",
+                f"model.path={checkpoint}",
+                *options,
+                "trainer.callbacks=[]",
+                "max_new_tokens=1",
+                f"metric={'exact' if own is rows else 'vqa'}",
+            ],
+        )
+        names = {"strategy": "x", "schedule": "x", "model": "x", "data": "folder"}
+        told = evaluation.evaluate(config, tmp_path / config.metric, names)
+        (line,) = predictions(tmp_path / config.metric)
+        assert told["metric"] == config.metric
+        assert told["accuracy"] == line["score"]
+        if own is rows:
+            assert (line["question"], line["answer"]) == ("which colour ?", "blue")
+            assert line["score"] == (line["prediction"] == "blue")
+        else:
+            said = line["prediction"]
+            assert line["score"] == pytest.approx({"x": 0.75, "y": 0.25}.get(said, 0))
+    with pytest.raises(KeyError, match="metric: expected one of"):
+        run(checkpoint, tmp_path / "none", "metric=f1")
+
+
+def test_load_gives_the_asked_type_and_attention(checkpoint: Path) -> None:
+    loaded = models.load(str(checkpoint), dtype="bfloat16", attention="eager")
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.config.get_text_config()._attn_implementation == "eager"
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())

@@ -1,0 +1,212 @@
+"""Files of runs and sweeps, and which runs a sweep has."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tokenprune.runs import results
+from tokenprune.runs.sweeps import expand, run_name, run_names, sweep_name
+
+MARKS = {"torch": "2", "data.path": "old", "device": "cpu"}
+CONFIG = {"seed": 0, "model": {"path": "tiny"}, "strategy": None, "layers": [1, 2]}
+METRICS = {
+    "strategy": "fastv",
+    "schedule": "pyramid",
+    "lam": 0.5,
+    "num_stages": 3,
+    "layers": [2, 4],
+    "keeps": [0.5, 0.25],
+    "positions": "original",
+    "seed": 0,
+    "model": "tiny",
+    "num_samples": 4,
+    "accuracy": 0.75,
+    "accuracy_low": 0.3,
+    "accuracy_high": 0.95,
+    "kinds": {"read": {"accuracy": 0.5}, "text": {"accuracy": 1.0}},
+    "avg_tokens": 80.0,
+    "final_tokens": 36.0,
+    "tflops": 0.1,
+    "tflops_ratio": 0.5,
+    "prefill_ms": 1.5,
+    "kv_mb": 0.2,
+    "num_visual": 144.0,
+}
+
+
+def write(folder: Path, **changes: object) -> None:
+    results.write_run(
+        folder=folder,
+        config=CONFIG,
+        metrics=METRICS | changes,
+        predictions=[{"id": "a", "answer": "é"}],
+        kept=[],
+        images={"images/a.png": Image.new("RGB", (4, 4))},
+        versions=MARKS,
+    )
+
+
+def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
+    assert results.changes(tmp_path, CONFIG, MARKS) is None
+    write(tmp_path)
+    assert results.changes(tmp_path, CONFIG, MARKS) == []
+    assert results.changes(tmp_path, CONFIG | {"seed": 1}, MARKS) == ["seed"]
+    assert results.changes(tmp_path, CONFIG, MARKS | {"torch": "9"}) == ["torch"]
+    # What it logs to, and where it goes on from, make it no other run: its folder may have moved.
+    elsewhere = {"logger": {"save_dir": "/elsewhere"}, "ckpt_path": "last"}
+    assert results.changes(tmp_path, CONFIG | elsewhere, MARKS) == []
+    assert results.changes(tmp_path, CONFIG, MARKS | {"data.path": "new"}) == ["data.path"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml",
+        "images",
+        "kept.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "versions.json",
+    ]
+    assert "torch" in json.loads((tmp_path / "versions.json").read_text())
+
+
+def test_a_run_that_stops_halfway_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path)
+    assert results.changes(tmp_path, CONFIG, MARKS) is None
+
+
+@pytest.mark.parametrize("limit", [results._WHOLE, 1])
+def test_the_contents_of_model_and_data_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(results, "_WHOLE", limit)  # large folders are read at their ends
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    rows.write_text("one")
+    config = {
+        "model": {"path": str(model), "name_or_path": None},
+        "data": {"path": "not/here", "test": {"train_path": str(rows), "split": str(rows)}},
+    }
+    first = results.fingerprint(config)
+    assert set(first) == {"tokenprune", "torch", "transformers"} | {
+        "model.path",
+        "data.test.train_path",
+    }
+    os.utime(rows, (1, 1))
+    assert results.fingerprint(config) == first
+    rows.write_text("two")
+    (model / "model.safetensors").write_bytes(b"0")
+    second = results.fingerprint(config)
+    assert {key for key in first if first[key] != second[key]} == {
+        "model.path",
+        "data.test.train_path",
+    }
+    assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
+
+
+def test_kinds_do_not_pass_for_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", kinds={"low": {"accuracy": 1.0}, "high": {"accuracy": 0.0}})
+    rows = results.collect(tmp_path)
+    assert (rows[0]["ci_low"], rows[0]["ci_high"]) == (0.3, 0.95)
+    assert (rows[0]["accuracy_low"], rows[0]["accuracy_high"]) == (1.0, 0.0)
+    results.print_table([*rows, rows[0] | {"data": "other.jsonl"}], "interval from the run")
+    assert "other.jsonl" in capsys.readouterr().out  # said where runs differ in it
+    with results.write_table(tmp_path, rows).open(newline="") as file:
+        (read,) = csv.DictReader(file)
+    assert (read["ci_low"], read["accuracy_low"]) == ("0.3", "1.0")
+
+
+def test_table_is_tidy(tmp_path: Path) -> None:
+    write(tmp_path / "first")
+    unpruned = {"strategy": "none", "schedule": None, "lam": None, "layers": None, "keeps": None}
+    write(tmp_path / "second", **unpruned, kinds={"text": {"accuracy": 0.25}})
+    (tmp_path / "third").mkdir()  # interrupted
+    rows = results.collect(tmp_path, ["second", "first", "third", "first"])
+    path = results.write_table(tmp_path, rows)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["run"] for row in read] == ["second", "first"]
+    assert list(read[0])[:9] == [*results.COLUMNS[:9]]
+    assert read[1]["layers"] == "2 4"
+    assert read[1]["keeps"] == "0.5 0.25"
+    assert (read[0]["lam"], read[0]["accuracy_read"], read[0]["accuracy_text"]) == ("", "", "0.25")
+    assert (read[1]["accuracy_read"], read[1]["accuracy_text"]) == ("0.5", "1.0")
+
+
+def test_finish_sweep_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.finish_sweep(tmp_path, ["run"])  # training leaves no metrics
+    assert not (tmp_path / "results.csv").exists()
+    assert capsys.readouterr().out == ""
+    write(tmp_path / "run")
+    results.finish_sweep(tmp_path, ["run"])
+    printed = capsys.readouterr().out
+    assert "pyramid λ=0.5, 3 stages" in printed
+    assert "75.0 %" in printed
+    assert (tmp_path / "results.csv").is_file()
+
+
+def test_cuts_without_lam_are_spelt_out() -> None:
+    entry = results.row(METRICS | {"schedule": "explicit", "lam": None}, "run")
+    assert results._schedule(entry) == "explicit, 0.5 at 2, 0.25 at 4"
+
+
+def test_pictures_stay_in_their_folder_and_apart() -> None:
+    ids = ["../../etc/passwd", "a/b", "a_b", "图一", "图二", "", "...", "x" * 300, "\ud800"]
+    paths = [Path(results.image_name(3, name)) for name in ids]
+    assert len(set(paths)) == len(ids)
+    assert results.image_name(1, "a") != results.image_name(2, "a")
+    for path in paths:
+        assert path.parent == Path("images")
+        assert path.suffix == ".png"
+        assert len(path.name) < 40
+
+
+def test_grids_expand_one_after_another() -> None:
+    grids = [{"strategy": "none"}, {"strategy": "a,b", "schedule.lam": "0.3,0.5", "x": 1}]
+    jobs = expand(grids, ["seed=1,2"])
+    assert jobs[:2] == [["strategy=none", "seed=1"], ["strategy=none", "seed=2"]]
+    assert jobs[2] == ["strategy=a", "schedule.lam=0.3", "x=1", "seed=1"]
+    assert len(jobs) == 2 + 8
+
+
+def test_the_command_line_wins_over_grids() -> None:
+    grids = [{"strategy": "none"}, {"strategy": "a,b", "lam": "0.3,0.5"}]
+    assert expand(grids, ["strategy=c", "lam=0.7"]) == [["strategy=c", "lam=0.7"]]
+    assert expand([], ["strategy=c,d"]) == [["strategy=c"], ["strategy=d"]]
+
+
+def test_intervals_are_refused() -> None:
+    with pytest.raises(ValueError, match="lam: expected values separated by commas"):
+        expand([], ["lam=interval(0,1)"])
+
+
+def test_names_of_runs_are_stable_and_distinct() -> None:
+    job = ["strategy=fastv", "schedule=pyramid", "schedule.lam=0.3", "schedule.num_stages=4"]
+    assert run_name(job) == "fastv,pyramid,lam=0.3,num_stages=4"
+    assert run_name(["experiment=ablation", *job]) == run_name(job)
+    assert run_name([]) == "default"
+    paths = [run_name([f"model.path=/a/{name}"]) for name in ("b?", "b*", "x" * 300)]
+    assert len(set(paths)) == 3
+    assert all(len(path) <= 120 and "/" not in path for path in paths)
+    assert run_name(["strategy=random", "strategy.seed=1"]) != run_name(
+        ["strategy=random", "seed=1"]
+    )
+    assert run_names([["strategy=a"], ["schedule=a"], ["x=1"]])[2] == "x=1"
+    assert len(set(run_names([["strategy=a"], ["schedule=a"]]))) == 2
+    assert run_name(["seed=1", "ckpt_path=last"]) == run_name(["seed=1"])
+    assert sweep_name(["a=1", "b=2"]) == sweep_name(["b=2", "a=1"]) != sweep_name(["a=1"])

@@ -1,0 +1,1 @@
+"""What pruning saves, measured on random weights."""

@@ -1,0 +1,66 @@
+"""What `tokenprune eval --help` prints: every choice, and every key with the comment on it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from tokenprune.runs.compose import config_dir
+
+Comments = dict[tuple[str, ...], str]
+
+
+def config_lines(config: DictConfig) -> Iterator[str]:
+    """A composed config as YAML, each key under its comment."""
+    yield from _lines(config, (), comments(config_dir()))
+
+
+def comments(folder: Path) -> Comments:
+    """The comment above each key in the YAML files of a folder, by the key's path."""
+    found: Comments = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        if path.parent != folder and path.parent.parent != folder:
+            continue
+        group = () if path.parent == folder or "@package _global_" in text else (path.parent.name,)
+        for key, comment in _above(text.splitlines()):
+            found.setdefault((*group, *key), comment)
+    return found
+
+
+def _above(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    comment: list[str] = []
+    path: list[tuple[int, str]] = []
+    for line in lines:
+        bare = line.strip()
+        if bare.startswith("#"):
+            comment.append(bare.lstrip("# "))
+            continue
+        key, colon, _ = bare.partition(":")
+        if colon and not bare.startswith("-"):
+            indent = len(line) - len(line.lstrip())
+            path = [entry for entry in path if entry[0] < indent] + [(indent, key)]
+            if comment:
+                yield tuple(name for _, name in path), " ".join(comment)
+        comment = []
+
+
+def _lines(node: DictConfig, path: tuple[str, ...], known: Comments) -> Iterator[str]:
+    indent = "  " * len(path)
+    for key in map(str, node):
+        here = (*path, key)
+        if here in known:
+            yield from textwrap.wrap(known[here], 88, initial_indent=f"{indent}# ",
+                                     subsequent_indent=f"{indent}# ")  # fmt: skip
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and len(value):
+            yield f"{indent}{key}:"
+            yield from _lines(value, here, known)
+        elif isinstance(value, ListConfig) and not value._is_none() and len(value):
+            yield f"{indent}{key}:"
+            yield from textwrap.indent(OmegaConf.to_yaml(value), indent + "  ").splitlines()
+        else:
+            yield f"{indent}{OmegaConf.to_yaml({key: value}).strip()}"

@@ -1,0 +1,1 @@
+"""What touches a model: hooks that prune visual tokens inside an unmodified decoder."""

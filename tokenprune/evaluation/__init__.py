@@ -1,0 +1,1 @@
+"""What a pruned model answers: evaluation, metrics, and the check that pruning is exact."""

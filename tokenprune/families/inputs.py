@@ -1,0 +1,50 @@
+"""What a call shows of its images.
+
+Shape suffixes: B batch rows, T sequence positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def layers_that_add_features(inputs: Mapping[str, Any]) -> int:
+    """First layer at which a cut comes after all visual features that a call adds.
+
+    Those of a list are added after the first layers, those of a dict before the layers it names.
+    """
+    before: Mapping[int, Any] = inputs.get("deepstack_features") or {}
+    return max(len(inputs.get("deepstack_visual_embeds") or ()), *before, 0)
+
+
+def shows_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call brings images along, as pixels or encoded ahead."""
+    return any("pixel" in key for key in inputs) or bool(inputs.get("mm_encoder_outputs"))
+
+
+def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `Layout` may know of a call: its integer tensors, and visual tokens per image.
+
+    The latter, `image_lengths`, is there where images were encoded ahead of the call.
+    """
+    known: dict[str, Any] = {
+        key: value
+        for key, value in inputs.items()
+        if isinstance(value, Tensor) and not value.is_floating_point()
+    }
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is not None and isinstance(encoded.pooler_output, (list, tuple)):
+        known["image_lengths"] = [len(features) for features in encoded.pooler_output]
+    return known
+
+
+def mark_visual(visual_ids: Sequence[int], input_ids: Tensor) -> Tensor:
+    """Bool (B, T): positions whose id is one of `visual_ids`."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for visual_id in visual_ids:
+        mask |= input_ids == visual_id
+    return mask

@@ -1,0 +1,6 @@
+"""Kosmos 2: the decoder's head hides it."""
+
+from tokenprune.families.adapter import Adapter, register_adapter
+
+for _model_type in ("kosmos-2", "kosmos-2.5"):
+    register_adapter(_model_type, Adapter(decoder="text_model.model"))

@@ -1,0 +1,62 @@
+"""LLaVA-NeXT: the whole image, then the unpadded mosaic of its tiles, with newline tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tokenprune.families.adapter import Adapter, Places, register_adapter
+from tokenprune.families.places import number_images, raster
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], num_visual: Sequence[int]
+) -> list[Places] | None:
+    """Base grid first, then the unpadded mosaic of tiles with a newline token per row.
+
+    The mosaic's size follows Liu et al., 2024 (LLaVA-NeXT, "spatial_unpad").
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    tile = config.vision_config.image_size
+    side = tile // config.vision_config.patch_size
+    images: list[list[Places]] = []
+
+    def add(rows: int, columns: int) -> None:
+        images.append([raster(0, 0, side, side), raster(0, 1, rows, columns + 1)])
+
+    if inputs.get("image_sizes") is not None:
+        for height, width in inputs["image_sizes"].tolist():
+            tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+            rows, columns = side * (tall // tile), side * (wide // tile)
+            if width / height > columns / rows:
+                rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
+            else:
+                columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
+            add(rows, columns)
+    else:
+        for length in inputs.get("image_lengths", ()):
+            fitting = _mosaics_of_length(config, length - side * side)
+            if len(fitting) == 1:
+                add(*fitting.pop())
+            else:
+                images.append([torch.full((length, 4), -1)])  # two shapes of that length
+    return number_images(images, num_visual)
+
+
+def _mosaics_of_length(config: Any, length: int) -> set[tuple[int, int]]:
+    """Unpadded mosaics (rows, columns) with that many tokens, newlines included; mostly one.
+
+    `generate` in transformers 5.23 encodes images ahead of the call, which then shows no sizes.
+    """
+    patch, fitting = config.vision_config.patch_size, set()
+    for tall, wide in config.image_grid_pinpoints:
+        rows, columns = tall // patch, wide // patch
+        fitting |= {(rows, c) for c in range(columns, 0, -2) if rows * (c + 1) == length}
+        fitting |= {(r, columns) for r in range(rows, 0, -2) if r * (columns + 1) == length}
+    return fitting
+
+
+register_adapter("llava_next", Adapter(layout=layout))

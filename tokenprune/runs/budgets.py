@@ -1,0 +1,188 @@
+"""Budgets in configs: which model, sample, target and family of schedules a config means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenprune import cost
+from tokenprune.cost.figures import Workload
+from tokenprune.cost.solver import (
+    TARGETS,
+    Dial,
+    Places,
+    Solution,
+    one_shot,
+    one_shot_layer,
+    pyramid,
+    pyramid_layers,
+    solve,
+)
+from tokenprune.schedule import Schedule
+from tokenprune.strategy import PruningStrategy
+
+
+def read_model(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[cost.DecoderShape, int | None]:
+    """Shape of a model's decoder and visual tokens of one image; no weights are needed.
+
+    Args:
+        path: A name of `cost.PRESETS` or its Hub id, `"tiny"`, a folder with a config.json, or any
+            other Hub id, whose config is fetched.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Runs code that comes with the config.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    known = [p for name, p in cost.PRESETS.items() if path == name or path in p.hub_ids]
+    if known and revision is None and not Path(path).is_dir():
+        return known[0].shape, known[0].num_visual
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever transformers makes of a broken file
+            raise ValueError(
+                f"model.path: expected a readable config.json, got {path!r}: "
+                f"{str(error).splitlines()[0]}. Save it again."
+            ) from error
+    else:
+        from tokenprune.runs.models import load_config
+
+        config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    return cost.DecoderShape.from_config(config), cost.visual_tokens(config)
+
+
+def workload(
+    budget: Mapping[str, Any], model: Mapping[str, Any], strategy: PruningStrategy | None
+) -> Workload:
+    """The sample that a config's budget is about.
+
+    Args:
+        budget: As configs/budget/default.yaml has it.
+        model: The config's model; its `path` names a preset or leads to a config.
+        strategy: Whose scoring counts, or None.
+
+    Raises:
+        ValueError: If the number of visual tokens is neither given nor known.
+    """
+    path = model.get("path")
+    if path is None:
+        raise ValueError(
+            "budget: expected a model with a path, whose config says its sizes, got one without. "
+            "Use model=hub, or set the schedule by hand."
+        )
+    shape, num_visual = read_model(
+        path, model.get("revision"), bool(model.get("trust_remote_code", False))
+    )
+    num_visual = num_visual if budget.get("num_visual") is None else budget["num_visual"]
+    if num_visual is None:
+        raise ValueError(
+            f"budget.num_visual: expected the visual tokens of a sample, which {path!r} leaves to "
+            "the image, got none. Set budget.num_visual=1280."
+        )
+    return Workload(
+        shape,
+        num_visual,
+        num_text=budget.get("num_text", 0),
+        dtype=budget.get("dtype", "float16"),
+        rows=() if strategy is None else tuple(strategy.attention_rows()),
+    )
+
+
+def solve_config(
+    config: Mapping[str, Any],
+    shape: str,
+    options: Mapping[str, Any],
+    num_layers: int,
+    strategy: PruningStrategy | None,
+) -> Solution:
+    """Solves a config's budget for what its schedule leaves open.
+
+    Args:
+        config: Has `budget`, with a target, and `model`.
+        shape: Name of the `tokenprune.Schedule` constructor that the config's schedule calls.
+        options: Its keyword arguments.
+        num_layers: Decoder layers of the model.
+        strategy: Whose scoring counts, or None.
+
+    Raises:
+        ValueError: If it cannot be solved; says why, and what is possible.
+        KeyError: If a name is unknown.
+    """
+    budget = config["budget"]
+    target = asked(budget)
+    assert target is not None
+    return solve(
+        workload(budget, config["model"], strategy),
+        family(shape, options, num_layers, budget),
+        *target,
+        convention=budget.get("convention", "pyramiddrop"),
+    )
+
+
+def asked(budget: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    """A config's target and its value; None without one.
+
+    Raises:
+        ValueError: If there are two.
+    """
+    given = {t: budget[t] for t in TARGETS if budget is not None and budget.get(t) is not None}
+    if len(given) > 1:
+        raise ValueError(
+            f"budget: expected one target, got {list(given)}. One of them decides the others."
+        )
+    return next(iter(given.items()), None)
+
+
+def family(
+    shape: str, options: Mapping[str, Any], num_layers: int, budget: Mapping[str, Any]
+) -> Dial | Places:
+    """What a config leaves open.
+
+    Args:
+        shape: Name of the `tokenprune.Schedule` constructor that the config's schedule calls.
+        options: Its keyword arguments.
+        num_layers: Decoder layers of the model.
+        budget: As configs/budget/default.yaml has it.
+
+    Raises:
+        ValueError: If there is nothing to solve for.
+    """
+    opens = {"pyramid": ("lam", "layers"), "one_shot": ("keep", "layer")}
+    if shape not in opens:
+        raise ValueError(
+            f"budget: expected schedule=pyramid or schedule=one_shot, got {shape!r}, which leaves "
+            "nothing open. Choose one of them."
+        )
+    wanted = opens[shape][0] if budget.get("solve") is None else budget["solve"]
+    if wanted not in opens[shape]:
+        raise ValueError(
+            f"budget.solve: expected one of {list(opens[shape])} for schedule={shape}, got "
+            f"{wanted!r}. Leave it out to solve for {opens[shape][0]}."
+        )
+    first = budget.get("first_layer", 1)
+    if wanted in ("layers", "layer") and (
+        isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < num_layers
+    ):
+        raise ValueError(
+            f"budget.first_layer: expected an integer from 0 to {num_layers - 1}, got {first!r}. "
+            "Cuts come at this layer or later."
+        )
+    if shape == "one_shot":
+        rounding = options.get("rounding", "nearest")
+        if wanted == "keep":
+            Schedule.one_shot(options["layer"], 1.0).check_depth(num_layers)
+            return one_shot(options["layer"], rounding)
+        return one_shot_layer(num_layers, options["keep"], rounding, first)
+    start = Schedule.pyramid(**{**options, "num_layers": num_layers})
+    rounding = options.get("rounding", "floor")
+    layers = [stage.layer for stage in start.stages]
+    if wanted == "lam":
+        return pyramid(layers, rounding)
+    return pyramid_layers(num_layers, len(layers) + 1, options.get("lam", 0.5), rounding, first)

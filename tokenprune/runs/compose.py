@@ -1,0 +1,171 @@
+"""From configs to objects: where the YAML files are, and how strategy and schedule are built.
+
+Hydra composes configs before any model is known, so a schedule config is partial and is completed
+here with the model's number of layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
+from tokenprune.cost.solver import Solution
+from tokenprune.runs import budgets
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files: in the package once installed, beside it in a checkout.
+
+    Raises:
+        ValueError: If neither exists.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "eval.yaml").is_file():
+            return folder
+    raise ValueError(
+        f"config_dir: expected configs/eval.yaml in {package} or {package.parent}, got neither. "
+        "Install tokenprune again."
+    )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `tokenprune.prune` needs besides the model.
+
+    Attributes:
+        strategy: Says which tokens survive.
+        schedule: Says how many.
+        positions: `"original"` or `"renumbered"`.
+        solution: How the schedule meets a budget, if there is one.
+    """
+
+    strategy: PruningStrategy
+    schedule: Schedule
+    positions: str
+    solution: Solution | None = None
+
+
+def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
+    """A schedule from plain mappings with the keys `layer` and `keep`.
+
+    Args:
+        stages: A list of such mappings.
+        rounding: See `Schedule`.
+
+    Raises:
+        ValueError: If an entry has other keys, or the schedule is refused.
+    """
+    if isinstance(stages, str) or not isinstance(stages, Sequence):
+        raise ValueError(
+            f"schedule.stages: expected a list of cuts, got {stages!r}. "
+            "Write schedule.stages=[{layer:2,keep:0.5}]."
+        )
+    for stage in stages:
+        if not isinstance(stage, Mapping) or set(stage) != {"layer", "keep"}:
+            raise ValueError(
+                f"schedule.stages: expected entries with the keys layer and keep, got {stage!r}. "
+                "Write schedule.stages=[{layer:2,keep:0.5}]."
+            )
+    return Schedule(
+        stages=tuple(Stage(layer=stage["layer"], keep=stage["keep"]) for stage in stages),
+        rounding=rounding,
+    )
+
+
+def build_schedule(config: DictConfig, num_layers: int) -> Schedule:
+    """Completes a partial schedule config with the model's number of layers.
+
+    Raises:
+        ValueError: If the schedule does not fit the model.
+    """
+    from hydra.utils import instantiate
+
+    partial = instantiate(config)
+    if isinstance(partial, Schedule):
+        schedule = partial
+    elif "num_layers" in inspect.signature(partial.func).parameters:
+        schedule = partial(num_layers=num_layers)
+    else:
+        schedule = partial()
+    schedule.check_depth(num_layers)
+    return schedule
+
+
+def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy) -> Solution | None:
+    """The schedule that meets a config's budget; None if it has no target.
+
+    Args:
+        config: Has the keys `schedule` and `model`, and maybe `budget`.
+        num_layers: Decoder layers of the model.
+        strategy: Whose scoring an exact budget counts.
+
+    Raises:
+        ValueError: If it cannot be met; says what is possible.
+    """
+    from hydra.utils import instantiate
+
+    if budgets.asked(config.get("budget")) is None:
+        return None
+    partial = instantiate(config.schedule)
+    name, options = "explicit", {}
+    if not isinstance(partial, Schedule):
+        name, options = partial.func.__name__, partial.keywords
+    parts = {key: plain(config[key]) for key in ("budget", "model")}
+    return budgets.solve_config(parts, name, options, num_layers, strategy)
+
+
+def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
+    """Strategy, schedule and position policy of a run; None for the unpruned model.
+
+    Args:
+        config: Has the keys `strategy`, `schedule` and `positions`; `budget` may decide what the
+            schedule leaves open.
+        num_layers: Decoder layers of the model.
+
+    Raises:
+        ValueError: If a value is out of range or the schedule does not fit the model.
+        KeyError: If the strategy is unknown.
+    """
+    from hydra.utils import instantiate
+
+    if config.positions not in POSITIONS:
+        raise ValueError(
+            f"positions: expected one of {list(POSITIONS)}, got {config.positions!r}. "
+            "original leaves gaps, renumbered counts anew at each cut."
+        )
+    if config.get("strategy") is None:
+        return None
+    strategy = instantiate(config.strategy)
+    if not isinstance(strategy, PruningStrategy):
+        raise ValueError(
+            f"strategy: expected a PruningStrategy, got {strategy!r}. "
+            "Let strategy._target_ name one."
+        )
+    solution = solve_budget(config, num_layers, strategy)
+    if solution is None:
+        schedule = build_schedule(config.schedule, num_layers)
+    else:
+        schedule = solution.schedule
+    return Pruning(strategy, schedule, config.positions, solution)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def describe(path: Path) -> str:
+    """First comment of a YAML file: its one-line description."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").strip()
+    return ""

@@ -1,0 +1,113 @@
+"""Loggers, and CSV curves that outlive an interruption: one file, each step once."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+from tokenprune.runs.results import write_text
+
+
+def build_logger(config: Any) -> Any:
+    """The logger that a config names, False for none.
+
+    Raises:
+        ValueError: If its package is not installed.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    if not config:
+        return False
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise ValueError(
+            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
+            "got none. Install it (TensorBoard: pip install 'tokenprune[train]'), or choose "
+            "logger=csv."
+        ) from error
+
+
+class CSVCurve(CSVLogger):
+    """Lightning's `CSVLogger`, which adds to its file where that one would delete it.
+
+    So do the processes of a training, which have a logger each, one after another.
+
+    Args:
+        save_dir: The run's folder.
+        name: Sub-folder.
+    """
+
+    def __init__(self, save_dir: str, name: str = "csv") -> None:
+        super().__init__(save_dir, name, version="")
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What Lightning writes rows with."""
+        if self._experiment is None:
+            self._experiment = _Appends(log_dir=self.log_dir)
+        return self._experiment
+
+    def cut(self, step: int) -> None:
+        """Removes the rows of later steps, which are going to be done again.
+
+        Args:
+            step: The last that stays; below 0, the file goes.
+        """
+        if not self.path.is_file():
+            return
+        if step < 0:
+            self.path.unlink(missing_ok=True)
+            return
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if _step(row) <= step]
+        _write(self.path, reader.fieldnames or ["step"], rows)
+
+
+def _write(path: Path, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _step(row: dict[str, Any]) -> float:
+    """A row's step; infinite for one that was not written to its end."""
+    try:
+        return float("inf") if None in row.values() else float(row["step"])
+    except (KeyError, ValueError):
+        return float("inf")
+
+
+class _Appends(ExperimentWriter):
+    """Finds its file's columns instead of deleting it, and never leaves it half-written."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write(path, fieldnames, rows)

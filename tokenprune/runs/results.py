@@ -1,0 +1,280 @@
+"""Files of a run and of a sweep.
+
+A run is complete once `metrics.json` is there: it is written last, and every file appears whole or
+not at all. `versions.json` says what the run was made from, so that a run of another model, other
+data or other packages is not taken for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+from tokenprune.runs.models import TINY, load_config
+
+CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
+VERSIONS, KEPT, TABLE = "versions.json", "kept.json", "results.csv"
+#: First columns of results.csv. ci_low and ci_high are the ends of accuracy's 95 % interval; one
+#: `accuracy_<kind>` per question kind follows them.
+COLUMNS = (
+    *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "positions", "seed"),
+    *("num_samples", "accuracy", "ci_low", "ci_high"),
+    *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
+    *("num_visual", "model", "data", "run"),
+)
+#: Packages whose version decides what comes out.
+_DECISIVE = ("tokenprune", "torch", "transformers")
+_PACKAGES = (*_DECISIVE, "pytorch-lightning", "hydra-core", "pillow")
+_WHOLE = 2**26  # up to 64 MB a folder's files are read in full, beyond that their ends
+_END = 2**20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    images: Mapping[str, Image.Image],
+    versions: Mapping[str, str],
+) -> None:
+    """Writes everything that a run leaves, `metrics.json` last.
+
+    Args:
+        folder: The run's folder.
+        config: Its resolved config.
+        metrics: What was measured.
+        predictions: One mapping per sample.
+        kept: Kept tokens of the samples that are pictured.
+        images: Pictures by their path within the folder.
+        versions: What it was made from and on, see `fingerprint`.
+    """
+    (folder / METRICS).unlink(missing_ok=True)  # of an earlier run with another config
+    for name, image in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
+    write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+    write_versions(folder, versions)
+    write_text(folder / KEPT, json.dumps(kept, ensure_ascii=False))
+    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False))
+
+
+def write_versions(folder: Path, versions: Mapping[str, str]) -> None:
+    """Writes versions.json: Python, the machine, packages, and what is given."""
+    machine = {"python": platform.python_version(), "platform": platform.platform()}
+    packages = {package: _version(package) for package in _PACKAGES}
+    write_text(folder / VERSIONS, json.dumps(machine | packages | dict(versions), indent=2))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a source tree that is not installed
+        return "not installed"
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """What decides about a run besides its config: packages, and contents of model and data.
+
+    Contents are those of local files and folders under keys that end in `path`, and the commit of a
+    model on the Hub. Pictures beside a data file are not read.
+
+    Args:
+        config: The resolved config.
+
+    Raises:
+        ValueError: If a model on the Hub cannot be found.
+    """
+    marks = {package: _version(package) for package in _DECISIVE}
+    for key, value in _paths(config.get("model"), "model"):
+        if value == "tiny" or Path(value).expanduser().exists():
+            marks[key] = _digest(TINY if value == "tiny" else Path(value).expanduser())
+        elif (
+            key == "model.path" and config["model"].get("_target_") == "tokenprune.runs.models.load"
+        ):
+            revision, trust = (config["model"].get(k) for k in ("revision", "trust_remote_code"))
+            found = load_config(value, revision=revision, trust_remote_code=bool(trust))
+            marks[key] = str(getattr(found, "_commit_hash", None))
+    for key, value in _paths(config.get("data"), "data"):
+        if Path(value).expanduser().exists():
+            marks[key] = _digest(Path(value).expanduser())
+    return marks
+
+
+def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Keys that end in `path`, with their values."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _paths(value, f"{name}.{key}")
+    elif isinstance(node, str) and name.endswith("path"):
+        yield name, node
+
+
+def _digest(path: Path) -> str:
+    """Of names, sizes and contents; of large contents the first and last megabyte of each file."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    stats = [(str(file), file.stat()) for file in sorted(files)]
+    return _digest_files(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@lru_cache(maxsize=64)  # a sweep asks again before every run
+def _digest_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    whole = sum(size for _, size, _ in files) <= _WHOLE
+    for name, size, _ in files:
+        digest.update(f"{Path(name).name}\0{size}\0".encode())
+        with Path(name).open("rb") as file:
+            digest.update(file.read(size if whole else _END))
+            file.seek(0 if whole else max(0, size - _END))
+            digest.update(b"" if whole else file.read())
+    return digest.hexdigest()
+
+
+def changes(
+    folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], last: str = METRICS
+) -> list[str] | None:
+    """What differs from the complete run in a folder; None where there is none.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved config; where a training goes on from and what it logs to are no part
+            of it.
+        marks: Its `fingerprint`.
+        last: The file that the run writes last.
+    """
+    if not all((folder / name).is_file() for name in (last, CONFIG, VERSIONS)):
+        return None
+    old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
+    assert isinstance(old, dict)
+    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
+    differing = [key for key in keys if old.get(key) != config.get(key)]
+    return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What `metrics.json` of a complete run says."""
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    assert isinstance(metrics, dict)
+    return metrics
+
+
+def image_name(index: int, identifier: str) -> str:
+    """Where the picture of a sample goes, whatever characters its id has."""
+    digest = hashlib.blake2b(identifier.encode(errors="replace"), digest_size=4).hexdigest()
+    return f"images/{index}-{digest}.png"
+
+
+def row(metrics: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """A run as a row of results.csv."""
+    values: dict[str, Any] = {key: metrics.get(key) for key in COLUMNS} | {"run": run}
+    for end in ("low", "high"):  # no kind may look like an end of the interval
+        values[f"ci_{end}"] = metrics.get(f"accuracy_{end}")
+    for key in ("layers", "keeps"):
+        if values[key] is not None:
+            values[key] = " ".join(str(value) for value in values[key])
+    return values | {
+        f"accuracy_{kind}": kind_metrics["accuracy"]
+        for kind, kind_metrics in metrics.get("kinds", {}).items()
+    }
+
+
+def collect(folder: Path, runs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of the complete runs in a folder.
+
+    Args:
+        folder: A sweep's folder.
+        runs: Sub-folders in the order wanted; None for all there are.
+    """
+    if runs is None:
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
+    return [
+        row(read_metrics(folder / run), run)
+        for run in dict.fromkeys(runs)
+        if (folder / run / METRICS).is_file()
+    ]
+
+
+def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes results.csv: a row per run; what a run does not have is empty."""
+    kinds = sorted({key for row in rows for key in row} - set(COLUMNS))
+    after = COLUMNS.index("ci_high") + 1
+    columns = [*COLUMNS[:after], *kinds, *COLUMNS[after:]]
+    path = folder / TABLE
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(draft, path)
+    return path
+
+
+def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
+    """Writes the sweep's results.csv and prints its table; training leaves none."""
+    rows = collect(folder, runs)
+    if rows:
+        path = write_table(folder, rows)
+        print_table(rows, f"{len(rows)} runs: {path}")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Prints runs as a table for people."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    told = [name for name in ("model", "data", "seed") if len({e.get(name) for e in rows}) > 1]
+    for name in ("strategy", "schedule", "positions", *told):
+        table.add_column(name)
+    for name in ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in rows:
+        pruned = entry["schedule"] is not None
+        table.add_row(
+            escape(entry["strategy"]),
+            escape(_schedule(entry)) if pruned else "",
+            entry["positions"] if pruned else "",
+            *(escape(str(entry.get(name))) for name in told),
+            f"{100 * entry['accuracy']:.1f} %",
+            f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
+            f"{entry['avg_tokens']:.1f}",
+            f"{100 * entry['tflops_ratio']:.0f} %",
+            f"{entry['prefill_ms']:.1f} ms",
+            "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+        )
+    console = Console()
+    if not console.is_terminal:  # a log: rich assumes 80 columns and would cut numbers off
+        console = Console(width=120)
+    console.print(table)
+
+
+def _schedule(entry: Mapping[str, Any]) -> str:
+    """`pyramid λ=0.5, 4 stages`, or the cuts themselves."""
+    if entry["lam"] is not None:
+        return f"{entry['schedule']} λ={entry['lam']}, {entry['num_stages']} stages"
+    cuts = zip(str(entry["layers"]).split(), str(entry["keeps"]).split(), strict=True)
+    return ", ".join([entry["schedule"], *(f"{keep} at {layer}" for layer, keep in cuts)])
