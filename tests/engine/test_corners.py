@@ -355,7 +355,7 @@ def test_attention_over_all_rows_in_chunks(monkeypatch) -> None:
     with torch.no_grad(), tp.prune(model, strategy, SCHEDULE) as trace:
         model(**inputs)
         whole = [s.clone() for s in trace.stages[0].scores]
-        monkeypatch.setattr("tokenprune.engine.views.CHUNK_BYTES", 4 * 4 * 4 * 60 * 7)
+        monkeypatch.setattr("tokenprune.engine.attention.CHUNK_BYTES", 4 * 4 * 4 * 60 * 7)
         model(**inputs)
     for ours, theirs in zip(trace.stages[0].scores, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)

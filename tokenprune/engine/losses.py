@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine.passes import Call, Pass, Settings
+from tokenprune.engine.passes import Call, Pass
+from tokenprune.engine.rows import IGNORED
+from tokenprune.engine.settings import Settings
 from tokenprune.tensors import take
 
 
@@ -37,24 +39,26 @@ def promise_labels(
 def fill_labels(run: Pass, output: Any) -> Any:
     """Keeps the promise of `promise_labels`; `"supervised"` drops rows without a label."""
     level = run.levels[-1]
-    device, columns = level.columns.device, level.columns - run.offset
-    labels = run.call.inputs["labels"].to(device)
+    labels = run.call.inputs["labels"].to(output.last_hidden_state.device)
     shifted = run.call.inputs.get("shift_labels")
     if shifted is None:
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    # What a survivor predicts stands, shifted, just before the next survivor.
-    ends = torch.full_like(columns[:, :1], run.levels[0].columns.shape[1])
-    before_next = torch.cat([columns[:, 1:], ends], 1) - 1
-    if level.real is not None:
-        followed = nn.functional.pad(level.real, (0, 1), value=True)[:, 1:]
-        before_next = torch.where(followed, before_next, columns).clamp_min(0)
-    labels, shifted = take(labels, columns), take(shifted.to(device), before_next)
-    if level.columns is not run.levels[0].columns and level.real is not None:
-        labels = labels.masked_fill(~level.real, -100)
-        shifted = shifted.masked_fill(~level.real, -100)
+        shifted = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    if level.columns is not None:
+        columns = level.columns.to(labels.device)
+        # What a survivor predicts stands, shifted, just before the next survivor.
+        ends = torch.full_like(columns[:, :1], labels.shape[1])
+        before_next = torch.cat([columns[:, 1:], ends], 1) - 1
+        if level.real is not None:
+            real = level.real.to(labels.device)
+            followed = nn.functional.pad(real, (0, 1), value=True)[:, 1:]
+            before_next = torch.where(followed, before_next, columns).clamp_min(0)
+        labels, shifted = take(labels, columns), take(shifted.to(labels.device), before_next)
+        if level.real is not None:
+            labels = labels.masked_fill(~real, IGNORED)
+            shifted = shifted.masked_fill(~real, IGNORED)
     if run.settings.supervised:
         hidden = output.last_hidden_state
-        chosen = (shifted != -100).flatten().nonzero()[:, 0]
+        chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]

@@ -137,12 +137,15 @@ def window(anatomy: Anatomy) -> int | None:
 
 def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer runs: models spread over devices move what a layer is given only inside it."""
-    hook = getattr(layer, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        device = hook.execution_device  # type: ignore[union-attr]
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    own = next((parameter.device for parameter in layer.parameters()), hidden.device)
-    return hidden.device if own.type == "meta" else own
+    device = getattr(vars(layer).get("_hf_hook"), "execution_device", None)
+    if device is None:
+        return hidden.device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Modules of a decoder that make its rotary embeddings."""
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
