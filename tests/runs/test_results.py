@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import tokenprune
 from tokenprune.runs import results
 from tokenprune.runs.sweeps import expand, run_name, run_names, sweep_name
 
@@ -115,6 +117,21 @@ def test_the_contents_of_model_and_data_count(
         "data.test.train_path",
     }
     assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
+
+
+def test_a_stranger_s_package_of_our_name_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the package index `tokenprune` is another project, which may be installed as well."""
+    (tmp_path / "tokenprune-9.9.dist-info").mkdir()
+    about = tmp_path / "tokenprune-9.9.dist-info" / "METADATA"
+    about.write_text("Metadata-Version: 2.1\nName: tokenprune\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metadata.version("tokenprune") == "9.9"
+    assert results.fingerprint({})["tokenprune"] == tokenprune.__version__
+    write(tmp_path / "run")
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert versions["tokenprune"] == tokenprune.__version__
 
 
 def test_kinds_do_not_pass_for_the_interval(
