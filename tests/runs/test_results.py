@@ -119,6 +119,30 @@ def test_the_contents_of_model_and_data_count(
     assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
 
 
+@pytest.mark.parametrize(
+    ("strategy", "published"),
+    [("fastv", "original"), ("pyramiddrop", "renumbered"), (None, "original")],
+)
+def test_a_run_that_was_asked_for_the_published_positions_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str | None, published: str
+) -> None:
+    """As configs did that had no positions=auto yet."""
+    target = {"_target_": "tokenprune.build_strategy", "name": strategy}
+    asked = CONFIG | {"strategy": strategy and target, "positions": "auto"}
+    for positions in ("original", "renumbered"):
+        monkeypatch.setitem(CONFIG, "positions", positions)
+        monkeypatch.setitem(CONFIG, "strategy", asked["strategy"])
+        write(tmp_path)
+        expected = [] if positions == published else ["positions"]
+        assert results.changes(tmp_path, asked, MARKS) == expected
+        assert results.changes(tmp_path, asked | {"positions": positions}, MARKS) == []
+    # What another policy was asked for is another run, whatever was published.
+    monkeypatch.setitem(CONFIG, "positions", "auto")
+    write(tmp_path)
+    assert results.changes(tmp_path, asked, MARKS) == []
+    assert results.changes(tmp_path, asked | {"positions": published}, MARKS) == ["positions"]
+
+
 def test_a_stranger_s_package_of_our_name_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,8 @@ from tokenprune.engine.passes import (
 from tokenprune.engine.side import note_rotation, replace_side_tensors
 from tokenprune.engine.trace import Trace, TracedStage
 from tokenprune.engine.views import attend, make_view
-from tokenprune.families.anatomy import device_of, examine
+from tokenprune.families.anatomy import device_of, examine, rotary_modules
+from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy, Selection
 from tokenprune.tensors import ascending, take, to_device
@@ -85,10 +86,9 @@ class Handle:
             self._refuse_guesses(entry)
         self._register(self._settings.anatomy.decoder, self._begin, self._end)
         if self._settings.renumbers:
-            for module in self._settings.anatomy.decoder.modules():
-                if type(module).__name__.endswith("RotaryEmbedding"):
-                    hook = module.register_forward_hook(self._rotated, with_kwargs=True)
-                    self._hooks.append(hook)
+            for module in rotary_modules(self._settings.anatomy.decoder):
+                hook = module.register_forward_hook(self._rotated, with_kwargs=True)
+                self._hooks.append(hook)
         first = min(self._settings.cuts, default=len(self._settings.anatomy.layers))
         for index, layer in enumerate(self._settings.anatomy.layers):
             if index >= first - 1:  # a cut may read the layer before it
@@ -417,12 +417,10 @@ def attach(
     schedule.check_depth(len(anatomy.layers))
     if anatomy.attention not in ATTENTIONS:
         raise unsupported_attention(anatomy)
-    rotates = any(type(m).__name__.endswith("RotaryEmbedding") for m in anatomy.decoder.modules())
-    if positions == "renumbered" and not rotates:
+    if positions == "renumbered" and (reason := why_fixed(anatomy.decoder)) is not None:
         raise ValueError(
-            'prune: expected rotary embeddings with positions="renumbered", got '
-            f"{type(anatomy.decoder).__name__}, which adds positions before its first layer. "
-            'Use positions="original".'
+            'prune: expected one-dimensional rotary embeddings with positions="renumbered", got '
+            f'{reason}. Use positions="original".'
         )
     requests = strategy.attention_rows()
     reads_previous = any(request.source == "previous" for request in requests)

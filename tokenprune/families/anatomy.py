@@ -135,6 +135,11 @@ def window(anatomy: Anatomy) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """What makes a decoder's rotary embeddings, by transformers' names for it."""
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
 def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer runs: models spread over devices move what a layer is given only inside it."""
     hook = getattr(layer, "_hf_hook", None)

@@ -173,7 +173,25 @@ def changes(
     assert isinstance(old, dict)
     keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
+    if "positions" in differing and old.get("positions") == _published(config):
+        differing.remove("positions")
     return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    """The policy that positions=auto stands for; None where another is asked for.
+
+    A complete run that was asked for just that one shows that the model takes it.
+    """
+    from hydra.utils import instantiate
+
+    from tokenprune.runs import compose
+
+    if config.get("positions") != compose.AUTO:
+        return None
+    if config.get("strategy") is None:
+        return "original"  # nothing is removed, so nothing moves
+    return compose.published_positions(instantiate(config["strategy"]))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
