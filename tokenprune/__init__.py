@@ -5,6 +5,7 @@ from tokenprune.engine.attach import POSITIONS, Handle, attach, prune
 from tokenprune.engine.trace import Trace, TracedStage
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.anatomy import visual_mask
+from tokenprune.families.positions import fixed_positions
 from tokenprune.families.projection import Projected
 from tokenprune.schedule import Schedule, Stage
 from tokenprune.strategies.published import published
@@ -43,6 +44,7 @@ __all__ = [
     "available",
     "build_strategy",
     "cost",
+    "fixed_positions",
     "prune",
     "published",
     "register",

@@ -135,7 +135,7 @@ class Published:
     Attributes:
         schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
         options: Its keyword arguments.
-        positions: `"original"` or `"renumbered"`.
+        positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
     """
 
     schedule: str

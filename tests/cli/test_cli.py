@@ -23,6 +23,7 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.cli import main as cli
 from tokenprune.cli.main import compose
+from tokenprune.runs.compose import build_pruning
 
 TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
 
@@ -57,7 +58,7 @@ def test_eval_help_lists_choices_config_and_examples(capsys: pytest.CaptureFixtu
     assert cli.main(["eval", "--help"]) == 0
     text = capsys.readouterr().out
     assert "strategy: fastv, none, pyramiddrop, random, uniform" in text
-    assert "positions: renumbered" in text
+    assert "positions: auto" in text
     assert "tokenprune eval -m experiment=ablation" in text
 
 
@@ -65,7 +66,7 @@ def test_eval_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
     """Each stands under the comment on it, in whichever file it is."""
     assert cli.main(["eval", "--help", "strategy=fastv", "schedule=one_shot"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for key in ("positions: original", "keep: 0.5", "attention: sdpa", "batch_size: 32"):
+    for key in ("positions: auto", "keep: 0.5", "attention: sdpa", "batch_size: 32"):
         assert lines[lines.index(key) - 1].startswith("#"), key
 
 
@@ -80,7 +81,7 @@ def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "name: fastv" in printed
     assert "Schedule.pyramid" in printed
-    assert "positions: original" in printed
+    assert "positions: auto" in printed
     assert list(Path().iterdir()) == []
 
 
@@ -172,7 +173,7 @@ def test_mistakes_cost_one_line(
         (["schedule.rounding=up"], "Schedule.rounding: expected one of"),
         (["schedule=explicit", "schedule.stages=[{layer:2}]"], "the keys layer and keep"),
         (["schedule=explicit", "schedule.stages=2"], "schedule.stages: expected a list of cuts"),
-        (["positions=moved"], "positions: expected one of ['original', 'renumbered']"),
+        (["positions=moved"], "positions: expected one of ['auto', 'original', 'renumbered']"),
         (["strategy.queries=some"], "queries: expected one of ['last', 'all'], got 'some'"),
         (["strategy.name=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
         (["+strategy.sauce=x"], "expected fields among"),
@@ -409,9 +410,10 @@ def test_the_ablation_is_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_check", lambda config: seen.append(config))
     monkeypatch.setattr(cli, "_run_hydra", lambda **arguments: None)
     assert cli.main(["eval", "-m", "experiment=ablation"]) == 0
+    places = [pruning and pruning.positions for pruning in (build_pruning(c, 8) for c in seen)]
     runs = [
-        (config.strategy and config.strategy.name, dict(config.schedule), config.positions)
-        for config in seen
+        (config.strategy and config.strategy.name, dict(config.schedule), place)
+        for config, place in zip(seen, places, strict=True)
     ]
     assert len(runs) == 42
     assert runs[0][0] is None

@@ -472,7 +472,7 @@ def test_hub_names_what_is_wrong(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"expected a data set on the Hub or on disk, got .*none"):
         HubDataset(str(tmp_path / "none"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r'Install it with pip install "tokenprune\[hub\]"'):
+    with pytest.raises(ValueError, match=r'Install it with pip install "tokenprune-vlm\[hub\]"'):
         HubDataset(path)
 
 

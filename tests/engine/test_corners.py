@@ -177,6 +177,17 @@ def test_a_cache_is_continued_the_way_it_began() -> None:
             model(**step, past_key_values=cache)
 
 
+def test_positions_of_several_axes_that_a_caller_gives_cannot_be_counted_anew() -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    with (
+        pytest.raises(ValueError, match='with positions="renumbered", got 3-dimensional ones'),
+        tp.prune(model, PDROP, SCHEDULE, positions="renumbered"),
+    ):
+        model(**inputs)
+
+
 def test_a_cache_cropped_into_the_prompt_is_refused() -> None:
     model = build("llava")
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):

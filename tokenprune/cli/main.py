@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenprune.runs.compose import build_pruning, config_dir, describe
+from tokenprune.runs.compose import build_pruning, config_dir, describe, fit_pruning
 from tokenprune.runs.sweeps import expand, run_name, sweep_name
 
 GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "experiment")
@@ -660,7 +660,7 @@ def _show(arguments: list[str]) -> int:
     with _quiet():
         loaded = _load(config)
         shape = cost.DecoderShape.from_config(loaded.model.config)
-        pruning = build_pruning(config, shape.num_layers)
+        pruning = fit_pruning(config, loaded.model)
         inputs = _prompt(loaded, image, args.question)
         (whole,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
         with pruned(loaded, pruning) as trace:
@@ -704,13 +704,11 @@ def _verify(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from tokenprune.cost import DecoderShape
     from tokenprune.evaluation.verify import made_image, verify
 
     with _quiet():
         loaded = _load(config)
-        num_layers = DecoderShape.from_config(loaded.model.config).num_layers
-        pruning = build_pruning(config, num_layers)
+        pruning = fit_pruning(config, loaded.model)
         assert pruning is not None
         checks = verify(loaded, _prompt(loaded, made_image(), "What is this?"), pruning)
     table = Table(title=f"{config.model.path}, {config.strategy.name}", box=box.SIMPLE_HEAD)

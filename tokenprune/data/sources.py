@@ -295,7 +295,7 @@ class HubDataset(CheckedRows):
         except ImportError as error:
             raise ValueError(
                 "HubDataset: expected the datasets library, got none. "
-                'Install it with pip install "tokenprune[hub]".'
+                'Install it with pip install "tokenprune-vlm[hub]".'
             ) from error
         super().__init__(path, turns, skip_bad)
         self.path, self.split = path, split

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.engine.record import Policy
-from tokenprune.families.anatomy import Anatomy, rotary_modules, window
+from tokenprune.families.anatomy import Anatomy, window
+from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy
 
@@ -102,11 +103,10 @@ class Settings:
         self.schedule.check_depth(len(self.anatomy.layers))
         if self.anatomy.attention not in ATTENTIONS:
             raise unsupported_attention(self.anatomy)
-        if self.renumbers and not rotary_modules(self.anatomy.decoder):
+        if self.renumbers and (reason := why_fixed(self.anatomy.decoder)) is not None:
             raise ValueError(
-                'prune: expected rotary embeddings with positions="renumbered", got '
-                f"{type(self.anatomy.decoder).__name__}, which adds positions before its first "
-                'layer. Use positions="original".'
+                'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
+                f'got {reason}. Use positions="original".'
             )
         reads_previous = any(request.source == "previous" for request in self.requests)
         first = max(self.anatomy.adapter.first_layer, int(reads_previous))

@@ -457,8 +457,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     # Lightning's own handlers note a SIGTERM, and act on it in training only.
     trainer._signal_connector.register_signal_handlers = _leave_signals
     loaded = load_model(config, marks)
-    num_layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
-    pruning = compose.build_pruning(config, num_layers)
+    pruning = compose.fit_pruning(config, loaded.model)
     if pruning is not None:
         with tp.prune(loaded.model, pruning.strategy, pruning.schedule, pruning.positions):
             pass  # refuses here, before any data is read, what the model does not support
@@ -481,7 +480,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         "num_stages": None if stages is None else len(stages) + 1,
         "layers": None if stages is None else [stage.layer for stage in stages],
         "keeps": None if stages is None else [stage.keep for stage in stages],
-        "positions": config.positions,
+        "positions": pruning.positions if pruning is not None else "original",
         # A strategy's own seed counts, whether it was set or follows the run's.
         "seed": config.seed
         if config.strategy is None

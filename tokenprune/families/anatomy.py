@@ -135,17 +135,17 @@ def window(anatomy: Anatomy) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """What makes a decoder's rotary embeddings, by transformers' names for it."""
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
 def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer runs: models spread over devices move what a layer is given only inside it."""
     device = getattr(vars(layer).get("_hf_hook"), "execution_device", None)
     if device is None:
         return hidden.device
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-
-
-def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Modules of a decoder that make its rotary embeddings."""
-    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping, ThroughputMonitor
 
-import tokenprune as tp
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.loggers import CSVCurve, build_logger
@@ -101,8 +100,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     recipe = dict(resolved["model"])
     tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
     loaded = instantiate(recipe)
-    shape = tp.cost.DecoderShape.from_config(loaded.model.config)
-    pruning = compose.build_pruning(config, shape.num_layers)
+    pruning = compose.fit_pruning(config, loaded.model)
     torch.manual_seed(config.seed)  # adapters start at random
     module = FineTune(
         loaded,
@@ -184,7 +182,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
     if trainer.is_global_zero:
         numbers.setdefault("unsupervised_batches", float(module.num_unsupervised))
         numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
-        summary = _summary(numbers) | counts
+        used = {"positions": pruning.positions if pruning is not None else "original"}
+        summary = _summary(numbers) | used | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         print(_sentence(summary, output_dir / "model"), flush=True)
 
