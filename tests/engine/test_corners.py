@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -482,11 +483,21 @@ def test_training_steps_leave_no_pass_behind(name, policy) -> None:
 
 @pytest.mark.parametrize("labels", [-100, 7], ids=["none", "all"])
 def test_rows_of_which_none_asks_stay_whole(labels) -> None:
+    """Where all is labelled, as trainers do by default, the user is told once what to set."""
     model = build("llava")
     inputs = batch(model, ROWS[:1])
-    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
-        model(**inputs, labels=torch.full_like(inputs["input_ids"], labels))
+    with (
+        torch.no_grad(),
+        tp.prune(model, PDROP, SCHEDULE) as trace,
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(**inputs, labels=torch.full_like(inputs["input_ids"], labels))
     assert trace.visual_lengths[-1].tolist() == [16]
+    assert [str(warning.message)[:56] for warning in told] == [
+        "prune: expected labels on answers alone, got rows in whi"
+    ] * (labels == 7)
 
 
 def test_an_image_divided_between_calls_is_refused() -> None:
@@ -529,6 +540,7 @@ def test_a_router_loss_takes_a_mask_of_ones() -> None:
     model = specimen.build("sdpa")
     inputs = specimen.batch(model, [(3, "image", 5)])
     labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
     with torch.no_grad(), tp.prune(model, Frozen(), tp.Schedule.one_shot(3, 0.5)):
         with_mask = model(**inputs, labels=labels, output_router_logits=True)
         del inputs["attention_mask"]

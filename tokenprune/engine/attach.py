@@ -13,20 +13,24 @@ thread-local variable, and what the cache holds is a `Record` on the cache objec
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import record as records
 from tokenprune.engine import side
 from tokenprune.engine.cuts import cut, listen
-from tokenprune.engine.losses import fill_labels, promise_labels
+from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import POSITIONS, Settings
 from tokenprune.engine.trace import Trace
@@ -39,6 +43,13 @@ __all__ = ["POSITIONS", "Handle", "attach", "prune"]
 
 #: Decoders that are pruned now.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class _Generation:
+    """A `generate` under way: whether a call of it is shown by the trace."""
+
+    shown: bool = False
 
 
 class Handle:
@@ -57,6 +68,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._shadowed: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
+        self._told = False
 
     def __reduce__(self) -> Any:
         raise ValueError(
@@ -71,6 +83,7 @@ class Handle:
         for entry in settings.anatomy.entries:
             self._register(entry, self._enter, self._leave)
             self._refuse_guesses(entry)
+            self._note_generation(entry)
         self._register(settings.anatomy.decoder, self._begin, self._end)
         if settings.renumbers:
             for module in rotary_modules(settings.anatomy.decoder):
@@ -107,8 +120,30 @@ class Handle:
                 "token."
             )
 
-        entry._get_candidate_generator = refuse  # type: ignore[assignment]
-        self._shadowed.append(entry)
+        self._shadow(entry, "_get_candidate_generator", refuse)
+
+    def _note_generation(self, entry: nn.Module) -> None:
+        """Calls within one `generate` belong together."""
+        if not hasattr(type(entry), "generate"):
+            return
+        generate: Any = entry.generate
+
+        @functools.wraps(generate)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            outer = getattr(self._thread, "generation", None)
+            self._thread.generation = outer or _Generation()
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._thread.generation = outer
+
+        self._shadow(entry, "generate", noted)
+
+    def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        """Puts a method before the class's own, until `remove`."""
+        if name not in vars(entry):
+            setattr(entry, name, method)
+            self._shadowed.append((entry, name))
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
@@ -117,8 +152,8 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for entry in self._shadowed:
-            del entry._get_candidate_generator
+        for entry, name in self._shadowed:
+            delattr(entry, name)
         self._shadowed.clear()
         _attached.discard(self._settings.anatomy.decoder)
 
@@ -169,6 +204,12 @@ class Handle:
     # -- the decoder: a pass begins --------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if _is_recorded():
+            raise ValueError(
+                "prune: expected a call that runs, got torch.export or torch.jit.trace: which "
+                "tokens survive depends on the input, and would be written down for this one. "
+                "Export the unpruned model."
+            )
         call = self._open_call() or Call()
         rest, named = self._named(module, args, kwargs)
         inputs = dict(call.inputs)
@@ -176,8 +217,22 @@ class Handle:
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds
         records.in_call(inputs.get("past_key_values"), begins=True)
-        self._thread.run = plan_pass(self._settings, call, inputs, tokens)
+        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens)
+        self._tell_of_labels(run)
         return (rest, named) if named.pop("visual_mask", None) is not None else None
+
+    def _tell_of_labels(self, run: Pass) -> None:
+        """Says once that rows stay whole because their labels leave no token that asks."""
+        if self._told or not (run.prunes and run.rows.mute):
+            return
+        self._told = True
+        warnings.warn(
+            "prune: expected labels on answers alone, got rows in which no unlabelled token comes "
+            "just before a labelled one: nothing asks, so they stay unpruned. Label prompts and "
+            "images -100 (in TRL: completion_only_loss=True or assistant_only_loss=True).",
+            UserWarning,
+            stacklevel=2,
+        )
 
     # -- the layers ------------------------------------------------------------------------------
 
@@ -251,7 +306,12 @@ class Handle:
                 run.levels[0].real,
                 run.rows.visual[:, -1].tolist(),
             )
-        if any(run.rows.num_visual) or run.record is None:
+        seen = any(run.rows.num_visual)
+        generation = getattr(self._thread, "generation", None)
+        if generation is not None:
+            # Guidance runs the text alone beside the prompt: that is not the call to show.
+            generation.shown = seen = seen or (run.record is None and not generation.shown)
+        if seen or (run.record is None and generation is None):
             levels = [run.levels[number] for number in self._settings.level_of]
             stages = run.stages
             self.trace.renew(
@@ -260,7 +320,13 @@ class Handle:
                 [level.num_visual for level in levels],
                 run.places,
             )
-        return fill_labels(run, output) if run.call.late_labels else output
+        return finish(run, output)
+
+
+def _is_recorded() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    tracing: Any = torch.jit
+    return bool(tracing.is_tracing() or exporting())
 
 
 def attach(
@@ -280,7 +346,9 @@ def attach(
         positions: `"original"` leaves the survivors their RoPE positions; `"renumbered"` counts
             0..n-1 anew at each cut, and on from each layer's own length at decoding.
         logits: With labels, `"all"` returns logits of the pruned length; `"supervised"` projects
-            only rows whose next survivor has a label, and returns the loss with logits None.
+            only rows whose next survivor has a label, and returns the loss with logits None;
+            `"full"` returns logits at the length of `input_ids`, with or without labels: in a
+            dropped token's column those of the survivor before it.
         visual_mask: Bool (B, T), for calls whose `input_ids` do not show the visual tokens. Covers
             columns 0..T-1 of the conversation; may be passed to a forward call instead. Its rows
             are repeated for batches that generation expands (beams, several returned sequences).

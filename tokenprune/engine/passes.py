@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
-from tokenprune.engine.rows import Ints, Rows, columns, read_rows
+from tokenprune.engine.rows import Ints, Rows, columns, packed, read_rows
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
@@ -280,10 +280,10 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
     """Refuses what cannot be honoured in a pass that prunes."""
     if settings.anatomy.attention not in ATTENTIONS:
         raise unsupported_attention(settings.anatomy)
-    if isinstance(inputs.get("logits_to_keep"), Tensor):
+    if isinstance(inputs.get("logits_to_keep"), Tensor) and not settings.full:
         raise ValueError(
-            "prune: expected an integer logits_to_keep, got a tensor. "
-            "Its indices would point into the unpruned sequence."
+            "prune: expected an integer logits_to_keep, got a tensor, whose indices point into the "
+            'unpruned sequence. Use logits="full".'
         )
     if not rows.ends_real and not rows.starts_real:
         raise ValueError(
@@ -322,10 +322,7 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             f'{position_ids.shape[0]}-dimensional ones. Use positions="original".'
         )
     if rows.goes_back:
-        raise ValueError(
-            "prune: expected position_ids that rise along each row, got a row that starts "
-            "anew: several sequences packed into one. Pass them as rows of a batch."
-        )
+        raise packed("position_ids that start anew within one")
 
 
 def _place_finder(

@@ -37,6 +37,7 @@ class Rows:
         asking: Bool (B, T), the `"last"` query rows.
         ids: int64 (B, T), or None where the call has none or nothing needs them.
         labelled: Whether the call has labels.
+        mute: Whether some row has labels and an image, but no token that asks.
         goes_back: Whether given positions fall between two neighbours of a row.
     """
 
@@ -45,6 +46,7 @@ class Rows:
     asking: Bools
     ids: Ints | None = None
     labelled: bool = False
+    mute: bool = False
     goes_back: bool = False
 
     @cached_property
@@ -122,7 +124,7 @@ def read_rows(
     num_rows, length = tokens.shape[:2]
     marks = _visual_mask(settings, inputs, num_rows, length, offset)
     by_ids = marks is None and _shows_ids(settings, inputs, offset)
-    padding = masks.padding(inputs.get("attention_mask"), past, known=offset > 0)
+    padding = masks.padding(inputs.get("attention_mask"))
     nothing = np.zeros((num_rows, length), dtype=np.bool_)
     if marks is None and not by_ids and (length == 1 or padding is None):
         # A decoding step asks the device nothing: what the caller hides, its mask goes on hiding.
@@ -132,19 +134,26 @@ def read_rows(
             f"prune: expected an attention_mask of {offset + length} columns, all of the "
             f"conversation, got {padding.shape[1]}. Lengthen it turn by turn."
         )
+    sights = None
+    if padding is None and length > 1:
+        sights = masks.sights(inputs.get("attention_mask"), num_rows, length, offset)
     shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+    _check_lengths(inputs, length, by_ids)
     positions = inputs.get("position_ids")
     fetched = fetch(
         {
             "visual": marks,
-            "ids": inputs.get("input_ids"),
+            "ids": _of_length(inputs.get("input_ids"), length),
             "real": None if padding is None else padding[:, offset : offset + length],
+            "sights": sights,
             "labels": labels if shifted is None else shifted,
-            "positions": positions if positions is not None and positions.dim() == 2 else None,
+            "positions": _of_length(positions, length),
         },
         tokens.device,
     )
     real = fetched["real"] != 0 if "real" in fetched else ~nothing
+    if "sights" in fetched:
+        real = _by_sight(fetched["sights"])
     ids = fetched.get("ids")
     visual = nothing
     if by_ids:
@@ -160,11 +169,14 @@ def read_rows(
     # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
     guesses = to_keep - 1 if past is not None and isinstance(to_keep, int) and to_keep > 1 else 0
+    asking = _asking(real, labelled, guesses) if visual.any() else nothing
+    mute = labelled is not None and labelled.any(1) & visual.any(1) & ~asking.any(1)
     return Rows(
         real=real,
         visual=visual,
-        asking=_asking(real, labelled, guesses) if visual.any() else nothing,
+        asking=asking,
         ids=ids,
+        mute=bool(np.any(mute)),
         labelled=labelled is not None,
         goes_back="positions" in fetched and _goes_back(fetched["positions"], real),
     )
@@ -237,6 +249,59 @@ def _asking(real: Bools, labelled: Bools | None, guesses: int) -> Bools:
     last = np.where(real, order, -1).max(1, keepdims=True)
     lone: Bools = (order == np.maximum(last - guesses, 0)) & (last >= 0)
     return lone
+
+
+def _by_sight(sights: Ints) -> Bools:
+    """Which tokens are real, by who sees whom (see `masks.sights`).
+
+    Pads on the left are seen by nobody. At the end of a row nobody sees the last token either: what
+    follows it there is a pad, whether it sees the row or only itself.
+
+    Raises:
+        ValueError: If a token that sees nothing but itself follows others: a row packs several.
+    """
+    itself, sees, seen = (sights & bit != 0 for bit in (1, 2, 4))
+    real: Bools = seen.copy()
+    for row in range(len(sights)):
+        ends = np.flatnonzero(seen[row])
+        end = int(ends[-1]) + 1 if len(ends) else 0
+        starts = itself[row, :end] & ~sees[row, :end] & (np.cumsum(seen[row, :end]) > 0)
+        starts[: int(ends[0]) + 1 if len(ends) else 0] = False
+        if starts.any():
+            raise packed("an attention_mask under which a token sees nothing before it")
+        if end < sights.shape[1]:
+            # A later pad that sees the row, but not this token, says that it is a pad as well.
+            skipped = sees[row, end + 1 :].any()
+            real[row, end] = itself[row, end] & (sees[row, end] | (end == 0)) & ~skipped
+    return real
+
+
+def packed(what: str) -> ValueError:
+    """The error for rows that hold several sequences."""
+    return ValueError(
+        f"prune: expected one sequence a row, got {what}: several sequences packed into one, whose "
+        "images would share a budget. Pass them as rows of a batch (padding instead of packing)."
+    )
+
+
+def _of_length(values: Tensor | None, length: int) -> Tensor | None:
+    """Values (B, T) with an entry per token of the call; None for others."""
+    fits = values is not None and values.dim() == 2 and values.shape[1] == length
+    return values if fits else None
+
+
+def _check_lengths(inputs: Mapping[str, Any], length: int, by_ids: bool) -> None:
+    """Refuses ids and labels of other lengths than what the decoder is given."""
+    for name in ("input_ids", "labels", "shift_labels"):
+        values = inputs.get(name)
+        if values is None or values.shape[1] == length or (name == "input_ids" and not by_ids):
+            continue
+        raise ValueError(
+            f"prune: expected {name} with an entry for each of the {length} tokens that the "
+            f"decoder is given, got {values.shape[1]}: something puts tokens of its own into the "
+            "prompt (prompt tuning, p-tuning). Pass visual_mask, bool (B, T), over all of them, "
+            "and no labels."
+        )
 
 
 def _goes_back(positions: Ints, real: Bools) -> bool:

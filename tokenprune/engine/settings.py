@@ -16,7 +16,7 @@ from tokenprune.schedule import Schedule
 from tokenprune.strategy import AttentionRows, PruningStrategy
 
 POSITIONS = ("original", "renumbered")
-LOGITS = ("all", "supervised")
+LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
@@ -29,7 +29,7 @@ class Settings:
         strategy: Says which tokens survive a cut.
         schedule: Says how many.
         positions: `"original"` or `"renumbered"`.
-        logits: `"all"` or `"supervised"`.
+        logits: `"all"`, `"supervised"` or `"full"`.
         visual_mask: Bool (B, T), or None.
     """
 
@@ -47,6 +47,10 @@ class Settings:
     @cached_property
     def supervised(self) -> bool:
         return self.logits == "supervised"
+
+    @cached_property
+    def full(self) -> bool:
+        return self.logits == "full"
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
