@@ -145,6 +145,7 @@ def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
         (["resolution=large"], "resolution: expected width x height in pixels, got 'large'"),
         (["schedule.num_stages=9"], "expected"),
         (["ways=[flash]"], "ways: expected some of ['eager_layer', 'full_maps', "),
+        (["ways=null"], "ways: expected a list, got None. Set ways=[]."),
         (["ways=full_maps"], "ways: expected a list, got 'full_maps'. Set ways=[full_maps]"),
         (["ways=[dense_masks,dense_masks]"], "ways: expected each once"),
         (["ways=[dense_masks]", "attention=eager"], "ways: expected attention=sdpa"),
