@@ -608,7 +608,7 @@ def _load(config: DictConfig) -> Any:
     """Model and processor of a config, on the trainer's device."""
     import torch
 
-    from tokenprune.evaluation.run import load_model
+    from tokenprune.evaluation.loading import load_model
 
     loaded = load_model(config)
     wants_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
@@ -655,7 +655,8 @@ def _show(arguments: list[str]) -> int:
             "Check the path."
         ) from error
     from tokenprune import cost
-    from tokenprune.evaluation.run import FirstToken, generate, kept_tokens, pruned
+    from tokenprune.evaluation.generation import FirstToken, generate, pruned
+    from tokenprune.evaluation.kept import kept_tokens
     from tokenprune.report import pictures
 
     with _quiet():
