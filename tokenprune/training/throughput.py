@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,17 @@ from tokenprune.cost import DecoderShape, flops
 
 
 class Throughput(ThroughputMonitor):
-    """Rows of the curve at the step that they are about."""
+    """Rows of the curve at the step that they are about.
+
+    The share of a GPU's peak (`mfu`) is among them where Lightning knows it. It warns of a GPU
+    or a precision that is missing in its list, which nobody can do anything about.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FLOPs not found for")
+            warnings.filterwarnings("ignore", message=".*does not support torch")
+            super().setup(trainer, pl_module, stage)
 
     def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
         super()._compute(trainer, trainer.global_step)
