@@ -96,7 +96,10 @@ def test_other_errors_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.measure(config())
 
 
-def test_a_run_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_by_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # a narrow terminal gets words in pieces
     assert cli.main(["bench", "train", *TINY, "hydra.run.dir=here"]) == 0
     assert "pyramiddrop" in capsys.readouterr().out
     files = {"config.yaml", "versions.json", "bench.json", "bench.csv", "bench.png"}
