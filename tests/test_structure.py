@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     own = room(path)
     for other in rooms_of(path) - {own}:
         assert FLOORS[other] < FLOORS[own], f"{own} (floor {FLOORS[own]}) imports {other}"
+
+
+def test_imports_run_one_way() -> None:
+    """Within a room as well, files can be read in an order."""
+    files = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in FILES
+        if path.stem != "__init__"
+    }
+
+    def owner(name: str) -> str:
+        """The file that a dotted name is from; empty for a package's own."""
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    arrows = {own: {*map(owner, imports(path))} - {own, ""} for own, path in files.items()}
+    assert set(TopologicalSorter(arrows).static_order()) == set(files)  # or it names the circle
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "strategies").glob("[a-z]*.py")), ids=str)

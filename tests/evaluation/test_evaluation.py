@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import tokenprune as tp
 from tokenprune.cli.main import compose
 from tokenprune.data import Sample
-from tokenprune.evaluation import run as evaluation
-from tokenprune.evaluation.run import summarise, wilson
+from tokenprune.evaluation import loading
+from tokenprune.evaluation.run import evaluate
+from tokenprune.evaluation.summary import summarise, wilson
 from tokenprune.runs import models
 
 NUM_SAMPLES = 10
@@ -45,7 +46,7 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     )
     strategy = "none" if config.strategy is None else config.strategy.name
     names = {"strategy": strategy, "schedule": "pyramid", "model": "random", "data": "scenes"}
-    return evaluation.evaluate(config, folder, names)
+    return evaluate(config, folder, names)
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -189,7 +190,7 @@ def test_a_complete_run_is_not_run_again(
 ) -> None:
     first = run(checkpoint, tmp_path, "strategy=uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_model", lambda *given: pytest.fail("loaded again"))
+        patch.setattr(loading, "load_model", lambda *given: pytest.fail("loaded again"))
         assert run(checkpoint, tmp_path, "strategy=uniform") == first
     assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
 
@@ -228,11 +229,11 @@ def test_small_data_is_prepared_once_and_large_data_streams() -> None:
 
     for limit, passes in ((48, 1), (47, 2)):
         loader = Loader()
-        remembered = evaluation.RememberedBatches(loader, limit)
+        remembered = loading.RememberedBatches(loader, limit)
         assert [batch["i"] for batch in remembered] == [0, 1, 2] == [b["i"] for b in remembered]
         assert loader.passes == passes
         assert len(remembered) == 3
-    looked = evaluation.RememberedBatches(loader := Loader(), 1000)
+    looked = loading.RememberedBatches(loader := Loader(), 1000)
     next(iter(looked))  # a pass that stopped early remembers nothing
     assert len(list(looked)) == 3
     assert loader.passes == 2
@@ -248,7 +249,7 @@ def test_an_error_leaves_the_model_unhooked(
     with pytest.raises(RuntimeError, match="in a strategy"):
         run(checkpoint, tmp_path, "strategy=uniform")
     config = compose("eval", ["model=hub", f"model.path={checkpoint}"])
-    model = evaluation.load_model(config).model
+    model = loading.load_model(config).model
     hooked = [module for module in model.modules() if module._forward_pre_hooks]
     assert not hooked
     assert not list(tmp_path.iterdir())
@@ -277,7 +278,7 @@ def test_accepted_answers_and_turns_before(checkpoint: Path, tmp_path: Path) -> 
             ],
         )
         names = {"strategy": "x", "schedule": "x", "model": "x", "data": "folder"}
-        told = evaluation.evaluate(config, tmp_path / config.metric, names)
+        told = evaluate(config, tmp_path / config.metric, names)
         (line,) = predictions(tmp_path / config.metric)
         assert told["metric"] == config.metric
         assert told["accuracy"] == line["score"]

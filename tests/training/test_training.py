@@ -35,8 +35,9 @@ from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_devices
 from tokenprune.runs.models import LoadedModel, load
 from tokenprune.training.checkpoints import BEST, LAST
-from tokenprune.training.module import FineTune, _turns
+from tokenprune.training.module import FineTune
 from tokenprune.training.tuning import build_optimizer, parts_of
+from tokenprune.training.validation import guesses, turns
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = re.findall(
@@ -273,7 +274,8 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
     inputs = collate(samples)["inputs"]
     module.attach("all")
     with torch.no_grad():
-        guesses = module._guesses(inputs, loaded.model(**inputs).logits)
+        trace = None if own is None else module._handle.trace
+        guessed = guesses(loaded.model, inputs, loaded.model(**inputs).logits, trace)
     module.detach()
     # The tail of a pruned row is its text, so the last guesses can be read off directly.
     for row, sample in enumerate(samples):
@@ -285,18 +287,18 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
         length = alone["labels"].shape[1]
         text = length - int((alone["input_ids"] == models.IMAGE).nonzero()[-1, 1]) - 2
         torch.testing.assert_close(
-            guesses[row, length - text : length], logits.argmax(-1)[-text - 1 : -1]
+            guessed[row, length - text : length], logits.argmax(-1)[-text - 1 : -1]
         )
 
 
 def test_a_turn_is_right_if_all_its_tokens_are():
-    turns = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
+    asked = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
     labels = torch.full((12,), IGNORED)
     labels[[3, 4, 6, 7, 8, 10, 11]] = 5
     right = torch.ones(12, dtype=torch.bool)
     right[7] = right[0] = False
-    sample = Sample("s", None, turns)
-    assert _turns(sample, labels, right) == [
+    sample = Sample("s", None, asked)
+    assert turns(sample, labels, right) == [
         ("read", True),
         ("text", False),
         ("read", True),

@@ -223,16 +223,17 @@ def _bench_task(config: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     with _tidy(folder):
-        from tokenprune.bench import run as bench
+        from tokenprune.bench import table
+        from tokenprune.bench.run import run
 
         called = names(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         shape = OmegaConf.select(config, "shape.path")
         shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
         told = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
-        row = bench.run(config, folder, told, again=not sweeps)
+        row = run(config, folder, told, again=not sweeps)
     home = folder.parent if sweeps else folder
-    rows = bench.publish(home)
-    bench.print_table([row] if sweeps else rows, str(folder if sweeps else home / bench.TABLE))
+    rows = table.publish(home)
+    table.print_table([row] if sweeps else rows, str(folder if sweeps else home / table.TABLE))
     return float(row.get("time_ratio", "nan"))
 
 
@@ -428,9 +429,9 @@ def _check(config: DictConfig) -> None:
             bound = "" if lowest is None else f" >= {lowest}"
             raise BadInput(f"{key}: expected an integer{bound}, got {value!r}. Set {key}=8.")
     if "measure" in config:
-        from tokenprune.bench import run as bench
+        from tokenprune.bench.check import check
 
-        bench.check(config)
+        check(config)
     if OmegaConf.select(config, "model._target_") != "tokenprune.runs.models.load":
         return
     from tokenprune.cost import DecoderShape
@@ -566,7 +567,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from tokenprune.bench.run import MEASURES
+    from tokenprune.bench.check import MEASURES
 
     given = [f"measure={word}" if word in MEASURES else word for word in arguments]
     return _run("bench", given, _bench_task)
@@ -607,7 +608,7 @@ def _load(config: DictConfig) -> Any:
     """Model and processor of a config, on the trainer's device."""
     import torch
 
-    from tokenprune.evaluation.run import load_model
+    from tokenprune.evaluation.loading import load_model
 
     loaded = load_model(config)
     wants_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
@@ -654,7 +655,8 @@ def _show(arguments: list[str]) -> int:
             "Check the path."
         ) from error
     from tokenprune import cost
-    from tokenprune.evaluation.run import FirstToken, generate, kept_tokens, pruned
+    from tokenprune.evaluation.generation import FirstToken, generate, pruned
+    from tokenprune.evaluation.kept import kept_tokens
     from tokenprune.report import pictures
 
     with _quiet():

@@ -43,12 +43,17 @@ _WHOLE = 2**26  # up to 64 MB a folder's files are read in full, beyond that the
 _END = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file that is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     os.replace(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text that is never seen half-written."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_run(
