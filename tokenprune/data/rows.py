@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenprune.data.cells import text_of
+from tokenprune.data.errors import no_value
 from tokenprune.data.sample import IMAGE, Turn, num_places
 
 _ASKS, _TELLS = ("human", "user"), ("gpt", "assistant")
@@ -65,29 +67,6 @@ def check_places(turns: Sequence[Turn], images: int, where: str) -> None:
             f"{where}: expected one {IMAGE} per image, or none, got {places} for {images} "
             f"image{'' if images == 1 else 's'}. Add or remove some."
         )
-
-
-def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A text, or a number as text.
-
-    Raises:
-        ValueError: It is missing, empty or something else.
-    """
-    value = row.get(key)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        got = f"only the keys {sorted(row)}" if key not in row else repr(value)
-        raise no_value(key, where, got)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        shown = repr(value)
-        raise ValueError(
-            f"{where}: expected text as {key!r}, got {shown[:60]}. Write one string per row."
-        )
-    return str(value)
-
-
-def no_value(key: str, where: str, got: str = "none") -> ValueError:
-    """The error of a row that lacks something."""
-    return ValueError(f"{where}: expected {key!r}, got {got}. Fill it in or remove the row.")
 
 
 def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
