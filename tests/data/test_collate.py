@@ -129,3 +129,15 @@ def test_placeholders_elsewhere_are_refused(turn, message):
     for collator in (PromptCollator, ConversationCollator):
         with pytest.raises(ValueError, match=f"sample 'z': {message}"):
             collator(processor)([Sample("z", (RED,), (turn,))])
+
+
+@pytest.mark.parametrize("name", ["video_token", "audio_token"])
+def test_e5_placeholders_of_what_is_not_read_are_refused(name):
+    processor = build_processor("llava", LLAVA)
+    setattr(processor, name, "<clip>")
+    for turn in (Turn("<clip>\nWhich?", "red"), Turn("Which?", "a <clip>")):
+        for collator in (PromptCollator, ConversationCollator):
+            with pytest.raises(
+                ValueError, match="sample 'z': expected text and images, .*'<clip>'"
+            ):
+                collator(processor)([Sample("z", (RED,), (turn,))])

@@ -48,10 +48,6 @@ def test_folder(tmp_path):
         ([ROW | {"image": ["a.png", ""]}], "row 1: expected 'image', got ''. Fill"),
         ([ROW | {"question": " "}], "row 1: expected 'question', got ' '. Fill"),
         ([ROW | {"id": 1.5}], "row 1: expected an id that is text or an integer, got 1.5. Leave"),
-        (
-            [ROW | {"id": "q"}, ROW | {"id": "q"}],
-            r"row 2 \(id 'q'\): expected an id of its own, got that of row 1. Leave",
-        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):

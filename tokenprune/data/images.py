@@ -1,55 +1,100 @@
-"""Image files: where they may lie, and how they are opened."""
+"""How a picture is opened, by data sets and by `tokenprune show`.
+
+Pictures become upright RGB with 8 bits a channel. Pillow's own conversion clips grey levels of more
+than 8 bits to white, so these are scaled here: by the range of their file, never by what a picture
+happens to hold. Otherwise its rules hold: transparent pixels keep the colour that is stored under
+them, and of several frames or pages the first is read.
+"""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from tokenprune.data.errors import first_line
 
-
-def is_address(path: str) -> bool:
-    """Whether an image is fetched; `file://` and chains such as `zip://a.png::/b.zip` are not."""
-    return path.startswith(("https://", "http://", "hf://")) and "::" not in path
-
-
-def check_inside(path: Path, roots: Sequence[Path], where: str, remedy: str = "") -> None:
-    """Refuses absolute paths and `..` that lead out; links inside are the owner's own doing."""
-    own = Path(os.path.abspath(path))
-    if not any(own.is_relative_to(os.path.abspath(root)) for root in roots):
-        raise ValueError(
-            f"{where}: expected an image in the data's own folder, got {str(path)!r}. "
-            f"Move it there{remedy}."
-        )
+# Formats whose 16-bit grey levels go from 0 to 65535, whatever Pillow calls their mode.
+_SIXTEEN = ("PNG", "TIFF", "JPEG2000", "PPM")
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
-def check_file(path: Path, where: str) -> None:
-    """Refuses a path that leads nowhere."""
-    if not path.is_file():
-        raise ValueError(
-            f"{where}: expected an image file, got {str(path)!r}, which does not exist. "
-            "Check the path or remove the row."
-        )
+def read_image(source: Path | io.BytesIO) -> Image.Image:
+    """An upright RGB image, read in full.
+
+    Raises:
+        ValueError: Why it cannot be read.
+    """
+    try:
+        with Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
+            plain = _eight_bits(upright, image)
+            if plain.mode == "P":  # else Pillow warns of what is transparent in it
+                plain = plain.convert("RGBA")
+            return plain.convert("RGB")
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and others
+        raise ValueError(first_line(error).split("<_io", 1)[0].strip()) from error
 
 
 def open_image(source: Path | io.BytesIO, where: str) -> Image.Image:
-    """An upright RGB image, read in full."""
+    """The same for the row that `where` names.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and others
-        shown = source.name if isinstance(source, Path) else "its bytes"
-        raise unreadable(shown, where, error) from error
+        return read_image(source)
+    except ValueError as error:
+        raise unreadable(
+            source.name if isinstance(source, Path) else "its bytes", where, error
+        ) from error
 
 
-def unreadable(shown: str, where: str, error: Exception) -> ValueError:
+def unreadable(name: str, where: str, error: Exception) -> ValueError:
     """The error of an image that could not be opened."""
-    reason = first_line(error).split("<_io", 1)[0].strip()
     return ValueError(
-        f"{where}: expected an image that Pillow reads, got {shown}: {reason}. "
+        f"{where}: expected an image that Pillow reads, got {name}: {first_line(error)}. "
         "Replace the image or remove the row."
     )
+
+
+def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Grey levels that need more than 8 bits as 8; other images as they are.
+
+    Args:
+        image: The picture.
+        file: As it was opened, with the format and the tags of its file.
+
+    Raises:
+        ValueError: It is not known which level is white.
+    """
+    tags: Mapping[int, Any] = getattr(file, "tag_v2", {})
+    if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
+        raise ValueError("signed grey levels, whose black and white are unknown; save 8 or 16 bits")
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    levels = np.asarray(image)
+    if image.mode == "F":
+        # Pictures of floating-point numbers go from 0 to 1; some are kept as 0 to 255.
+        if not (np.isfinite(levels).all() and levels.min() >= 0 and levels.max() <= 1):
+            raise ValueError(
+                f"floating-point levels from {levels.min():g} to {levels.max():g}, of which it is "
+                "unknown what is white; scale them to 0 to 1, or save 8 or 16 bits"
+            )
+        white = 1.0
+    elif file.format in _SIXTEEN and (image.mode != "I" or file.format in ("PNG", "PPM")):
+        white = 2.0 ** int(np.atleast_1d(tags.get(_BITS, 16))[0]) - 1
+    else:
+        raise ValueError(
+            f"{file.format} levels of mode {image.mode} from {levels.min()} to {levels.max()}, of "
+            "which it is unknown what is white; save 8 or 16 bits"
+        )
+    levels = np.rint(levels * (255 / white))
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns 8 bits itself
+        levels = 255 - levels
+    return Image.fromarray(levels.astype(np.uint8))

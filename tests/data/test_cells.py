@@ -1,0 +1,544 @@
+"""What a cell holds is what a model reads, whichever reader brings it."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from readers import ARROW, CSV, JSON, READERS, parquet
+
+from tokenprune.data import FolderDataset, HubDataset, Turn
+
+ROW = {"image": "a.png", "question": "q", "answer": "x"}
+
+
+def answers(data) -> list[str]:
+    return [data[index].turns[-1].answer for index in range(len(data))]
+
+
+def ids(data) -> list[str]:
+    return [data[index].id for index in range(len(data))]
+
+
+# ---------------------------------------------------------------------------------------- texts, e3
+
+TEXTS = [
+    *("3", "007", "1.50", "-0", "1e3", "0x1F", "1_000", "33471", "000000033471"),
+    *("None", "null", "nan", "NaN", "NA", "N/A", "#N/A", "inf", "true", "TRUE", "no"),
+    *("2020-01-02", "2020-01-02T03:04:05", "12:30", "[1]", '{"a": 1}', "'x'", "1,5", "50 %"),
+    *(" x ", "\tx", "a\nb", "a\r\nb", 'say "hi", ok', "é\u2028y\u0085z", "x\0y", "答え", "🙂"),
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_e3_texts_are_read_as_they_are_written(reader, tmp_path):
+    rows = [ROW | {"answer": text, "question": text, "kind": text, "id": text} for text in TEXTS]
+    data = READERS[reader](tmp_path / "d", rows)
+    assert [data[index].turns for index in range(len(data))] == [
+        (Turn(text, text, text),) for text in TEXTS
+    ]
+    assert ids(data) == TEXTS
+    assert data[0].image.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("numbers", [["3", "4"], ["1.50", "2"], ["007", "08"], ["true", "false"]])
+def test_e3_a_missing_cell_changes_no_other(reader, numbers, tmp_path, capsys):
+    rows = [ROW | {"answer": text} for text in (numbers[0], None, numbers[1], "  ", "")]
+    with pytest.raises(ValueError, match=r"row 2: expected 'answer', got .*\. Fill it in"):
+        READERS[reader](tmp_path / "d", rows)
+    data = READERS[reader](tmp_path / "e", rows, skip_bad=True)
+    assert (answers(data), ids(data)) == (numbers, ["1", "3"])
+    assert "skipped 3 of 5 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("column", ["image", "question"])
+def test_e3_what_is_missing_is_named(reader, column, tmp_path):
+    rows = [ROW, ROW | {column: None}]
+    with pytest.raises(ValueError, match=rf"row 2: expected '{column}', got .*\. Fill it in"):
+        READERS[reader](tmp_path / "d", rows)
+
+
+@pytest.mark.parametrize(
+    ("literal", "text"),
+    [
+        *(("3", "3"), ("1.50", "1.50"), ("1e3", "1e3"), ("-0.0", "-0.0"), ("3.0", "3.0")),
+        *(
+            ("true", "true"),
+            ("false", "false"),
+            ("1e999", "1e999"),
+            ("12345678901234567890123",) * 2,
+        ),
+        ('["red", 1.50, true]', ("red", "1.50", "true")),
+    ],
+)
+@pytest.mark.parametrize("reader", JSON)
+def test_e3_numbers_of_json_are_read_as_they_are_written(
+    reader, literal, text, tmp_path, monkeypatch
+):
+    _write_literal(monkeypatch, literal)
+    (turn,) = JSON[reader](tmp_path / "d", [ROW | {"answer": MARK}])[0].turns
+    assert (turn.accepted or turn.answer) == text
+
+
+MARK = "literal"
+
+
+def _write_literal(monkeypatch: pytest.MonkeyPatch, literal: str) -> None:
+    """Has a JSON literal in place of `MARK` written, which Python would write in its own way."""
+    dumps = json.dumps
+    monkeypatch.setattr(
+        json, "dumps", lambda own, **more: dumps(own, **more).replace(f'"{MARK}"', literal)
+    )
+
+
+def test_e3_numbers_in_conversations_and_kinds_are_text(tmp_path):
+    line = (
+        '{"image": "a.png", "kind": 2.0, "messages": [{"role": "user", "content": 1.50},'
+        ' {"role": "assistant", "content": [{"type": "text", "text": 007.5}]}]}'
+    ).replace("007.5", "7.50")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(line)
+    row = {"kind_column": "kind", "conversations_column": "messages"}
+    for data in (FolderDataset(tmp_path), HubDataset(str(tmp_path / "rows.jsonl"), **row)):
+        assert data[0].turns == (Turn("1.50", "7.50", "2.0"),)
+
+
+TYPED = {
+    "int8": ([3, -4], "int8", ["3", "-4"]),
+    "uint64": ([2**64 - 1], "uint64", [str(2**64 - 1)]),
+    "bool": ([True, False], "bool", ["true", "false"]),
+    "decimal": ([decimal.Decimal("1.50")], "decimal128(9, 2)", ["1.50"]),
+    "float16": ([0.1], "float16", ["0.1"]),
+    "float32": ([0.1, 1e-7], "float32", ["0.1", "1e-07"]),
+    "float64": ([0.1, -2.5], "float64", ["0.1", "-2.5"]),
+    "large_string": (["007"], "large_string", ["007"]),
+    "string_view": (["007"], "string_view", ["007"]),
+}
+
+
+def _typed(values: list[Any], kind: str) -> Any:
+    import pyarrow as pa
+
+    if kind.startswith("decimal"):
+        return pa.array(values, pa.decimal128(9, 2))
+    if kind == "float16":
+        values = np.array(values, "f2")
+    return pa.array(values, pa.bool_() if kind == "bool" else getattr(pa, kind)())
+
+
+def _save(path: Path, **columns: Any) -> str:
+    """A parquet file with one picture a row, unless it brings its own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    length = len(next(iter(columns.values())))
+    Image.new("RGB", (4, 4), "red").save(path / "a.png")
+    rows = {key: pa.array([cell] * length) for key, cell in ROW.items()} | columns
+    pq.write_table(pa.table(rows), path / "rows.parquet")
+    return str(path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_e3_typed_columns_have_one_text(name, tmp_path):
+    values, kind, texts = TYPED[name]
+    assert answers(HubDataset(_save(tmp_path, answer=_typed(values, kind)))) == texts
+
+
+def test_e3_typed_cells_inside_lists_and_labels(tmp_path):
+    import datasets
+    import pyarrow as pa
+
+    lists = pa.array([[0.1, 0.2]], pa.list_(pa.float32()))
+    data = HubDataset(_save(tmp_path, answer=lists))
+    assert data[0].turns[0].accepted == ("0.1", "0.2")
+    data = HubDataset(
+        _save(tmp_path, answer=pa.array(["x", "y", None, "x"]).dictionary_encode()), skip_bad=True
+    )
+    assert answers(data) == ["x", "y", "x"]
+    columns = {"image": ["a.png"] * 2, "question": ["q"] * 2, "answer": [1, 0], "told": ["1", 2.50]}
+    text, label = datasets.Value("string"), datasets.ClassLabel(names=["no", "yes"])
+    kinds = {"image": text, "question": text, "answer": label, "told": text}
+    datasets.Dataset.from_dict(columns, datasets.Features(kinds)).to_parquet(tmp_path / "l.parquet")
+    assert answers(HubDataset(str(tmp_path / "l.parquet"))) == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([3.0, 1.5], r"got 3.0, a floating-point number that may have been written in other ways"),
+        ([1.5, 4.0, None], r"row 2: .* got 4.0, a floating-point number"),
+        ([b"x"], r"expected text as 'answer', got b'x'"),
+        ([datetime.date(2020, 1, 2)], r"expected text as 'answer', got datetime.date"),
+        ([datetime.timedelta(1)], r"expected text as 'answer', got datetime.timedelta"),
+        ([{"text": ["x"]}], r"expected text as 'answer', got {'text'"),
+        ([[["x"]]], r"'answer': expected text as 'answer', got \['x'\]"),
+        ([[]], r"expected 'answer', got \[\]"),
+        ([["x", None]], r"'answer': expected 'answer', got None"),
+    ],
+)
+def test_e3_cells_without_one_text_are_refused(values, told, tmp_path):
+    import pyarrow as pa
+
+    with pytest.raises(ValueError, match=told):
+        HubDataset(_save(tmp_path, answer=pa.array(values)))
+
+
+# -------------------------------------------------------------------------------- no number, e2
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "null", '["x", NaN]'])
+@pytest.mark.parametrize("column", ["answer", "question"])
+@pytest.mark.parametrize("reader", JSON)
+def test_e2_what_is_no_text_is_refused(reader, column, literal, tmp_path, monkeypatch):
+    _write_literal(monkeypatch, literal)
+    rows = [ROW, ROW | {column: MARK}, ROW]
+    with pytest.raises(ValueError, match=rf"row 2.*: expected .*'{column}', got "):
+        JSON[reader](tmp_path / "d", rows)
+    assert ids(JSON[reader](tmp_path / "e", rows, skip_bad=True)) == ["1", "3"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("reader", ARROW)
+def test_e2_what_is_no_number_is_refused(reader, value, tmp_path):
+    rows = [ROW | {"answer": 1.5}, ROW | {"answer": value}]
+    with pytest.raises(ValueError, match=r"row 2: expected .*'answer', got .*(nan|inf|None)"):
+        ARROW[reader](tmp_path / "d", rows)
+    assert answers(ARROW[reader](tmp_path / "e", rows, skip_bad=True)) == ["1.5"]
+
+
+@pytest.mark.parametrize("key", ["id", "kind", "image"])
+def test_e2_nan_elsewhere_is_refused(key, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW | {key: float("nan")}))
+    with pytest.raises(ValueError, match=r"row 1: expected .* got .*nan"):
+        FolderDataset(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW | {"score": float("nan")}))
+    assert answers(FolderDataset(tmp_path)) == ["x"]
+
+
+# ------------------------------------------------------------------------------------------ ids, e4
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_e4_rows_with_one_id_are_all_read(reader, tmp_path):
+    given = ["000000033471", "33471", "000000033471", "a", "a#2", "a", "a", None, "8"]
+    rows = [ROW | {"id": own, "answer": str(place)} for place, own in enumerate(given)]
+    rows[3]["answer"] = " "  # its id counts all the same
+    data = READERS[reader](tmp_path / "d", rows, skip_bad=True)
+    names = ["000000033471", "33471", "000000033471#2", "a#2", "a#3", "a#4", "8", "8#2"]
+    assert ids(data) == names
+    assert answers(data) == ["0", "1", "2", "4", "5", "6", "7", "8"]
+
+
+def test_e4_turns_of_rows_with_one_id_differ(tmp_path):
+    talk = [{"from": own, "value": "x"} for own in ("human", "gpt") * 2]
+    rows = [ROW | {"id": "t/1"}, *[{"image": "a.png", "id": "t", "conversations": talk}] * 2]
+    data = READERS["lines"](tmp_path, rows, turns="each")
+    assert ids(data) == ["t/1", "t/1#2", "t/2", "t#2/1", "t#2/2"]
+
+
+def test_e4_many_rows_may_have_one_id(tmp_path):
+    data = READERS["csv"](tmp_path, [ROW | {"id": own} for own in ("x", "x#3") * 500])
+    assert len(set(ids(data))) == 1000
+    assert [data[place].id for place in (0, 1, 2, 3, 4)] == ["x", "x#3", "x#2", "x#3#2", "x#4"]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([3.0, None, 33471.0], ["3", "2", "33471"]),  # integers with a gap, as pandas keeps them
+        ([2**63 - 1, 7], ["9223372036854775807", "7"]),
+    ],
+)
+def test_e4_ids_of_tables(values, names, tmp_path):
+    rows = [ROW | {"id": value} for value in values]
+    assert ids(parquet(tmp_path, rows)) == names
+
+
+@pytest.mark.parametrize("reader", ["lines", "hub lines"])
+@pytest.mark.parametrize(("literal", "name"), [("33471", "33471"), ("3.0", "3"), ("null", "1")])
+def test_e4_ids_of_json(reader, literal, name, tmp_path, monkeypatch):
+    _write_literal(monkeypatch, literal)
+    assert ids(JSON[reader](tmp_path, [ROW | {"id": MARK}])) == [name]
+
+
+@pytest.mark.parametrize("literal", ["1.5", "true", "[1]", "NaN", "1e999", '"\\ud800"'])
+def test_e4_other_ids_are_refused(literal, tmp_path, monkeypatch):
+    _write_literal(monkeypatch, literal)
+    with pytest.raises(ValueError, match=r"row 1: expected .*id.*, got"):
+        READERS["lines"](tmp_path, [ROW | {"id": MARK}])
+
+
+# --------------------------------------------------------------------------------------- videos, e5
+
+TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+
+
+def _asked(text: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": text}, TALK[1]]
+
+
+def _part(part: dict[str, Any]) -> list[dict[str, Any]]:
+    told = [{"type": "text", "text": "x"}]
+    return [{"role": "user", "content": [part]}, {"role": "assistant", "content": told}]
+
+
+VIDEOS: dict[str, dict[str, Any]] = {
+    "key": {"video": "v.mp4", "conversations": _asked("<video>\nWhat?")},
+    "key alone": {"video": "v.mp4", "conversations": TALK},
+    "key and image": {"video": "v.mp4", "image": "a.png", "conversations": TALK},
+    "keys": {"videos": ["v.mp4"], "conversations": TALK},
+    "other key": {"Video_Path": "v.mp4", "conversations": TALK},
+    "sound": {"audio": "a.wav", "conversations": TALK},
+    "placeholder": {"image": "a.png", "conversations": _asked("<video>\nWhat?")},
+    "later placeholder": {"image": "a.png", "conversations": TALK + _asked("<Video>Why?")},
+    "Qwen's placeholder": {"image": "a.png", "conversations": _asked("<|video_pad|>What?")},
+    "question": {"image": "a.png", "question": "<video> What?", "answer": "x"},
+    "question and key": {"image": "a.png", "video": "v.mp4", "question": "What?", "answer": "x"},
+    "part": {"image": "a.png", "messages": _part({"type": "video", "video": "v.mp4"})},
+    "address": {"image": "a.png", "messages": _part({"type": "video_url", "video_url": "v"})},
+    "text part": {"image": "a.png", "messages": _part({"type": "text", "text": "<video> q"})},
+    "pairs": {"image": "a.png", "conversations": [{"user": "<video> q", "assistant": "x"}]},
+    "as image": {"image": "v.mp4", "question": "q", "answer": "x"},
+    "as images": {"image": ["a.png", "clips/v.WEBM"], "question": "q", "answer": "x"},
+}
+
+
+@pytest.mark.parametrize("form", VIDEOS)
+@pytest.mark.parametrize("reader", READERS)
+def test_e5_videos_are_refused_by_name(reader, form, tmp_path):
+    row = {"image": None} | VIDEOS[form]
+    if reader in CSV and any(isinstance(cell, list) for cell in row.values()):
+        pytest.skip("CSV has no lists")
+    with pytest.raises(ValueError, match=r"row 1.*: expected .*(?i:video|audio)"):
+        READERS[reader](tmp_path / "d", [row])
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("empty", [None, ""])
+def test_e5_an_empty_cell_is_no_video(reader, empty, tmp_path):
+    rows = [ROW | {"video": empty}, ROW | {"video": "v.mp4"}]
+    assert answers(READERS[reader](tmp_path / "d", rows, skip_bad=True)) == ["x"]
+
+
+def test_e5_embedded_videos_are_refused_and_frames_read(tmp_path):
+    import pyarrow as pa
+
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    for cell, refused in (
+        ({"bytes": b"x", "path": None}, True),
+        ({"bytes": None, "path": None}, False),
+    ):
+        path = _save(tmp_path, video=pa.array([cell], kind))
+        if refused:
+            with pytest.raises(ValueError, match="row 1: expected images and text, got a 'video'"):
+                HubDataset(path)
+        else:
+            assert len(HubDataset(path)) == 1
+    frames = _save(tmp_path, video=pa.array([["a.png", "a.png"]]))
+    assert len(HubDataset(frames, image_column="video")[0].images) == 2
+
+
+# ------------------------------------------------------------------------------ embedded images, e6
+
+
+def _png(colour: str = "red") -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _pictures() -> dict[str, Any]:
+    import pyarrow as pa
+
+    png = _png()
+    whole = {"bytes": png, "path": None}
+    struct = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()})
+    return {
+        "struct": pa.array([whole]),
+        "struct of large ones": pa.array([whole], struct),
+        "struct with a path": pa.array([{"bytes": png, "path": "gone.png"}]),
+        "struct of bytes": pa.array([{"bytes": png}]),
+        "struct of a path": pa.array([{"bytes": None, "path": "a.png"}]),
+        "binary": pa.array([png]),
+        "large binary": pa.array([png], pa.large_binary()),
+        "binary view": pa.array([png], pa.binary_view()),
+        "fixed size": pa.array([png], pa.binary(len(png))),
+        "path": pa.array(["a.png"], pa.large_string()),
+        "dictionary of paths": pa.array(["a.png"]).dictionary_encode(),
+        "list of structs": pa.array([[whole]]),
+        "large list of binary": pa.array([[png]], pa.large_list(pa.binary())),
+        "fixed list of paths": pa.array([["a.png"]], pa.list_(pa.string(), 1)),
+    }
+
+
+@pytest.mark.parametrize("form", _pictures())
+def test_e6_images_of_tables_need_no_metadata(form, tmp_path):
+    import pyarrow as pa
+
+    own = _pictures()[form]
+    column = pa.concat_arrays([pa.nulls(1, own.type), own, pa.nulls(1, own.type), own])
+    path = _save(tmp_path, image=column)
+    with pytest.raises(ValueError, match="row 1: expected 'image', got none"):
+        HubDataset(path)
+    data = HubDataset(path, skip_bad=True)
+    assert ids(data) == ["2", "4"]
+    assert [own.getpixel((0, 0)) for own in data[1].images] == [(255, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ({"bytes": b"", "path": None}, "expected 'image', got an image of 0 bytes"),
+        (b"", "expected 'image', got an image of 0 bytes"),
+        ("gone.png", "expected an image file, got '.*gone.png', which does not exist"),
+        ("empty.png", "expected an image file, got '.*empty.png', which is empty"),
+        ("a\0.png", "expected an image file, got .*, which does not exist"),
+        ("iVBORw0K" * 999, r"expected an image file, got .{400,500}\.\.\., which does not exist"),
+        ("/etc/hostname", "expected an image in the data's own folder"),
+        ({"path": "/etc/hostname"}, "expected an image in the data's own folder"),
+        (["a.png", None], "expected 'image', got None"),
+        (3, r"expected images or paths in the column 'image' of .*, got Value\('int64'\)"),
+        ([1, 2], r"expected images or paths in the column 'image' of .*, got Value\('int64'\)"),
+        ({"data": b"x"}, r"expected images or paths in the column 'image' of .*, got \{'data'"),
+    ],
+)
+def test_e6_cells_without_an_image_are_refused(cell, told, tmp_path):
+    import pyarrow as pa
+
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=told):
+        HubDataset(_save(tmp_path, image=pa.array([cell])))
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("end", ["csv", "jsonl", "json"])
+def test_encodings(end, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = {
+        "csv": "image,question,answer\r\na.png,Où?,1.50\r\na.png,q,007\r\n",
+        "jsonl": '{"image":"a.png","question":"Où?","answer":1.50}\r\n'
+        '{"image":"a.png","question":"q","answer":"007"}\r\n',
+    }
+    rows["json"] = "[" + rows["jsonl"].replace("}\r\n{", "},\r\n{") + "]"
+    path = tmp_path / f"rows.{end}"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(rows[end].encode(encoding))
+        for data in (FolderDataset(path), HubDataset(str(path))):
+            assert (data[0].turns[0].question, answers(data)) == ("Où?", ["1.50", "007"])
+    for encoding in ("utf-16", "latin-1"):
+        path.write_bytes(rows[end].encode(encoding))
+        for reader in (FolderDataset, HubDataset):
+            with pytest.raises(ValueError, match=r"expected a file with UTF-8 text, got .*Save it"):
+                reader(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("image,question\na.png,q\n", r"expected .*'answer'"),
+        ("image;question;answer\na.png;q;x\n", r"'image;question;answer'"),
+        (
+            "image,question,answer\na.png,what, then,x\n",
+            "row 1: expected 3 cells, one a column, got 4",
+        ),
+        ("image,question,answer\na.png,q\n", "row 1: expected 3 cells, one a column, got 2"),
+        ("image,question,answer,answer\na.png,q,x,y\n", "names of their own, got 'answer' twice"),
+        (
+            'image,question,answer\na.png,"q,x\n',
+            r"line 2: expected CSV, got unexpected end of data",
+        ),
+        ('image,question,answer\na.png,"q"s,x\n', r"line 2: expected CSV, got ',' expected after"),
+        ("image,question,answer\n", "expected at least one row, got none"),
+        ("", "expected at least one row, got none"),
+    ],
+)
+@pytest.mark.parametrize("reader", [FolderDataset, HubDataset])
+def test_broken_csv_is_refused(reader, text, told, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        reader(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"answer": "x", "answer": "y"}', "got .*: the key 'answer' twice in one object"),
+        ('{"answer": 007}', "expected a JSON object, got .*delimiter"),
+        ("[" * 100_000, "expected a JSON object, got .*recursion"),
+        ('{"image": "a.png", "question": "\\ud83d?", "answer": "x"}', "half a character"),
+        ('{"image": {"a": 1}, "question": "q", "answer": "x"}', "expected the path of an image"),
+        ('{"image": "a.png", "images": ["b.png"], "question": "q", "answer": "x"}', "got both"),
+        ('{"image": "https://x.org/a.png", "question": "q", "answer": "x"}', "got the address"),
+    ],
+)
+def test_broken_json_is_refused(line, told, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    good = json.dumps(ROW)
+    (tmp_path / "rows.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(ValueError, match=f"row 2: .*{told}"):
+        FolderDataset(tmp_path)
+    assert ids(FolderDataset(tmp_path, skip_bad=True)) == ["1", "3"]
+
+
+def test_a_column_that_is_null_gives_way_to_one_that_is_filled(tmp_path):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+    rows = [
+        ROW | {"conversations": None, "kind": None, "video": None},
+        {"image": None, "images": ["a.png", "b.png"], "conversations": None, "messages": talk},
+        {"images": ["a.png"], "question": "q", "answer": None, "answers": ["x", "y"]},
+    ]
+    data = READERS["lines"](tmp_path, rows)
+    assert [len(data[index].images) for index in range(3)] == [1, 2, 1]
+    assert data[2].turns[0].accepted == ("x", "y")
+
+
+def test_several_files_of_a_split_are_one(tmp_path):
+    import gzip
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for part, text in (("0", "007"), ("1", "1.50")):
+        rows = f"image;question;answer\na.png;q;{text}\n".encode()
+        (tmp_path / f"part-{part}.csv.gz").write_bytes(gzip.compress(rows))
+    card = "configs:\n- config_name: default\n  sep: ';'\n  data_files:\n  - split: test\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}    path: part-*.csv.gz\n---\n")
+    data = HubDataset(str(tmp_path))
+    assert (ids(data), answers(data)) == (["1", "2"], ["007", "1.50"])
+    (tmp_path / "README.md").write_text(
+        f"---\n{card.replace('sep', 'thousands')}    path: part-*.csv.gz\n---\n"
+    )
+    with pytest.raises(ValueError, match="CSV with the option thousands=';' in its card"):
+        HubDataset(str(tmp_path))
+
+
+def test_json_may_hold_its_rows_in_a_field(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "test.json").write_text(json.dumps({"rows": [ROW | {"answer": 3}]}))
+    card = "configs:\n- config_name: default\n  field: rows\n  data_files:\n  - split: test\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}    path: test.json\n---\n")
+    assert answers(HubDataset(str(tmp_path))) == ["3"]
+
+
+def test_skipped_rows_are_named(tmp_path, capsys):
+    rows = [ROW] + [ROW | {"answer": None}] * 7
+    data = READERS["lines"](tmp_path, rows, skip_bad=True)
+    told = capsys.readouterr().err.splitlines()
+    assert "skipped 7 of 8 rows, the first: rows.jsonl, row 2:" in told[0]
+    assert [line.split(":")[1] for line in told[1:5]] == [
+        f" rows.jsonl, row {number}" for number in (3, 4, 5, 6)
+    ]
+    assert told[5:] == ["  and 2 more"]
+    assert len(data.skipped) == 7
