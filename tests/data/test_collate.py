@@ -138,6 +138,6 @@ def test_e5_placeholders_of_what_is_not_read_are_refused(name):
     for turn in (Turn("<clip>\nWhich?", "red"), Turn("Which?", "a <clip>")):
         for collator in (PromptCollator, ConversationCollator):
             with pytest.raises(
-                ValueError, match="sample 'z': expected text and images, .*'<clip>'"
+                ValueError, match=r"sample 'z': expected text and images, .*'<clip>'"
             ):
                 collator(processor)([Sample("z", (RED,), (turn,))])

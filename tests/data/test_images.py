@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-import threading
 import zlib
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -179,30 +177,14 @@ def test_e1_embedded_pictures_are_scaled(form, tmp_path):
         assert np.abs(np.asarray(sample.image)[..., 0] - RAMP / 257).max() <= 0.5
 
 
-def test_e1_fetched_pictures_are_scaled(tmp_path):
-    pytest.importorskip("aiohttp")
-    Image.fromarray(RAMP).save(tmp_path / "deep.png")
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        rows = [ROWS[0] | {"image": f"{address}/{name}"} for name in ("deep.png", "gone.png")]
-        data = READERS["hub lines"](tmp_path / "d", rows)
-        assert np.abs(np.asarray(data[0].image)[..., 0] - RAMP / 257).max() <= 0.5
-        with pytest.raises(
-            ValueError, match=r"row 2: expected an image that Pillow reads, got http"
-        ):
-            data[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+def test_e1_fetched_pictures_are_scaled(tmp_path, served):
+    folder, address = served
+    Image.fromarray(RAMP).save(folder / "deep.png")
+    rows = [ROWS[0] | {"image": f"{address}/{name}"} for name in ("deep.png", "gone.png")]
+    data = READERS["hub lines"](tmp_path / "d", rows)
+    assert np.abs(np.asarray(data[0].image)[..., 0] - RAMP / 257).max() <= 0.5
+    with pytest.raises(ValueError, match=r"row 2: expected an image that Pillow reads, got http"):
+        data[1]
 
 
 # ----------------------------------------------------------------------------------- other pictures
@@ -288,7 +270,7 @@ def test_e7_data_sets_refuse_or_skip(kind, tmp_path, capsys):
         (tmp_path / "rows.csv").unlink(missing_ok=True)
 
 
-def test_show_reads_a_deep_picture_as_data_sets_do(tmp_path, monkeypatch):
+def test_data_sets_open_pictures_as_show_does(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "x"}')
     assert read_image(tmp_path / "a.png") == FolderDataset(tmp_path)[0].image

@@ -76,7 +76,8 @@ class HubDataset(CheckedRows):
         self._table = load_table(path, name, split, revision, image_column, texts)
         local = Path(path).expanduser()
         self._folder = local if local.is_dir() else local.parent
-        self._roots = [self._folder] if local.exists() else []
+        # `datasets` follows a link to the folder itself.
+        self._roots = [self._folder, self._folder.resolve()] if local.exists() else []
         if self._table.fetched:
             self._roots += caches()
         for number, row in self._table.scan():

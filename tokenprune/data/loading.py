@@ -6,73 +6,17 @@ numbers, dates and missing values, so it only says which files a split has, and 
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenprune.data.errors import first_line
-from tokenprune.data.files import CSV, JSON, LINES, Form, Line, form_of, read_rows
+from tokenprune.data.files import CSV, JSON, LINES, Line, form_of
+from tokenprune.data.hub_files import TextFile, text_files
 from tokenprune.data.tables import ArrowTable, Table, WrittenTable
 
 #: Ends of data files that `HubDataset` reads.
 ENDS = (".arrow", ".parquet", *CSV, *LINES, *JSON)
-# What may differ from the usual in a data set's card, of the options that CSV has there.
-_CSV_OPTIONS = ("sep", "delimiter", "names", "column_names", "header", "encoding", "features")
-
-
-@dataclass(frozen=True)
-class _File:
-    """A text file of rows on this machine.
-
-    Attributes:
-        path: Where it is.
-        form: How it is written.
-        labels: Names of the classes that some columns give by number.
-        base: What it calls pictures from, in a folder of pictures.
-        pictures: Where those are.
-    """
-
-    path: Path
-    form: Form
-    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    base: str | None = None
-    pictures: Mapping[str, str] = field(default_factory=dict)
-
-    def rows(self, source: str, before: int) -> Iterator[Line]:
-        for number, row in read_rows(self.path, source, self.form, before):
-            yield number, row if isinstance(row, ValueError) else self._row(row)
-
-    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        own = dict(row)
-        for key, names in self.labels.items():
-            if isinstance(own.get(key), str) and own[key].isdecimal():
-                own[key] = dict(enumerate(names)).get(int(own[key]), own[key])
-        if self.base is None:
-            return own
-        return {_picture_key(key): self._cell(key, cell) for key, cell in own.items()}
-
-    def _cell(self, key: str, cell: Any) -> Any:
-        if _picture_key(key) == key:
-            return cell
-        if isinstance(cell, list):
-            return [self._picture(one) for one in cell]
-        return self._picture(cell)
-
-    def _picture(self, name: Any) -> Any:
-        if self.base is None or not isinstance(name, str):
-            return name
-        whole = f"{self.base}/{posixpath.normpath(name)}"
-        return self.pictures.get(whole, name if "://" in whole else posixpath.join(self.base, name))
-
-
-def _picture_key(key: str) -> str:
-    """The column of images that `datasets` makes of a column of their files' names."""
-    for end, alone in (("file_name", "image"), ("file_names", "images")):
-        if key == end or key.endswith(f"_{end}"):
-            return key.removesuffix(end).removesuffix("_") or alone
-    return key
 
 
 def load_table(
@@ -114,7 +58,8 @@ def load_table(
             "Set image_column, question_column, answer_column or conversations_column."
         )
     if isinstance(found, list):
-        return WrittenTable(lines, fetched=any(file.pictures for file in found))
+        pictures = (pair for file in found for pair in file.pictures.items())
+        return WrittenTable(lines, fetched=any(called != own for called, own in pictures))
     try:
         return ArrowTable(found, texts, image_column)
     except ValueError as error:
@@ -152,7 +97,7 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
             f"{path!r}. Convert it, or point to its folder."
         )
     if local.is_file() and end in (*CSV, *LINES, *JSON):
-        return [_File(local, form_of(local.name))]
+        return [TextFile(local, form_of(local.name))]
     try:
         if local.is_file():
             files = {split: str(local)}
@@ -162,7 +107,7 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
         else:
             source = str(local) if is_local else path
             builder = datasets.load_dataset_builder(source, name, revision=revision)
-            loaded = _text_files(builder, split)
+            loaded = text_files(builder, split)
             if loaded is None:
                 loaded = datasets.load_dataset(source, name, revision=revision)
     except Exception as error:  # whatever the many readers below make of a broken data set
@@ -181,66 +126,6 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
             "Set split."
         )
     return loaded[split]
-
-
-def _text_files(builder: Any, split: str) -> dict[str, list[_File]] | None:
-    """The text files of each split, of which only those of one are fetched; None if others are."""
-    import datasets
-
-    kind, config = builder.info.builder_name, builder.config
-    splits = {str(own): [str(file) for file in files] for own, files in config.data_files.items()}
-    files = splits.get(split, [])
-    manager = datasets.DownloadManager(builder.dataset_name, base_path=builder.base_path)
-    found: list[_File] = []
-    if kind in ("csv", "json"):
-        features = builder.info.features or {}
-        labels = {key: own.names for key, own in features.items() if hasattr(own, "names")}
-        for file, fetched in zip(files, manager.download_and_extract(files), strict=True):
-            form = _form(config, kind, file)
-            found += [_File(Path(own), form, labels) for own in manager.iter_files(fetched)]
-    elif kind == "imagefolder" and not config.drop_metadata:
-        pairs = []
-        for file, fetched in zip(files, manager.download(files), strict=True):
-            if file.endswith(".zip"):
-                pairs += [(own, own) for own in manager.iter_files(manager.extract(fetched))]
-            else:
-                pairs.append((file, fetched))
-        names = config.metadata_filenames or ("metadata.csv", "metadata.jsonl")
-        pictures = {file: str(fetched) for file, fetched in pairs}
-        found = [
-            _File(Path(own), form_of(file), base=posixpath.dirname(file), pictures=pictures)
-            for file, own in pictures.items()
-            if posixpath.basename(file) in names and not file.endswith(".parquet")
-        ]
-        if not found:
-            return None
-    else:
-        return None
-    return {own: [] for own in splits} | ({split: found} if split in splits else {})
-
-
-def _form(config: Any, kind: str, file: str) -> Form:
-    """How a data set's files are written, by its card."""
-    usual = form_of(file)
-    if kind == "json":
-        end = usual.end if usual.end not in CSV else JSON[0]
-        encoding = usual.encoding if config.encoding == "utf-8" else config.encoding
-        return replace(usual, end=end, field=config.field, encoding=encoding)
-    shared = {own.name for own in fields(type(config).__mro__[1])}
-    for own in fields(config):
-        value = getattr(config, own.name)
-        if own.name not in (*shared, *_CSV_OPTIONS) and value != own.default:
-            raise ValueError(
-                f"CSV with the option {own.name}={value!r} in its card, which is not known here"
-            )
-    if config.header not in ("infer", 0, None):
-        raise ValueError(f"CSV with the option header={config.header!r} in its card")
-    return Form(
-        CSV[0],
-        separator=config.sep,
-        columns=None if config.names is None else tuple(config.names),
-        encoding=config.encoding or usual.encoding,
-    )
 
 
 def _empty(path: str, split: str) -> ValueError:
