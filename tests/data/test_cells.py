@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
+import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from readers import ARROW, CSV, JSON, READERS, parquet
 
@@ -65,6 +70,16 @@ def test_e3_what_is_missing_is_named(reader, column, tmp_path):
     rows = [ROW, ROW | {column: None}]
     with pytest.raises(ValueError, match=rf"row 2: expected '{column}', got .*\. Fill it in"):
         READERS[reader](tmp_path / "d", rows)
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9))
+@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("reader", ["json", "lines", "csv", "hub csv", "parquet"])
+def test_e3_any_text_is_read_as_it_is_written(reader, texts):
+    rows = [ROW] + [ROW | {"answer": text} for text in texts]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        data = READERS[reader](Path(folder) / "d", rows, skip_bad=True)
+        assert answers(data) == ["x"] + [text for text in texts if text.strip()]
 
 
 LITERALS = {
@@ -359,8 +374,6 @@ def test_e5_embedded_videos_are_refused_and_frames_read(tmp_path):
 
 
 def _png(colour: str = "red") -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
     return buffer.getvalue()

@@ -122,6 +122,17 @@ def test_several_files_of_a_split_are_one(tmp_path):
         HubDataset(str(tmp_path))
 
 
+def test_a_card_may_name_the_columns(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "test.csv").write_text("a.png,q,007\n")
+    card = "---\nconfigs:\n- config_name: default\n  {}\n  data_files: test.csv\n---\n"
+    (tmp_path / "README.md").write_text(card.format("names: [image, question, answer]"))
+    assert answers(HubDataset(str(tmp_path), split="train")) == ["007"]
+    (tmp_path / "README.md").write_text(card.format("header: null"))
+    with pytest.raises(ValueError, match="CSV with the option header=None in its card"):
+        HubDataset(str(tmp_path), split="train")
+
+
 def test_json_may_hold_its_rows_in_a_field(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "test.json").write_text(json.dumps({"rows": [ROW | {"answer": 3}]}))

@@ -125,7 +125,8 @@ def _form(config: Any, kind: str, file: str) -> Form:
             raise ValueError(
                 f"CSV with the option {own.name}={value!r} in its card, which is not known here"
             )
-    if config.header not in ("infer", 0, None):
+    known = ("infer", 0) if config.names is None else ("infer", None)
+    if config.header not in known:
         raise ValueError(f"CSV with the option header={config.header!r} in its card")
     return Form(
         CSV[0],
