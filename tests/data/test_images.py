@@ -87,24 +87,25 @@ def test_e1_grey_levels_of_16_bits_are_scaled(form):
     assert levels(SIXTEEN[form](Image.fromarray(RAMP // 16))).max() == 16
 
 
-@pytest.mark.parametrize(
-    ("data", "shown"),
-    [
-        (tiff([0, 2570, 32768, 65535], "H", 16), [0, 10, 128, 255]),
-        (tiff([0, 2570, 32768, 65535], "H", 16, order=">"), [0, 10, 128, 255]),
-        (tiff([0, 2570, 32768, 65535], "H", 16, photometric=0), [255, 245, 127, 0]),
-        (tiff([0, 10, 128, 255], "B", 8, photometric=0), [255, 245, 127, 0]),
-        (tiff([0, 0.25, 0.5, 1], "f", 32, kind=3), [0, 64, 128, 255]),
-        (tiff([0, 0.25, 0.5, 1], "f", 32, kind=3, order=">"), [0, 64, 128, 255]),
-        (tiff([0, 0.25, 0.5, 1], "f", 32, kind=3, photometric=0), [255, 191, 127, 0]),
-        (b"P5 4 1 4095\n" + struct.pack(">4H", 0, 1, 2048, 4095), [0, 0, 128, 255]),
-        (b"P2 4 1 1000\n0 1 500 1000\n", [0, 0, 128, 255]),
-        (png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 65535, 0, 0, 2313, 0, 0)), [255, 9]),
-        (png(2, 1, 16, 4, b"\0" + struct.pack(">4H", 65535, 0, 2313, 0)), [255, 9]),
-        (png(4, 1, 2, 0, b"\0\x1b"), [0, 85, 170, 255]),
-    ],
-)
-def test_e1_levels_are_those_of_the_file(data, shown):
+KNOWN = {
+    "tiff": (tiff([0, 2570, 32768, 65535], "H", 16), [0, 10, 128, 255]),
+    "big-endian": (tiff([0, 2570, 32768, 65535], "H", 16, order=">"), [0, 10, 128, 255]),
+    "white is 0": (tiff([0, 2570, 32768, 65535], "H", 16, photometric=0), [255, 245, 127, 0]),
+    "8 bits": (tiff([0, 10, 128, 255], "B", 8, photometric=0), [255, 245, 127, 0]),
+    "floats": (tiff([0, 0.25, 0.5, 1], "f", 32, kind=3), [0, 64, 128, 255]),
+    "big-endian floats": (tiff([0, 0.25, 1], "f", 32, kind=3, order=">"), [0, 64, 255]),
+    "floats, white is 0": (tiff([0, 0.25, 1], "f", 32, kind=3, photometric=0), [255, 191, 0]),
+    "pgm": (b"P5 4 1 4095\n" + struct.pack(">4H", 0, 1, 2048, 4095), [0, 0, 128, 255]),
+    "plain pgm": (b"P2 4 1 1000\n0 1 500 1000\n", [0, 0, 128, 255]),
+    "colours": (png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 65535, 0, 0, 2313, 0, 0)), [255, 9]),
+    "alpha": (png(2, 1, 16, 4, b"\0" + struct.pack(">4H", 65535, 0, 2313, 0)), [255, 9]),
+    "2 bits": (png(4, 1, 2, 0, b"\0\x1b"), [0, 85, 170, 255]),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_e1_levels_are_those_of_the_file(kind):
+    data, shown = KNOWN[kind]
     assert levels(data).tolist() == [shown]
 
 
@@ -114,20 +115,21 @@ def test_e1_levels_of_12_bits_have_their_own_white():
     assert levels(narrow).tolist() == [[0, 255, 128, 6]]
 
 
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
-        (tiff([0, 1, -5], "h", 16, kind=2), "signed grey levels"),
-        (tiff([0, 1, -5], "i", 32, kind=2), "signed grey levels"),
-        (tiff([0, 1, -5, 7], "b", 8, kind=2), "signed grey levels"),
-        (tiff([0, 1, 70000], "I", 32), "mode I from 0 to 70000, of which it is unknown what is wh"),
-        (tiff([0, 1, 255], "f", 32, kind=3), "levels from 0 to 255, of which it is unknown"),
-        (tiff([0, 1, -0.1], "f", 32, kind=3), "levels from -0.1 to 1, of which it is unknown"),
-        (tiff([0, float("nan")], "f", 32, kind=3), "levels from nan to nan"),
-        (fits([0, 1, -5]), "FITS levels of mode I;16 from 0 to 65531"),
-    ],
-)
-def test_e1_levels_without_a_known_white_are_refused(data, told):
+UNKNOWN = {
+    "signed": (tiff([0, 1, -5], "h", 16, kind=2), "signed grey levels"),
+    "signed, 32 bits": (tiff([0, 1, -5], "i", 32, kind=2), "signed grey levels"),
+    "signed, 8 bits": (tiff([0, 1, -5, 7], "b", 8, kind=2), "signed grey levels"),
+    "32 bits": (tiff([0, 1, 70000], "I", 32), "mode I from 0 to 70000, of which it is unknown"),
+    "bytes as floats": (tiff([0, 1, 255], "f", 32, kind=3), "levels from 0 to 255, of which"),
+    "negative": (tiff([0, 1, -0.1], "f", 32, kind=3), "levels from -0.1 to 1, of which"),
+    "no number": (tiff([0, float("nan")], "f", 32, kind=3), "levels from nan to nan"),
+    "fits": (fits([0, 1, -5]), "FITS levels of mode I;16"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_e1_levels_without_a_known_white_are_refused(kind):
+    data, told = UNKNOWN[kind]
     with pytest.raises(ValueError, match=told):
         read_image(io.BytesIO(data))
 

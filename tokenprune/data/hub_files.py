@@ -97,7 +97,8 @@ def text_files(builder: Any, split: str) -> dict[str, list[TextFile]] | None:
                 pairs += [(f"{file}::{own}", own) for own in inner]
             else:
                 pairs.append((file, fetched))
-        names = config.metadata_filenames or ("metadata.csv", "metadata.jsonl")
+        named = getattr(config, "metadata_filenames", None)  # of newer versions
+        names = named or ("metadata.csv", "metadata.jsonl")
         pictures = {file: str(fetched) for file, fetched in pairs}
         found = [
             TextFile(Path(own), form_of(file), base=posixpath.dirname(file), pictures=pictures)
