@@ -645,14 +645,13 @@ def _show(arguments: list[str]) -> int:
     config = _single_run(args.overrides)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from tokenprune.data.images import read_image
 
     try:
-        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")  # as data sets do
-    except (OSError, UnidentifiedImageError) as error:
+        image = read_image(args.image)  # as data sets do
+    except ValueError as error:
         raise BadInput(
-            f"show: expected a picture, got {str(args.image)!r}: {_one_line(str(error))}. "
-            "Check the path."
+            f"show: expected a picture, got {str(args.image)!r}: {error}. Give another."
         ) from error
     from tokenprune import cost
     from tokenprune.evaluation.generation import FirstToken, generate, pruned
