@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refused
+from oracles import assert_same_choice
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from tokenprune import cost
+from tokenprune import TracedStage, cost
 from tokenprune.bench import run as bench
 from tokenprune.bench import ways
 from tokenprune.cli import main as cli
@@ -230,12 +231,11 @@ def test_checkpointing_changes_no_gradient() -> None:
 PREVIOUS = ["schedule=pyramid", "schedule.num_stages=4", "strategy.source=previous"]
 
 
-def answer(one: bench.Bench, way: str | None) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Logits of the first new token, survivors of each cut, bytes in the cache."""
+def answer(one: bench.Bench, way: str | None) -> tuple[torch.Tensor, list[TracedStage], int]:
+    """Logits of the first new token, the cuts, bytes in the cache."""
     with one.pruned(way) as trace, torch.no_grad():
         output = one.model(inputs_embeds=one.embeds, use_cache=True, logits_to_keep=1)
-    kept = [row for stage in trace.stages for row in stage.kept]
-    return output.logits, kept, bench.cache_bytes(output.past_key_values)
+    return output.logits, list(trace.stages), bench.cache_bytes(output.past_key_values)
 
 
 @pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv"])
@@ -244,18 +244,19 @@ def test_a_way_keeps_what_the_product_keeps(way: str, strategy: str) -> None:
     torch.manual_seed(0)
     one = made(f"strategy={strategy}", *PREVIOUS, "batch_size=2")
     one.embeds *= 50  # embeddings of scale 1, so that attention is not flat
-    logits, kept, held = answer(one, None)
-    own_logits, own_kept, own_held = answer(one, way)
-    assert len(kept) == 2 * 3
-    assert all(torch.equal(a, b) for a, b in zip(kept, own_kept, strict=True))
-    assert not torch.equal(kept[0], kept[1])
+    logits, stages, held = answer(one, None)
+    own_logits, own_stages, own_held = answer(one, way)
+    assert [len(stage.kept) for stage in stages] == [2] * 3
+    assert_same_choice(own_stages, stages)
+    assert not torch.equal(*stages[0].kept)
     torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-5)
     # Before the three cuts 112, 64 and 40 tokens; a layer holds two tensors of 2 heads of 16.
     twice = 2 * (112 + 64 + 40) * 2 * 2 * 16 * 4 if way == "cached_twice" else 0
     assert own_held == held + twice
-    again_logits, again_kept, again_held = answer(one, None)
+    again_logits, again_stages, again_held = answer(one, None)
     torch.testing.assert_close(again_logits, logits, rtol=0, atol=0)  # and nothing is left behind
-    assert all(torch.equal(a, b) for a, b in zip(kept, again_kept, strict=True))
+    for first, again in zip(stages, again_stages, strict=True):
+        assert all(map(torch.equal, first.kept, again.kept))
     assert again_held == held
 
 
