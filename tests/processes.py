@@ -40,10 +40,14 @@ for group in groups:
 """
 
 _SERVER = multiprocessing.get_context("forkserver")
-# The server runs nothing: a process that it forks has all this imported already.
-_SERVER.set_forkserver_preload(
-    ["checkpoint", "tokenprune.cli.main", "tokenprune.evaluation.run", "tokenprune.training"]
-)
+
+
+def preload() -> None:
+    """Lets servers of this process import what their forks need; they run nothing."""
+    _SERVER.set_forkserver_preload(["trainings", "tokenprune.evaluation.run"])
+
+
+preload()
 
 
 @cache
@@ -166,7 +170,6 @@ def _work(output: str, function: Callable[[], object]) -> None:
     with open(output, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # What workers of loaders start by: they are no forks of this process either.
+    # So that workers of loaders are no forks of this process either.
     multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(["tokenprune.data.module"])
     function()

@@ -18,8 +18,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from processes import preload
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loops import utilities as loop_utilities
+from pytorch_lightning.strategies import DDPStrategy
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -90,6 +92,33 @@ class Watched(FineTune):
 
 
 # --------------------------------------------------------------------------- one or two processes
+
+
+#: Several processes are forks of a server that has imported all they need, and run nothing.
+SERVER = "forkserver"
+DDP = (
+    "trainer=ddp",
+    "trainer.strategy={_target_:pytorch_lightning.strategies.DDPStrategy,start_method:forkserver}",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "data.batch_size=2",
+)
+FSDP = (
+    "trainer=fsdp",
+    "trainer.strategy.start_method=forkserver",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "data.batch_size=2",
+)
+
+
+class Apart(pl.Callback):
+    """Gives each process weights of its own: forks of Lightning's server would share them."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for tensor in (*pl_module.parameters(), *pl_module.buffers()):
+            tensor.data = tensor.data.clone()
+        preload()  # for the workers of loaders
 
 
 class Masking(ConversationCollator):
@@ -168,7 +197,10 @@ def six_steps(
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy={"ddp": "ddp_spawn", "fsdp": Sharded()}.get(how, how),
+        strategy={"ddp": DDPStrategy(start_method=SERVER), "fsdp": Sharded(None, SERVER)}.get(
+            how, how
+        ),
+        callbacks=[Apart()],
         logger=CSVLogger(folder, version=""),
         log_every_n_steps=1,
         max_steps=6,
@@ -213,7 +245,7 @@ def train(config: DictConfig, folder: Path) -> None:
         sys.exit(128 + stop.signum)
 
 
-class Recorder(pl.Callback):
+class Recorder(Apart):
     """Writes every loss as it is, and stops a training where it is told to."""
 
     def __init__(
@@ -250,7 +282,8 @@ class Recorder(pl.Callback):
             if self.to == "group":
                 os.killpg(0, signum)
             else:
-                os.kill({"self": os.getpid(), "parent": os.getppid()}[self.to], signum)
+                # The one that started the others leads their session.
+                os.kill({"self": os.getpid(), "parent": os.getsid(0)}[self.to], signum)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -262,8 +295,9 @@ class Recorder(pl.Callback):
             raise RuntimeError("out of memory")
 
 
-class UnderNccl(pl.Callback):
+class UnderNccl(Apart):
     """Lets Lightning take its processes for a group on GPUs."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         loop_utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")

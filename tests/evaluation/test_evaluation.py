@@ -15,6 +15,7 @@ from oracles import decided
 from PIL import Image
 from processes import call
 from safetensors.torch import load_file, save_file
+from trainings import DDP
 
 import tokenprune as tp
 from tokenprune.cli.main import compose
@@ -181,7 +182,7 @@ def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
-    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    two = [*DDP, "trainer.callbacks=[{_target_:trainings.Apart}]"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
     with decided():
         alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)

@@ -17,7 +17,7 @@ import torch
 from oracles import assert_same_choice
 from processes import call, run, started
 from torch.nn.parallel import DistributedDataParallel
-from trainings import LIGHTNING, SCHEDULE, save_six_steps, six_steps, train
+from trainings import FSDP, LIGHTNING, SCHEDULE, save_six_steps, six_steps, train
 from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
@@ -152,7 +152,7 @@ def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
 @pytest.mark.matrix
 def test_a_sharded_training_validates_under_nccl(tmp_path):
     """There Lightning would use inference mode, which it leaves out for gloo."""
-    own = ["model=tiny", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"]
+    own = ["model=tiny", *FSDP, "trainer.devices=1"]
     own += ["trainer.callbacks=[{_target_:trainings.UnderNccl}]", "trainer.max_steps=2"]
     own += ["data.train.num_samples=8", "data.validation.num_samples=4", "data.batch_size=4"]
     own += ["logger=none", "+trainer.enable_progress_bar=false"]
@@ -246,11 +246,11 @@ def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, ho
         assert [step for step, _ in curves(path.parent)["val_loss"]] == [*range(2, 13, 2)]
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """A process group of one."""
-    file = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=0, world_size=1)
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one, for one test: trainings of others would take it for theirs."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ import torch
 from checkpoint import save_checkpoint
 from processes import call
 from safetensors.torch import load_file
-from trainings import LIGHTNING, train
+from trainings import DDP, FSDP, LIGHTNING, train
 
 from tokenprune import training
 from tokenprune.cli import main as cli
@@ -85,21 +85,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-TWO = (
-    "trainer=ddp",
-    "trainer.accelerator=cpu",
-    "trainer.devices=2",
-    "data.batch_size=2",
-)
 SETTINGS = {
     "one": (),
     "one-workers": ("data.num_workers=2",),
-    "two": TWO,
-    "two-workers": (*TWO, "data.num_workers=2"),
-    "fsdp": (
-        *("trainer=fsdp", "trainer.accelerator=cpu"),
-        *("trainer.devices=2", "data.batch_size=2"),
-    ),
+    "two": DDP,
+    "two-workers": (*DDP, "data.num_workers=2"),
+    "fsdp": FSDP,
     "accumulated": ("trainer.accumulate_grad_batches=2", "data.batch_size=2"),
 }
 
@@ -141,10 +132,10 @@ matrix = pytest.mark.matrix
         ("one", "kill", 7),  # checkpoint in the middle of an epoch
         ("one", "kill", 9),  # checkpoint at the end of one
         ("one-workers", "raise", 3),
-        ("two-workers", "kill", 7),
+        ("two", "kill", 7),
         pytest.param("one", "ask", 7, marks=matrix),
         pytest.param("one-workers", "kill", 7, marks=matrix),
-        pytest.param("two", "kill", 7, marks=matrix),
+        pytest.param("two-workers", "kill", 7, marks=matrix),
         pytest.param("two-workers", "ask", 3, marks=matrix),
         pytest.param("accumulated", "kill", 11, marks=matrix),
         pytest.param("fsdp", "kill", 7, marks=matrix),
