@@ -102,7 +102,7 @@ def save_checkpoint(folder: Path, family: str = "llava") -> Path:
         image_token_id=words.index("<image>"),
         **extra,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)

@@ -1,10 +1,13 @@
-"""Commands that must fail."""
+"""Commands that must fail, or be stopped."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 
 from tokenprune.cli import main as cli
 
@@ -20,3 +23,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in error
     assert list(Path().iterdir()) == []
     return error
+
+
+class Kill(pl.Callback):
+    """Ends the process of an evaluation as a scheduler does."""
+
+    def on_predict_batch_end(self, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from processes import run
 
 import tokenprune
 
@@ -127,8 +127,7 @@ def test_importing_is_light() -> None:
         "heavy = {'pytorch_lightning', 'hydra', 'matplotlib', 'pandas', 'datasets'};"
         "print(heavy & set(sys.modules))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    assert run([sys.executable, "-c", code]).stdout.strip() == "set()"
 
 
 def test_no_environment_variables_and_no_asides() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
-import os
 import re
 import shlex
 import shutil
@@ -14,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
 from commands import refused
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
+from processes import call
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
@@ -466,19 +464,9 @@ def test_an_experiment_sweeps_without_being_told(monkeypatch: pytest.MonkeyPatch
     assert cli.main(["eval", "strategy=random", "seed=3,4"]) == 2
 
 
-class Kill(pl.Callback):
-    """Ends the process as a scheduler does."""
-
-    def on_predict_batch_end(self, *arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_signal_ends_an_evaluation(checkpoint: Path) -> None:
-    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:test_cli.Kill}]"]
-    child = multiprocessing.get_context("fork").Process(target=cli.main, args=(["eval", *own],))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGTERM
+    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:commands.Kill}]"]
+    assert call(cli.main, ["eval", *own]).returncode == -signal.SIGTERM
 
 
 def test_keys_that_fit_the_swept_choices_only(monkeypatch: pytest.MonkeyPatch) -> None:

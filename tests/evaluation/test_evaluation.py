@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from oracles import decided
 from PIL import Image
+from processes import call
 from safetensors.torch import load_file, save_file
+from trainings import DDP
 
 import tokenprune as tp
 from tokenprune.cli.main import compose
@@ -30,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+def task(checkpoint: Path, folder: Path, *overrides: str) -> tuple[Any, Path, dict[str, str]]:
+    """What `evaluate` is given."""
     config = compose(
         "eval",
         [
@@ -46,7 +50,11 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     )
     strategy = "none" if config.strategy is None else config.strategy.name
     names = {"strategy": strategy, "schedule": "pyramid", "model": "random", "data": "scenes"}
-    return evaluate(config, folder, names)
+    return config, folder, names
+
+
+def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    return evaluate(*task(checkpoint, folder, *overrides))
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -147,7 +155,8 @@ def test_fewer_tokens_cost_less(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
+    with decided():
+        run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
     run(checkpoint, tmp_path / "many", "strategy=random", "data.batch_size=10")
     assert predictions(tmp_path / "one") == predictions(tmp_path / "many")
 
@@ -174,10 +183,15 @@ def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
-    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    two = [*DDP, "trainer.callbacks=[{_target_:trainings.Apart}]"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
-    alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
-    together = run(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    with decided():
+        alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
+    (tmp_path / "two").mkdir()
+    own = task(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    done = call(evaluation.evaluate, *own)
+    assert done.returncode == 0, done.stdout
+    together = json.loads((tmp_path / "two/metrics.json").read_text())
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
     assert [p["id"] for p in predictions(tmp_path / "two")] == [f"test-0-{i}" for i in range(5)]
     for key in ("accuracy", "tflops", "kv_mb", "num_samples"):
