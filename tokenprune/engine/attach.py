@@ -44,10 +44,9 @@ from tokenprune.engine.trace import Trace, TracedStage
 from tokenprune.engine.views import attend, make_view
 from tokenprune.families.anatomy import device_of, examine
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import PruningStrategy, Selection
+from tokenprune.strategy import POSITIONS, PruningStrategy, Selection
 from tokenprune.tensors import ascending, take, to_device
 
-POSITIONS = ("original", "renumbered")
 LOGITS = ("all", "supervised")
 
 #: Decoders that are pruned now.

@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 #: Precisions in which weights keep small updates.
 PRECISIONS = (None, "32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
 
@@ -23,7 +21,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
             processes.
     """
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = _num_gpus(trainer)
     if accelerator in ("gpu", "cuda") and num_gpus == 0:
         raise ValueError(
             f"trainer.accelerator: expected a device of this machine, got {accelerator!r} without "
@@ -71,8 +69,7 @@ def check_training(trainer: Mapping[str, Any]) -> None:
             "trainer.precision: expected one that a CPU can train in, got '16-mixed'. "
             "Set trainer.precision=bf16-mixed or null."
         )
-    has_gpu = torch.cuda.is_available() and not on_cpu
-    if precision == "bf16-mixed" and has_gpu and not torch.cuda.is_bf16_supported(False):
+    if precision == "bf16-mixed" and not on_cpu and _lacks_bf16(trainer):
         raise ValueError(
             "trainer.precision: expected one that this GPU has, got 'bf16-mixed', which needs "
             "compute capability 8.0. Set trainer.precision=16-mixed."
@@ -102,9 +99,27 @@ def check_evaluation(trainer: Mapping[str, Any]) -> None:
         )
 
 
+# torch takes a second to load: it is asked only where its answer counts.
+def _num_gpus(trainer: Mapping[str, Any]) -> int:
+    """GPUs that torch can use, where the trainer would take one."""
+    if trainer.get("accelerator", "auto") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _lacks_bf16(trainer: Mapping[str, Any]) -> bool:
+    if _num_gpus(trainer) == 0:
+        return False
+    import torch
+
+    return not torch.cuda.is_bf16_supported(False)
+
+
 def _on_cpu(trainer: Mapping[str, Any]) -> bool:
     accelerator = trainer.get("accelerator", "auto")
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return accelerator == "cpu" or (accelerator == "auto" and _num_gpus(trainer) == 0)
 
 
 def _shards(trainer: Mapping[str, Any]) -> bool:

@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from PIL import Image
 
 from tokenprune.runs.models import TINY, load_config
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 VERSIONS, KEPT, TABLE = "versions.json", "kept.json", "results.csv"
