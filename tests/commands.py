@@ -1,12 +1,22 @@
-"""Commands that must fail."""
+"""Commands: ones that must fail, and ones that run in a process of their own."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tokenprune.cli import main as cli
+
+#: Makes a run short.
+TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
+#: The command as the console script starts it.
+COMMAND = [sys.executable, "-c", "from tokenprune.cli.main import console; console()"]
+
+
+def random_llava(checkpoint: Path) -> list[str]:
+    return ["model=hub", f"model.path={checkpoint}"]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tokenprune as tp
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.data import Sample
 from tokenprune.evaluation import run as evaluation
 from tokenprune.evaluation.run import summarise, wilson

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
 from tokenprune import training
-from tokenprune.cli import main as cli
+from tokenprune.cli.configs import compose
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.scenes import SceneDataset
@@ -243,7 +243,7 @@ def test_a_sharded_training_validates_under_nccl(tmp_path, monkeypatch):
     own += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_steps=2", "logger=none"]
     own += ["data.train.num_samples=8", "data.validation.num_samples=4", "data.batch_size=4"]
     own += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
-    training.train(cli.compose("train", own), tmp_path)
+    training.train(compose("train", own), tmp_path)
     assert json.loads((tmp_path / training.SUMMARY).read_text())["steps"] == 2
 
 

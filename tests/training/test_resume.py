@@ -23,7 +23,7 @@ from checkpoint import save_checkpoint
 from safetensors.torch import load_file
 
 from tokenprune import training
-from tokenprune.cli import main as cli
+from tokenprune.cli.configs import compose
 from tokenprune.training.checkpoints import BEST, LAST, Stopped
 
 # Of pytorch_lightning with this torch, and advice on settings that are right for a test.
@@ -98,7 +98,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(checkpoint: str, folder: Path, *overrides: str, **recorder: Any) -> Any:
     options = {"path": str(folder / "losses"), **recorder}
     told = ",".join(f"{key}:{value}" for key, value in options.items())
-    return cli.compose(
+    return compose(
         "train",
         [
             "model=hub",
