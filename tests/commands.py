@@ -12,7 +12,7 @@ from tokenprune.cli import main as cli
 #: Makes a run short.
 TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
 #: The command as the console script starts it.
-COMMAND = [sys.executable, "-c", "from tokenprune.cli.main import console; console()"]
+COMMAND = [sys.executable, "-c", "from tokenprune.cli.__main__ import console; console()"]
 
 
 def random_llava(checkpoint: Path) -> list[str]:

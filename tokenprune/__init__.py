@@ -6,10 +6,10 @@ Names are loaded when they are first used: torch alone takes a second, which sch
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, which takes a moment to load
 if TYPE_CHECKING:
+    from typing import Any
+
     from tokenprune import cost, strategies
     from tokenprune.engine.attach import Handle, attach, prune
     from tokenprune.engine.trace import Trace, TracedStage
@@ -83,6 +83,8 @@ def __getattr__(name: str) -> Any:
     """A public name that was not used before."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
     value = getattr(home, name) if name in _HOMES else home
     globals()[name] = value

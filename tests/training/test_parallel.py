@@ -256,7 +256,7 @@ def command(*overrides, steps=4):
         f"trainer.max_steps={steps}",
     ]
     base += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
-    return [sys.executable, "-m", "tokenprune.cli.main", "train", *base, *overrides]
+    return [sys.executable, "-m", "tokenprune.cli", "train", *base, *overrides]
 
 
 def two(how):

@@ -58,7 +58,7 @@ class Job:
         elif not (args.hydra_help or args.info or args.shell_completion):
             check_jobs(self.command, args, self.check)
             importlib.import_module(self.needs)
-        with process.interruptible():
+        with process.Interruptible():
             hydra_start.start(self.command, args, self.task)
         return 0
 

@@ -10,7 +10,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from tokenprune.cli import process
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption, unknown
@@ -34,23 +33,16 @@ Overrides choose (strategy=fastv, model=tiny) or set (schedule.lam=0.3). `tokenp
 says more. Exit codes: 0 done, 1 a check failed, 2 bad input."""
 
 
-def console() -> NoReturn:
-    """The console script: one command in a process of its own."""
-    process.begin()
-    sys.exit(process.end(main()))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Runs a command; the exit code.
 
     Args:
-        argv: The command and its arguments; None for those of the process.
+        arguments: The command's name and its own arguments.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else 2
-    command, rest = arguments[0], arguments[1:]
+    command, *rest = arguments
     try:
         if command == "--version":
             from tokenprune import __version__
@@ -72,7 +64,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tokenprune: {message}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -39,5 +40,7 @@ def print_table(
         table.add_row(*map(escape, row))
     console = Console(width=_WIDEST, height=_WIDEST)  # else rich asks COLUMNS, and cuts there
     whole = Measurement.get(console, console.options, table)
-    console.width = max(whole.minimum, Console().width) if sys.stdout.isatty() else whole.maximum
+    console.width = whole.maximum
+    if sys.stdout.isatty():
+        console.width = max(whole.minimum, shutil.get_terminal_size().columns)
     console.print(table)

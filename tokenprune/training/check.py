@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tokenprune.runs.compose import entries
-from tokenprune.runs.devices import check_training
+from tokenprune.runs.devices import check_settings
 
 PARTS = ("vision_tower", "projector", "decoder")
 TUNINGS = ("full", "projector", "lora")
@@ -20,7 +20,7 @@ TUNINGS = ("full", "projector", "lora")
 MONITORS = {"val_loss": "min", "val_accuracy": "max"}
 
 
-_TRAINER = ("accelerator", "devices", "strategy", "precision", "max_steps", "max_epochs")
+_TRAINER = ("accelerator", "strategy", "precision", "max_steps", "max_epochs")
 _RATES = ("learning_rate", "learning_rates", "weight_decay", "warmup", "schedule_warmup")
 _SAVING = ("checkpoint_every", "monitor", "keep", "patience")
 
@@ -34,7 +34,7 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: If one is.
     """
-    check_training(entries(config.trainer, _TRAINER))
+    check_settings(entries(config.trainer, _TRAINER))
     own = entries(config.model, ("tuning", "lora")) | entries(config, ("parts", *_RATES, *_SAVING))
     check_tuning(own["tuning"], own["parts"])
     Lora(**own["lora"])
