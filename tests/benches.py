@@ -6,10 +6,10 @@ import torch
 
 from tokenprune.bench.load import Load
 from tokenprune.bench.model import build_model
-from tokenprune.bench.shapes import shape_config
 from tokenprune.bench.variants import Bench
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.runs.compose import build_pruning
+from tokenprune.runs.shapes import shape_config
 
 TINY = ["shape=tiny", "num_visual=96", "num_text=16", "rounds=2", "new_tokens=3"]
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -121,13 +122,34 @@ def docstrings(code: ast.Module) -> set[str]:
     return {text for node in nodes if (text := ast.get_docstring(node, clean=False))}
 
 
-def test_importing_is_light() -> None:
+def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, tokenprune;"
-        "heavy = {'pytorch_lightning', 'hydra', 'matplotlib', 'pandas', 'datasets'};"
+        "import sys, tokenprune as tp;"
+        "tp.available(), tp.cost.PRESETS, tp.Schedule.one_shot(2, 0.5), tp.POSITIONS;"
+        "heavy = {'torch', 'transformers', 'numpy', 'pytorch_lightning', 'hydra', 'omegaconf',"
+        "         'matplotlib', 'pandas', 'datasets', 'PIL', 'rich'};"
         "print(heavy & set(sys.modules))"
     )
     assert run([sys.executable, "-c", code]).stdout.strip() == "set()"
+
+
+def test_public_names_are_where_editors_look_for_them() -> None:
+    """Those that load on first use are those that the package shows to type checkers."""
+    code = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (shown,) = (node for node in code.body if isinstance(node, ast.If))
+    places = {
+        alias.name: node.module
+        for node in shown.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(places) == sorted(tokenprune.__all__)
+    for name, place in places.items():
+        home = importlib.import_module(place)
+        assert getattr(tokenprune, name) is getattr(home, name), name
+        assert name in dir(tokenprune)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = tokenprune.prun
 
 
 def test_no_environment_variables_and_no_asides() -> None:

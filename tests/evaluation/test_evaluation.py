@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from trainings import DDP
 
 import tokenprune as tp
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.data import Sample
 from tokenprune.evaluation import loading
 from tokenprune.evaluation.run import evaluate
@@ -189,7 +189,7 @@ def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path)
         alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
     (tmp_path / "two").mkdir()
     own = task(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
-    done = call(evaluation.evaluate, *own)
+    done = call(evaluate, *own)
     assert done.returncode == 0, done.stdout
     together = json.loads((tmp_path / "two/metrics.json").read_text())
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")

@@ -12,7 +12,7 @@ from models import build
 from zoo import ZOO
 
 import tokenprune as tp
-from tokenprune.cli.main import compose as composed
+from tokenprune.cli.configs import compose as composed
 from tokenprune.runs import compose
 
 #: Types that the table says are exact with renumbered positions.

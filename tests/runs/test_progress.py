@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.runs.progress import ProgressBar
 
 pytestmark = [

@@ -12,7 +12,7 @@ from pytorch_lightning.plugins import MixedPrecision, Precision
 from pytorch_lightning.trainer.states import RunningStage, TrainerState
 
 from tokenprune import training
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.training.throughput import Throughput, length, size
 
 

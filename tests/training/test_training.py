@@ -19,7 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
 from tokenprune import training
+from tokenprune.cli import configs
 from tokenprune.cli import main as cli
+from tokenprune.cli.mistakes import explain
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
@@ -61,7 +63,7 @@ def pruning(positions: str = "renumbered") -> Pruning:
 
 
 def config(checkpoint: str, *overrides: str):
-    return cli.compose(
+    return configs.compose(
         "train",
         [
             "model=hub",
@@ -314,10 +316,10 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
 )
 def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
     base = [item for item in overrides if item.startswith("data=")]
-    own = cli.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
+    own = configs.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
     with pytest.raises(Exception, match=r".") as caught:
         training.train(own, tmp_path / "run")
-    text = cli.explain(caught.value)
+    text = explain(caught.value)
     assert text is not None
     assert re.match(message, text), text
     assert not (tmp_path / "run").exists()
@@ -448,7 +450,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_evaluation_refuses_what_it_cannot_run(checkpoint, tmp_path, overrides, message):
     from tokenprune.evaluation.run import evaluate
 
-    own = cli.compose("eval", ["model=hub", f"model.path={checkpoint}", *overrides])
+    own = configs.compose("eval", ["model=hub", f"model.path={checkpoint}", *overrides])
     with pytest.raises(ValueError, match=message):
         evaluate(own, tmp_path / "run", {})
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
 """What can be known of a run before its model is made.
 
-Values come first, and need neither torch nor a model's config.
+Neither torch nor transformers is loaded, unless `shape`, `device` or `ways` needs them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig
 
-from tokenprune.bench.shapes import num_tokens, shape_config
+from tokenprune.runs.compose import build_pruning
+from tokenprune.runs.shapes import decoder_shape, num_tokens
 
 MEASURES = ("prefill", "decode", "train")
 TUNINGS = ("full", "lora")
@@ -58,16 +59,14 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"ways: expected measure=prefill, got measure={config.measure}. Set ways=[]."
         )
-    # From here on with torch, which takes its time.
-    import torch
-
-    from tokenprune.bench import ways
-    from tokenprune.cost import DecoderShape
-    from tokenprune.runs.compose import build_pruning
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
-    shape = DecoderShape.from_config(shape_config(config))
-    pruning = build_pruning(config, shape.num_layers)
+    pruning = build_pruning(config, decoder_shape(config).num_layers)
     assert pruning is not None, "a strategy was asked for"
-    ways.check(config.ways, pruning.strategy, config.attention)
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
+    if config.ways:
+        from tokenprune.bench import ways
+
+        ways.check(config.ways, pruning.strategy, config.attention)

@@ -24,13 +24,13 @@ from tokenprune.bench.load import Load
 from tokenprune.bench.machine import choose_device, machine
 from tokenprune.bench.memory import cache_bytes, is_out_of_memory
 from tokenprune.bench.model import build_model, prepare_training
-from tokenprune.bench.shapes import num_tokens, shape_config
 from tokenprune.bench.summary import summarise
 from tokenprune.bench.table import RESULT, read
 from tokenprune.bench.timing import interleave
 from tokenprune.bench.variants import Bench
 from tokenprune.runs import results
 from tokenprune.runs.compose import AUTO, fit_pruning, plain
+from tokenprune.runs.shapes import num_tokens, shape_config
 
 
 def measure(config: DictConfig) -> dict[str, Any]:

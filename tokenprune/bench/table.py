@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenprune.bench.check import MEASURES
 from tokenprune.bench.plot import plot
-from tokenprune.runs import results
+from tokenprune.runs import results, tables
 
 RESULT, TABLE, PLOT = "bench.json", "bench.csv", "bench.png"
 #: Columns of bench.csv: what ran, what came out (medians; low and high are quartiles), on what.
@@ -68,32 +68,26 @@ def _rounded(value: Any) -> Any:
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints what was measured as a table for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("measure", "shape", "strategy"):
-        table.add_column(name)
-    for name in ("tokens", "rows", "unpruned", "pruned", "time", "FLOPs", "pruning", "KV cache"):
-        table.add_column(name, justify="right", no_wrap=True)
+    cells = []
     for row in [line for found in rows for line in with_ways(found)]:
         head = [row["measure"], row["shape"], row["strategy"]]
         head[2] += f" ({row['way']})" if row.get("way") else ""
         head += [f"{row['num_visual']}+{row['num_text']}", str(row["batch_size"])]
         if row["status"] != "ok":
-            table.add_row(*map(escape, head), escape(row["status"]), *[""] * 5)
+            cells.append([*head, row["status"], *[""] * 5])
             continue
         kept = [row.get(key) for key in ("unpruned_kv_mb", "pruned_kv_mb")]
-        table.add_row(
-            *map(escape, head),
-            f"{row['unpruned_ms']:.4g} ms",
-            f"{row['pruned_ms']:.4g} ms",
-            f"{100 * row['time_ratio']:.1f} %",
-            f"{100 * row['flops_ratio']:.1f} %" if row["flops_ratio"] else "unknown",
-            f"{100 * row['pruning_share']:.1f} %" if "pruning_share" in row else "",
-            "" if None in kept else f"{kept[0]:.4g} -> {kept[1]:.4g} MB",
+        cells.append(
+            [
+                *head,
+                f"{row['unpruned_ms']:.4g} ms",
+                f"{row['pruned_ms']:.4g} ms",
+                f"{100 * row['time_ratio']:.1f} %",
+                f"{100 * row['flops_ratio']:.1f} %" if row["flops_ratio"] else "unknown",
+                f"{100 * row['pruning_share']:.1f} %" if "pruning_share" in row else "",
+                "" if None in kept else f"{kept[0]:.4g} -> {kept[1]:.4g} MB",
+            ]
         )
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=140).print(table)
+    measured = ("unpruned", "pruned", "time", "FLOPs", "pruning", "KV cache")
+    texts = ("measure", "shape", "strategy")
+    tables.print_table(title, texts, ("tokens", "rows", *measured), cells)

@@ -32,14 +32,12 @@ from tokenprune.engine import side
 from tokenprune.engine.cuts import cut, listen
 from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
-from tokenprune.engine.settings import POSITIONS, Settings
+from tokenprune.engine.settings import Settings
 from tokenprune.engine.trace import Trace
 from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
 from tokenprune.tensors import take, to_device
-
-__all__ = ["POSITIONS", "Handle", "attach", "prune"]
 
 #: Decoders that are pruned now.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -111,7 +111,7 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
     """The schedule that meets a config's budget; None if it has no target.
 
     Args:
-        config: Has the keys `schedule` and `model`, and maybe `budget`.
+        config: Has `schedule`, maybe `budget`, and what `budgets.workload` reads.
         num_layers: Decoder layers of the model.
         strategy: Whose scoring an exact budget counts.
 
@@ -126,7 +126,7 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
     name, options = "explicit", {}
     if not isinstance(partial, Schedule):
         name, options = partial.func.__name__, partial.keywords
-    parts = {key: plain(config[key]) for key in ("budget", "model")}
+    parts = entries(config, ("budget", *budgets.SIZES))
     return budgets.solve_config(parts, name, options, num_layers, strategy)
 
 
@@ -208,6 +208,18 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def entries(config: DictConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Some entries as plain values, None where there is none.
+
+    Unlike `plain` it works before there is a run, to whose folder other entries may refer.
+    """
+    found = {name: config.get(name) for name in names}
+    return {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in found.items()
+    }
 
 
 def describe(path: Path) -> str:

@@ -16,13 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from PIL import Image
 
 from tokenprune import __version__
+from tokenprune.runs import tables
 from tokenprune.runs.models import TINY, load_config
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 VERSIONS, KEPT, TABLE = "versions.json", "kept.json", "results.csv"
@@ -267,35 +270,28 @@ def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints runs as a table for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     told = [name for name in ("model", "data", "seed") if len({e.get(name) for e in rows}) > 1]
-    for name in ("strategy", "schedule", "positions", *told):
-        table.add_column(name)
-    for name in ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"):
-        table.add_column(name, justify="right", no_wrap=True)
+    cells = []
     for entry in rows:
         pruned = entry["schedule"] is not None
-        table.add_row(
-            escape(entry["strategy"]),
-            escape(_schedule(entry)) if pruned else "",
-            entry["positions"] if pruned else "",
-            *(escape(str(entry.get(name))) for name in told),
-            f"{100 * entry['accuracy']:.1f} %",
-            f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
-            f"{entry['avg_tokens']:.1f}",
-            f"{100 * entry['tflops_ratio']:.0f} %",
-            f"{entry['prefill_ms']:.1f} ms",
-            "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+        cells.append(
+            [
+                entry["strategy"],
+                _schedule(entry) if pruned else "",
+                entry["positions"] if pruned else "",
+                *(str(entry.get(name)) for name in told),
+                f"{100 * entry['accuracy']:.1f} %",
+                f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
+                f"{entry['avg_tokens']:.1f}",
+                f"{100 * entry['tflops_ratio']:.0f} %",
+                f"{entry['prefill_ms']:.1f} ms",
+                "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+            ]
         )
-    console = Console()
-    if not console.is_terminal:  # a log: rich assumes 80 columns and would cut numbers off
-        console = Console(width=120)
-    console.print(table)
+    texts = ("strategy", "schedule", "positions", *told)
+    tables.print_table(
+        title, texts, ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"), cells
+    )
 
 
 def _schedule(entry: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ first sample; here every row chooses for itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tokenprune.strategy import AttentionStrategy, Published, TokenView, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("fastv")

@@ -9,10 +9,12 @@ scores by other query rows in training mode than in evaluation; here labels deci
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tokenprune.strategy import AttentionStrategy, Published, TokenView, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("pyramiddrop")

@@ -20,18 +20,11 @@ from tokenprune.cost import DecoderShape
 from tokenprune.data.collate import IGNORED
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
+from tokenprune.training.check import Lora, check_rates
 from tokenprune.training.quiet import quiet_if_started
 from tokenprune.training.sharding import shard
 from tokenprune.training.throughput import forward_flops
-from tokenprune.training.tuning import (
-    PARTS,
-    Lora,
-    build_optimizer,
-    check_number,
-    cosine,
-    parts_of,
-    tune,
-)
+from tokenprune.training.tuning import build_optimizer, cosine, parts_of, tune
 from tokenprune.training.validation import Tally, guesses
 from tokenprune.training.window import Window
 
@@ -79,24 +72,13 @@ class FineTune(pl.LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_number("learning_rate", learning_rate, learning_rate > 0, "above 0", 2e-5)
-        check_number("weight_decay", weight_decay, weight_decay >= 0, ">= 0", 0.0)
-        check_number("warmup", warmup, 0 <= warmup <= 1, "between 0 and 1", 0.03)
-        holds = 0 <= schedule_warmup <= 1
-        check_number("schedule_warmup", schedule_warmup, holds, "between 0 and 1", 0.3)
-        for part, rate in (learning_rates or {}).items():
-            if part not in PARTS:
-                raise ValueError(
-                    f"learning_rates: expected some of {list(PARTS)}, got {part!r}. "
-                    "Set learning_rates.projector=2e-5."
-                )
-            if rate is not None:
-                check_number(f"learning_rates.{part}", rate, rate > 0, "above 0", 2e-5)
+        rates = dict(learning_rates or {})
+        check_rates(learning_rate, rates, weight_decay, warmup, schedule_warmup)
         self.loaded = loaded
         model: Any = loaded.model
         self.model = model
         self.pruning = pruning
-        self.learning_rate, self.learning_rates = learning_rate, dict(learning_rates or {})
+        self.learning_rate, self.learning_rates = learning_rate, rates
         self.weight_decay, self.warmup = weight_decay, warmup
         self.schedule_warmup = schedule_warmup
         self.strict_loading = False  # checkpoints leave out what is not trained

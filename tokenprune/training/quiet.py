@@ -28,10 +28,16 @@ def _ignore() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without these warnings inside its `with`."""
-    with warnings.catch_warnings():
-        _ignore()
-        yield
+    """Without these warnings inside its `with`, and what torch says as it ends processes."""
+    ends = logging.getLogger("torch.multiprocessing.spawn")
+    level = ends.level
+    ends.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            _ignore()
+            yield
+    finally:
+        ends.setLevel(level)
 
 
 def quiet_if_started() -> None:

@@ -21,16 +21,13 @@ from tokenprune.runs import compose, results
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.loggers import build_logger
 from tokenprune.training import resume
+from tokenprune.training.check import MONITORS, Lora, check_saving
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
 from tokenprune.training.summary import SUMMARY, sentence, summarise
 from tokenprune.training.throughput import Throughput, length, size
-from tokenprune.training.tuning import Lora
-
-#: What can say which validation is best, and whether high or low is good.
-MONITORS = {"val_loss": "min", "val_accuracy": "max"}
 
 
 def train(config: DictConfig, output_dir: Path) -> None:
@@ -198,27 +195,8 @@ def _callbacks(
     config: DictConfig, folder: Path, signals: StopSignals, validates: bool
 ) -> list[pl.Callback]:
     """Checkpoints, the throughput, and an early end."""
-    every = config.checkpoint_every
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(
-            f"checkpoint_every: expected a number of steps >= 1, got {every!r}. "
-            "Set checkpoint_every=100."
-        )
-    if config.monitor not in MONITORS:
-        raise ValueError(
-            f"monitor: expected one of {list(MONITORS)}, got {config.monitor!r}. "
-            "Set monitor=val_loss."
-        )
-    if config.keep not in ("last", "best"):
-        raise ValueError(
-            f"keep: expected last or best, got {config.keep!r}. It says which weights are saved."
-        )
-    patience = config.patience
-    if patience is not None and (isinstance(patience, bool) or patience < 1):
-        raise ValueError(
-            f"patience: expected a number of validations >= 1, or null, got {patience!r}. "
-            "Set patience=3."
-        )
+    every, patience = config.checkpoint_every, config.patience
+    check_saving(every, config.monitor, config.keep, patience)
     if not validates and (patience is not None or config.keep == "best"):
         key = "keep=best" if config.keep == "best" else f"patience={patience}"
         raise ValueError(

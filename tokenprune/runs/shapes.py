@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from tokenprune.cost import DecoderShape
+from tokenprune.runs.models import load_config
 
 #: CLIP ViT-L/14 at 336 pixels, the tile of LLaVA-1.5 and LLaVA-NeXT: 24 x 24 patches of 14 pixels.
 TILE_PIXELS, TILE_TOKENS = 336, 576
@@ -44,8 +46,6 @@ def checkpoint_config(path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from tokenprune.runs.models import load_config
-
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         return load_config(path, revision=revision)
@@ -58,7 +58,7 @@ def checkpoint_config(path: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def shape_config(config: DictConfig) -> Any:
+def shape_config(config: Mapping[str, Any]) -> Any:
     """The Hugging Face config that the choice of `shape` names.
 
     Args:
@@ -66,7 +66,59 @@ def shape_config(config: DictConfig) -> Any:
     """
     from hydra.utils import instantiate
 
-    return instantiate(config.shape)
+    return instantiate(config["shape"])
+
+
+def decoder_shape(config: Mapping[str, Any]) -> DecoderShape:
+    """Sizes of the decoder that the choice of `shape` names.
+
+    Those that stand in the config are read without transformers, which takes seconds to load.
+
+    Args:
+        config: As composed from configs/bench.yaml.
+
+    Raises:
+        ValueError: If a size is no count, or the heads do not share the width evenly.
+    """
+    sizes = dict(config["shape"])
+    if sizes.pop("_target_", None) != f"{__name__}.{llama_config.__name__}":
+        return DecoderShape.from_config(shape_config(config))
+    return _llama_shape(**sizes)
+
+
+def _llama_shape(
+    *,
+    num_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    vocab_size: int,
+) -> DecoderShape:
+    """The sizes of `llama_config`."""
+    for name, value in locals().items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"shape.{name}: expected an integer >= 1, got {value!r}. See configs/shape."
+            )
+    for name, size, heads in (
+        ("num_heads", hidden_size, num_heads),
+        ("num_kv_heads", num_heads, num_kv_heads),
+    ):
+        if size % heads:
+            raise ValueError(
+                f"shape.{name}: expected a divisor of {size}, got {heads}. Heads are of one width, "
+                "and as many of them share each key."
+            )
+    return DecoderShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=vocab_size,
+    )
 
 
 def num_tokens(resolution: str) -> int:

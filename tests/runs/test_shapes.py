@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from tokenprune import cost
 from tokenprune.bench.model import build_model
 from tokenprune.bench.run import measure
-from tokenprune.bench.shapes import num_tokens, shape_config
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
+from tokenprune.runs.shapes import decoder_shape, num_tokens, shape_config
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,26 @@ def test_shapes_are_those_of_the_models() -> None:
         counted = sum(weight.numel() for weight in model.parameters())
         assert counted == pytest.approx(weights, rel=0.02)
         assert cost.DecoderShape.from_config(own).num_layers == len(model.get_decoder().layers)
+
+
+@pytest.mark.parametrize("name", ["hidden_1024", "llava_1_5_7b", "llava_next_7b", "tiny"])
+def test_sizes_are_read_without_transformers_as_with_it(name: str) -> None:
+    own = compose("bench", [f"shape={name}"])
+    assert decoder_shape(own) == cost.DecoderShape.from_config(shape_config(own))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("shape.num_layers=0", "shape.num_layers: expected an integer >= 1, got 0"),
+        ("shape.hidden_size=1e3", "shape.hidden_size: expected an integer >= 1, got 1000.0"),
+        ("shape.num_heads=6", "shape.num_heads: expected a divisor of 64, got 6"),
+        ("shape.num_kv_heads=3", "shape.num_kv_heads: expected a divisor of 4, got 3"),
+    ],
+)
+def test_sizes_that_no_decoder_has(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_shape(compose("bench", ["shape=tiny", override]))
 
 
 def test_any_checkpoint_s_config_will_do(tmp_path: Path) -> None:
