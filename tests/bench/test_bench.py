@@ -43,6 +43,7 @@ def config(*overrides: str):
 
 def made(*overrides: str) -> bench.Bench:
     own = config(*overrides)
+    torch.manual_seed(0)
     model = bench.build_model(bench._shape_config(own), torch.float32, "sdpa", CPU)
     pruning = build_pruning(own, 4)
     assert pruning is not None
@@ -215,7 +216,6 @@ def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for choice in ("false", "true"):
         own = config("measure=train", f"gradient_checkpointing={choice}")
-        torch.manual_seed(0)
         one = made("measure=train")
         bench._tune(one.model, own)
         with one.pruned():
@@ -241,7 +241,6 @@ def answer(one: bench.Bench, way: str | None) -> tuple[torch.Tensor, list[Traced
 @pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv"])
 @pytest.mark.parametrize("way", ways.WAYS)
 def test_a_way_keeps_what_the_product_keeps(way: str, strategy: str) -> None:
-    torch.manual_seed(0)
     one = made(f"strategy={strategy}", *PREVIOUS, "batch_size=2")
     one.embeds *= 50  # embeddings of scale 1, so that attention is not flat
     logits, stages, held = answer(one, None)
