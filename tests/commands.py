@@ -1,15 +1,25 @@
-"""Commands that must fail, or be stopped."""
+"""Commands: ones that must fail, ones that are stopped, and ones in a process of their own."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 
 from tokenprune.cli import main as cli
+
+#: Makes a run short.
+TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
+#: The command as the console script starts it.
+COMMAND = [sys.executable, "-c", "from tokenprune.cli.__main__ import console; console()"]
+
+
+def random_llava(checkpoint: Path) -> list[str]:
+    return ["model=hub", f"model.path={checkpoint}"]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

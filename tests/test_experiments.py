@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tokenprune.cli import main as cli
+from tokenprune.cli.configs import compose
 from tokenprune.runs.compose import build_pruning, describe
 from tokenprune.runs.sweeps import expand, run_names
 
@@ -26,7 +26,7 @@ def jobs(name: str) -> list[list[str]]:
 
 
 def composed(name: str, job: list[str]) -> Any:
-    return cli.compose(COMMANDS[name], [f"experiment={name}", *job], str(PAPER))
+    return compose(COMMANDS[name], [f"experiment={name}", *job], str(PAPER))
 
 
 def test_every_experiment_has_a_command() -> None:

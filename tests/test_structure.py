@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,24 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own], f"{own} (floor {FLOORS[own]}) imports {other}"
 
 
+def test_imports_run_one_way() -> None:
+    """Within a room as well, files can be read in an order."""
+    files = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in FILES
+        if path.stem != "__init__"
+    }
+
+    def owner(name: str) -> str:
+        """The file that a dotted name is from; empty for a package's own."""
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    arrows = {own: {*map(owner, imports(path))} - {own, ""} for own, path in files.items()}
+    assert set(TopologicalSorter(arrows).static_order()) == set(files)  # or it names the circle
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "strategies").glob("[a-z]*.py")), ids=str)
 def test_strategies_know_tensors_and_views_only(path: Path) -> None:
     allowed = {"strategy", "tensors"} | ({"schedule"} if path.stem == "published" else set())
@@ -102,13 +122,34 @@ def docstrings(code: ast.Module) -> set[str]:
     return {text for node in nodes if (text := ast.get_docstring(node, clean=False))}
 
 
-def test_importing_is_light() -> None:
+def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, tokenprune;"
-        "heavy = {'pytorch_lightning', 'hydra', 'matplotlib', 'pandas', 'datasets'};"
+        "import sys, tokenprune as tp;"
+        "tp.available(), tp.cost.PRESETS, tp.Schedule.one_shot(2, 0.5), tp.POSITIONS;"
+        "heavy = {'torch', 'transformers', 'numpy', 'pytorch_lightning', 'hydra', 'omegaconf',"
+        "         'matplotlib', 'pandas', 'datasets', 'PIL', 'rich'};"
         "print(heavy & set(sys.modules))"
     )
     assert run([sys.executable, "-c", code]).stdout.strip() == "set()"
+
+
+def test_public_names_are_where_editors_look_for_them() -> None:
+    """Those that load on first use are those that the package shows to type checkers."""
+    code = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (shown,) = (node for node in code.body if isinstance(node, ast.If))
+    places = {
+        alias.name: node.module
+        for node in shown.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(places) == sorted(tokenprune.__all__)
+    for name, place in places.items():
+        home = importlib.import_module(place)
+        assert getattr(tokenprune, name) is getattr(home, name), name
+        assert name in dir(tokenprune)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = tokenprune.prun
 
 
 def test_no_environment_variables_and_no_asides() -> None:

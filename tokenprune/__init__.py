@@ -1,25 +1,37 @@
-"""Visual token pruning for any Hugging Face vision-language model."""
+"""Visual token pruning for any Hugging Face vision-language model.
 
-from tokenprune import cost, strategies
-from tokenprune.engine.attach import POSITIONS, Handle, attach, prune
-from tokenprune.engine.trace import Trace, TracedStage
-from tokenprune.families.adapter import Adapter, register_adapter
-from tokenprune.families.anatomy import visual_mask
-from tokenprune.families.projection import Projected
-from tokenprune.schedule import Schedule, Stage
-from tokenprune.strategies.published import published
-from tokenprune.strategy import (
-    AttentionRows,
-    AttentionStrategy,
-    PruningStrategy,
-    Published,
-    ScoreStrategy,
-    Selection,
-    TokenView,
-    available,
-    build_strategy,
-    register,
-)
+Names are loaded when they are first used: torch alone takes a second, which schedules, costs and
+`tokenprune --help` do without.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # as typing's, which takes a moment to load
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tokenprune import cost, strategies
+    from tokenprune.engine.attach import Handle, attach, prune
+    from tokenprune.engine.trace import Trace, TracedStage
+    from tokenprune.families.adapter import Adapter, register_adapter
+    from tokenprune.families.anatomy import visual_mask
+    from tokenprune.families.positions import fixed_positions
+    from tokenprune.families.projection import Projected
+    from tokenprune.schedule import Schedule, Stage
+    from tokenprune.strategies.published import published
+    from tokenprune.strategy import (
+        POSITIONS,
+        AttentionRows,
+        AttentionStrategy,
+        PruningStrategy,
+        Published,
+        ScoreStrategy,
+        Selection,
+        TokenView,
+        available,
+        build_strategy,
+        register,
+    )
 
 __version__ = "0.1.0"
 
@@ -43,6 +55,7 @@ __all__ = [
     "available",
     "build_strategy",
     "cost",
+    "fixed_positions",
     "prune",
     "published",
     "register",
@@ -50,3 +63,37 @@ __all__ = [
     "strategies",
     "visual_mask",
 ]
+
+#: Which file has which of them, as above; `cost` and `strategies` are rooms.
+_NAMES = {
+    "engine.attach": ("Handle", "attach", "prune"),
+    "engine.trace": ("Trace", "TracedStage"),
+    "families.adapter": ("Adapter", "register_adapter"),
+    "families.anatomy": ("visual_mask",),
+    "families.positions": ("fixed_positions",),
+    "families.projection": ("Projected",),
+    "schedule": ("Schedule", "Stage"),
+    "strategies.published": ("published",),
+    "strategy": (
+        *("POSITIONS", "AttentionRows", "AttentionStrategy", "PruningStrategy", "Published"),
+        *("ScoreStrategy", "Selection", "TokenView", "available", "build_strategy", "register"),
+    ),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that was not used before."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    value = getattr(home, name) if name in _HOMES else home
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What there is, loaded or not."""
+    return sorted({*globals(), *__all__})

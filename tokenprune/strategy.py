@@ -9,17 +9,18 @@ Shape suffixes: B batch rows, V visual tokens alive, D hidden size, H attention 
 from __future__ import annotations
 
 import difflib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import Tensor
-
-from tokenprune.tensors import top_k
+if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
+    from torch import Tensor
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all")
+POSITIONS = ("original", "renumbered")
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,30 @@ class TokenView:
     Attributes:
         layer: Layer before which the cut happens.
         num_layers: Decoder layers of the model.
-        valid: Bool (B, V).
         num_original: int64 (B,), visual tokens of each row before any cut.
-        positions: int64 (B, V), positions in the unpruned conversation.
+        ragged: Whether some entries do not exist; if not, `valid` need not be asked.
     """
 
     layer: int
     num_layers: int
-    valid: Tensor
     num_original: Tensor
-    positions: Tensor
+    ragged: bool
+    _valid: Callable[[], Tensor] = field(repr=False)
+    _positions: Callable[[], Tensor] = field(repr=False)
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
     _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
     _random: Callable[[int], Tensor] = field(repr=False)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which entries exist, bool (B, V)."""
+        return self._valid()
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions in the unpruned conversation, int64 (B, V)."""
+        return self._positions()
 
     @property
     def hidden(self) -> Tensor:
@@ -125,7 +136,7 @@ class Published:
     Attributes:
         schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
         options: Its keyword arguments.
-        positions: `"original"` or `"renumbered"`.
+        positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
     """
 
     schedule: str
@@ -172,8 +183,11 @@ class ScoreStrategy(PruningStrategy):
         """Scores (B, V): the higher, the longer a token lives."""
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
+        from tokenprune.tensors import top_k
+
         scores = self.score(view).float()
-        return Selection(kept=top_k(scores, view.valid, keep), scores=scores)
+        valid = view.valid if view.ragged else None
+        return Selection(kept=top_k(scores, valid, keep), scores=scores)
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,8 @@ class AttentionStrategy(ScoreStrategy):
 
 
 _REGISTRY: dict[str, type[PruningStrategy]] = {}
+#: Has the strategies that come with the package, each in the file of its name.
+_SHIPPED = "tokenprune.strategies"
 StrategyClass = TypeVar("StrategyClass", bound=type[PruningStrategy])
 
 
@@ -213,10 +229,11 @@ def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
                 f"register: expected a lower-case identifier other than 'none', got {name!r}. "
                 "The name is used in configs and file names."
             )
-        if name in _REGISTRY:
+        own_file = getattr(cls, "__module__", "") == f"{_SHIPPED}.{name}"
+        if name in _REGISTRY or (name in _shipped() and not own_file):
             raise ValueError(
                 f"register: expected a new name, got {name!r}, which is "
-                f"{_REGISTRY[name].__qualname__}. Choose another name."
+                f"{strategy_class(name).__qualname__}. Choose another name."
             )
         candidate: Any = cls  # what users decorate is not always what the annotation asks for
         if not (isinstance(candidate, type) and issubclass(candidate, PruningStrategy)):
@@ -238,19 +255,32 @@ def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
 
 
 def available() -> list[str]:
-    """Names of all registered strategies, sorted."""
-    return sorted(_REGISTRY)
+    """Names of all strategies, sorted: those of the package, and those registered since."""
+    return sorted({*_shipped(), *_REGISTRY})
 
 
 def strategy_class(name: str) -> type[PruningStrategy]:
-    """The registered class of that name.
+    """The class of that name; one of the package is loaded when it is first asked for.
 
     Raises:
         KeyError: If there is none; names the choices and the nearest.
+        ValueError: If a file of the package registers no strategy of its name.
     """
+    if name not in _REGISTRY and name in _shipped():
+        importlib.import_module(f"{_SHIPPED}.{name}")
+        if name not in _REGISTRY:
+            raise ValueError(
+                f"strategies/{name}.py: expected @register({name!r}), got no strategy of that "
+                "name. Name a file as its strategy."
+            )
     if name not in _REGISTRY:
         raise unknown_name("strategy", name, available())
     return _REGISTRY[name]
+
+
+def _shipped() -> list[str]:
+    names: list[str] = importlib.import_module(_SHIPPED).names()
+    return names
 
 
 def build_strategy(name: str, **fields: Any) -> PruningStrategy:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlavaConfig
 
 import tokenprune as tp
 from tokenprune import cost
 from tokenprune.cli import main as cli
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.cost import solver
 from tokenprune.cost.figures import Figures, Workload
 from tokenprune.runs import budgets
 from tokenprune.runs.compose import build_pruning
+from tokenprune.runs.models import load_config
 
 DOC = Path(__file__).parents[2] / "docs" / "budgets.md"
 LLAVA = Workload(cost.DecoderShape.preset("llava-1.5-7b"), 576)
@@ -234,36 +234,13 @@ def test_a_run_is_refused_before_it_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------- sizes of models
 
 
-def test_flops_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    picture = tmp_path / "costs.png"
-    arguments = ["flops", "model=llava_1_5_7b", "budget.avg_tokens=192", f"--output={picture}"]
-    assert cli.main(arguments) == 0
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^ +(✂ )?(\d+) +(\d+) ", printed, re.MULTILINE)
-    assert [int(layer) for _, layer, _ in rows] == list(range(32))
-    assert [int(layer) for cut, layer, _ in rows if cut] == [8, 16, 24]
-    assert sum(int(visual) for _, _, visual in rows) / 32 == 192
-    assert "solved    lam = 0.254" in printed
-    assert "possible  144 to 576" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["flops", "model=llava_1_5_7b", "--output", str(tmp_path / "costs.txt")]) == 2
-    assert "flops.output: expected a picture file" in capsys.readouterr().err
-
-
-def test_flops_needs_a_config_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    text = LlamaConfig(num_hidden_layers=6, hidden_size=64, intermediate_size=96)
-    LlavaConfig(text_config=text).save_pretrained(tmp_path)
-    command = ["flops", "model=hub", f"model.path={tmp_path}", "strategy=none"]
-    assert cli.main(command) == 0
-    assert "576 visual tokens" in " ".join(capsys.readouterr().out.split())
-    (tmp_path / "config.json").write_text("{")
-    assert cli.main(command) == 2
-    assert "model.path: expected a readable config.json" in capsys.readouterr().err
-    assert cli.main(["flops", "model=hub"]) == 2
-    assert "model.path: expected a value" in capsys.readouterr().err
+def test_the_shipped_model_is_read_without_transformers_as_with_it() -> None:
+    config = load_config("tiny")
+    read = (cost.DecoderShape.from_config(config), cost.visual_tokens(config))
+    assert budgets.read_model("tiny") == read
 
 
 @pytest.mark.parametrize(
@@ -380,7 +357,8 @@ def document() -> str:
         "tokenprune eval model=llava_1_5_7b strategy=fastv budget.solve=layer budget.kv_mb=200",
         "```",
         "",
-        "`tokenprune flops` needs no weights. Targets: `avg_tokens` (mean over what the layers are",
+        "`tokenprune flops` needs no weights; `--csv` prints its layers in full, `shape=...` takes",
+        "the shapes of `tokenprune bench`. Targets: `avg_tokens` (mean over what the layers are",
         "given: FastV, PyramidDrop, VScan), `avg_tokens_outputs` (mean over what they leave:",
         "SparseVLM's code), `final_tokens`, `tflops`, `flops_ratio`, `kv_mb`; see",
         "[configs/budget/default.yaml](../configs/budget/default.yaml).",

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -171,6 +172,17 @@ def test_a_cache_is_continued_the_way_it_began() -> None:
             tp.prune(model, PDROP, SCHEDULE, positions="renumbered"),
         ):
             model(**step, past_key_values=cache)
+
+
+def test_positions_of_several_axes_that_a_caller_gives_cannot_be_counted_anew() -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    with (
+        pytest.raises(ValueError, match='with positions="renumbered", got 3-dimensional ones'),
+        tp.prune(model, PDROP, SCHEDULE, positions="renumbered"),
+    ):
+        model(**inputs)
 
 
 def test_a_cache_cropped_into_the_prompt_is_refused() -> None:
@@ -353,7 +365,7 @@ def test_attention_over_all_rows_in_chunks(monkeypatch) -> None:
     with torch.no_grad(), tp.prune(model, strategy, SCHEDULE) as trace:
         model(**inputs)
         whole = [s.clone() for s in trace.stages[0].scores]
-        monkeypatch.setattr("tokenprune.engine.views.CHUNK_BYTES", 4 * 4 * 4 * 60 * 7)
+        monkeypatch.setattr("tokenprune.engine.attention.CHUNK_BYTES", 4 * 4 * 4 * 60 * 7)
         model(**inputs)
     for ours, theirs in zip(trace.stages[0].scores, whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
@@ -469,11 +481,21 @@ def test_training_steps_leave_no_pass_behind(name, policy) -> None:
 
 @pytest.mark.parametrize("labels", [-100, 7], ids=["none", "all"])
 def test_rows_of_which_none_asks_stay_whole(labels) -> None:
+    """Where all is labelled, as trainers do by default, the user is told once what to set."""
     model = build("llava")
     inputs = batch(model, ROWS[:1])
-    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
-        model(**inputs, labels=torch.full_like(inputs["input_ids"], labels))
+    with (
+        torch.no_grad(),
+        tp.prune(model, PDROP, SCHEDULE) as trace,
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(**inputs, labels=torch.full_like(inputs["input_ids"], labels))
     assert trace.visual_lengths[-1].tolist() == [16]
+    assert [str(warning.message)[:56] for warning in told] == [
+        "prune: expected labels on answers alone, got rows in whi"
+    ] * (labels == 7)
 
 
 def test_an_image_divided_between_calls_is_refused() -> None:
@@ -519,6 +541,7 @@ def test_a_router_loss_takes_a_mask_of_ones() -> None:
     model = specimen.build("sdpa")
     inputs = specimen.batch(model, [(3, "image", 5)])
     labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
     with torch.no_grad(), tp.prune(model, Frozen(), tp.Schedule.one_shot(3, 0.5)):
         with_mask = model(**inputs, labels=labels, output_router_logits=True)
         del inputs["attention_mask"]

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from trainings import DDP
 
 import tokenprune as tp
-from tokenprune.cli.main import compose
+from tokenprune.cli.configs import compose
 from tokenprune.data import Sample
-from tokenprune.evaluation import run as evaluation
-from tokenprune.evaluation.run import summarise, wilson
+from tokenprune.evaluation import loading
+from tokenprune.evaluation.run import evaluate
+from tokenprune.evaluation.summary import summarise, wilson
 from tokenprune.runs import models
 
 NUM_SAMPLES = 10
@@ -53,7 +54,7 @@ def task(checkpoint: Path, folder: Path, *overrides: str) -> tuple[Any, Path, di
 
 
 def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
-    return evaluation.evaluate(*task(checkpoint, folder, *overrides))
+    return evaluate(*task(checkpoint, folder, *overrides))
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -188,7 +189,7 @@ def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path)
         alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
     (tmp_path / "two").mkdir()
     own = task(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
-    done = call(evaluation.evaluate, *own)
+    done = call(evaluate, *own)
     assert done.returncode == 0, done.stdout
     together = json.loads((tmp_path / "two/metrics.json").read_text())
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
@@ -203,7 +204,7 @@ def test_a_complete_run_is_not_run_again(
 ) -> None:
     first = run(checkpoint, tmp_path, "strategy=uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_model", lambda *given: pytest.fail("loaded again"))
+        patch.setattr(loading, "load_model", lambda *given: pytest.fail("loaded again"))
         assert run(checkpoint, tmp_path, "strategy=uniform") == first
     assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
 
@@ -242,11 +243,11 @@ def test_small_data_is_prepared_once_and_large_data_streams() -> None:
 
     for limit, passes in ((48, 1), (47, 2)):
         loader = Loader()
-        remembered = evaluation.RememberedBatches(loader, limit)
+        remembered = loading.RememberedBatches(loader, limit)
         assert [batch["i"] for batch in remembered] == [0, 1, 2] == [b["i"] for b in remembered]
         assert loader.passes == passes
         assert len(remembered) == 3
-    looked = evaluation.RememberedBatches(loader := Loader(), 1000)
+    looked = loading.RememberedBatches(loader := Loader(), 1000)
     next(iter(looked))  # a pass that stopped early remembers nothing
     assert len(list(looked)) == 3
     assert loader.passes == 2
@@ -262,7 +263,7 @@ def test_an_error_leaves_the_model_unhooked(
     with pytest.raises(RuntimeError, match="in a strategy"):
         run(checkpoint, tmp_path, "strategy=uniform")
     config = compose("eval", ["model=hub", f"model.path={checkpoint}"])
-    model = evaluation.load_model(config).model
+    model = loading.load_model(config).model
     hooked = [module for module in model.modules() if module._forward_pre_hooks]
     assert not hooked
     assert not list(tmp_path.iterdir())
@@ -291,7 +292,7 @@ def test_accepted_answers_and_turns_before(checkpoint: Path, tmp_path: Path) -> 
             ],
         )
         names = {"strategy": "x", "schedule": "x", "model": "x", "data": "folder"}
-        told = evaluation.evaluate(config, tmp_path / config.metric, names)
+        told = evaluate(config, tmp_path / config.metric, names)
         (line,) = predictions(tmp_path / config.metric)
         assert told["metric"] == config.metric
         assert told["accuracy"] == line["score"]

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import tokenprune as tp
-from tokenprune.cli.main import GROUPS, compose
+from tokenprune.cli.configs import compose
+from tokenprune.cli.guide import GROUPS
 from tokenprune.runs.compose import build_pruning, config_dir, describe
 
 FILES = sorted(config_dir().rglob("*.yaml"))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune import strategies, strategy
 from tokenprune.strategy import strategy_class
 
 
@@ -30,9 +36,10 @@ def view(
     return tp.TokenView(
         layer=2,
         num_layers=8,
-        valid=valid,
         num_original=valid.sum(1),
-        positions=torch.arange(valid.shape[1]).expand(valid.shape),
+        ragged=not valid.all(),
+        _valid=lambda: valid,
+        _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
         _hidden=lambda: torch.zeros(*valid.shape, 4),
         _places=lambda: places,
         _attend=lambda rows: attention,
@@ -190,6 +197,79 @@ def test_registration_refuses_what_cannot_work() -> None:
     with pytest.raises(ValueError, match="expected a subclass of PruningStrategy"):
         tp.register("dictionary")(dict)
     assert "loose" not in tp.available()
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose files count as strategies of the package."""
+    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(tmp_path)])
+    monkeypatch.setattr("tokenprune.strategy._REGISTRY", dict(strategy._REGISTRY))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+MINE = """
+import torch
+from dataclasses import dataclass
+from tokenprune.strategy import ScoreStrategy, register
+
+@register("NAME")
+@dataclass(frozen=True)
+class Mine(ScoreStrategy):
+    def score(self, view):
+        return torch.zeros_like(view.positions)
+"""
+
+
+def test_a_file_is_a_strategy_of_its_name(shipped: Path) -> None:
+    (shipped / "mine.py").write_text(MINE.replace("NAME", "mine"))
+    assert "mine" in tp.available()
+    assert tp.build_strategy("mine").name == "mine"
+    assert tp.strategies.mine.Mine is strategy_class("mine")
+
+
+def test_a_file_of_another_name_is_told(shipped: Path) -> None:
+    (shipped / "mine.py").write_text(MINE.replace("NAME", "yours"))
+    with pytest.raises(ValueError, match=r"strategies/mine.py: expected @register\('mine'\)"):
+        tp.build_strategy("mine")
+
+
+def test_a_broken_file_breaks_itself_only(shipped: Path) -> None:
+    (shipped / "broken.py").write_text("import no_such_package")
+    assert {"broken", "fastv"} <= set(tp.available())
+    assert tp.build_strategy("fastv").name == "fastv"
+    with pytest.raises(KeyError, match="Did you mean 'fastv'"):
+        tp.build_strategy("fastw")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        tp.build_strategy("broken")
+
+
+def test_strategies_of_your_own(shipped: Path) -> None:
+    """A module that registers one, whatever it imports, before anything else is asked."""
+    (shipped / "elsewhere").mkdir()
+    (shipped / "elsewhere" / "__init__.py").write_text(MINE.replace("NAME", "own"))
+    importlib.import_module("elsewhere")
+    assert tp.build_strategy("own").name == "own"
+    (shipped / "twice.py").write_text(MINE.replace("NAME", "uniform"))
+    with pytest.raises(ValueError, match="expected a new name, got 'uniform', which is Uniform"):
+        importlib.import_module("twice")
+
+
+def test_strategies_are_listed_and_priced_without_torch() -> None:
+    code = (
+        "import sys, tokenprune as tp\n"
+        "for name in tp.available():\n"
+        "    tp.build_strategy(name).attention_rows(), tp.published(name, 32)\n"
+        "    assert 'torch' not in sys.modules, f'strategies/{name}.py loads torch: import types '"
+        "        'under TYPE_CHECKING, and torch in the method that uses it'"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("name", tp.available())

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
 from tokenprune import training
-from tokenprune.cli import main as cli
+from tokenprune.cli.configs import compose
 from tokenprune.data.collate import IGNORED
 from tokenprune.training.sharding import shard
 
@@ -156,7 +156,7 @@ def test_a_sharded_training_validates_under_nccl(tmp_path):
     own += ["trainer.callbacks=[{_target_:trainings.UnderNccl}]", "trainer.max_steps=2"]
     own += ["data.train.num_samples=8", "data.validation.num_samples=4", "data.batch_size=4"]
     own += ["logger=none", "+trainer.enable_progress_bar=false"]
-    done = call(train, cli.compose("train", own), tmp_path)
+    done = call(train, compose("train", own), tmp_path)
     assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / training.SUMMARY).read_text())["steps"] == 2
 
@@ -170,7 +170,7 @@ def command(*overrides, steps=4):
         f"trainer.max_steps={steps}",
     ]
     base += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
-    return [sys.executable, "-m", "tokenprune.cli.main", "train", *base, *overrides]
+    return [sys.executable, "-m", "tokenprune.cli", "train", *base, *overrides]
 
 
 def two(how):

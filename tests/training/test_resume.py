@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trainings import DDP, FSDP, LIGHTNING, train
 
 from tokenprune import training
-from tokenprune.cli import main as cli
+from tokenprune.cli.configs import compose
 from tokenprune.training.checkpoints import BEST, LAST
 
 pytestmark = [
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(checkpoint: str, folder: Path, *overrides: str, **recorder: Any) -> Any:
     options = {"path": str(folder / "losses"), **recorder}
     told = ",".join(f"{key}:{value}" for key, value in options.items())
-    return cli.compose(
+    return compose(
         "train",
         [
             "model=hub",

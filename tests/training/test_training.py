@@ -19,7 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
 from tokenprune import training
+from tokenprune.cli import configs
 from tokenprune.cli import main as cli
+from tokenprune.cli.mistakes import explain
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
@@ -29,8 +31,9 @@ from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_devices
 from tokenprune.runs.models import LoadedModel, load
 from tokenprune.training.checkpoints import BEST, LAST
-from tokenprune.training.module import FineTune, _turns
+from tokenprune.training.module import FineTune
 from tokenprune.training.tuning import build_optimizer, parts_of
+from tokenprune.training.validation import guesses, turns
 
 pytestmark = [
     *LIGHTNING,
@@ -60,7 +63,7 @@ def pruning(positions: str = "renumbered") -> Pruning:
 
 
 def config(checkpoint: str, *overrides: str):
-    return cli.compose(
+    return configs.compose(
         "train",
         [
             "model=hub",
@@ -220,7 +223,8 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
     inputs = collate(samples)["inputs"]
     module.attach("all")
     with torch.no_grad():
-        guesses = module._guesses(inputs, loaded.model(**inputs).logits)
+        trace = None if own is None else module._handle.trace
+        guessed = guesses(loaded.model, inputs, loaded.model(**inputs).logits, trace)
     module.detach()
     # The tail of a pruned row is its text, so the last guesses can be read off directly.
     for row, sample in enumerate(samples):
@@ -233,17 +237,17 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
         text = length - int((alone["input_ids"] == models.IMAGE).nonzero()[-1, 1]) - 2
         logits = logits[-text - 1 : -1]
         assert_decided(logits)
-        assert torch.equal(guesses[row, length - text : length], logits.argmax(-1))
+        assert torch.equal(guessed[row, length - text : length], logits.argmax(-1))
 
 
 def test_a_turn_is_right_if_all_its_tokens_are():
-    turns = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
+    asked = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
     labels = torch.full((12,), IGNORED)
     labels[[3, 4, 6, 7, 8, 10, 11]] = 5
     right = torch.ones(12, dtype=torch.bool)
     right[7] = right[0] = False
-    sample = Sample("s", None, turns)
-    assert _turns(sample, labels, right) == [
+    sample = Sample("s", None, asked)
+    assert turns(sample, labels, right) == [
         ("read", True),
         ("text", False),
         ("read", True),
@@ -312,10 +316,10 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
 )
 def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
     base = [item for item in overrides if item.startswith("data=")]
-    own = cli.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
+    own = configs.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
     with pytest.raises(Exception, match=r".") as caught:
         training.train(own, tmp_path / "run")
-    text = cli.explain(caught.value)
+    text = explain(caught.value)
     assert text is not None
     assert re.match(message, text), text
     assert not (tmp_path / "run").exists()
@@ -446,7 +450,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_evaluation_refuses_what_it_cannot_run(checkpoint, tmp_path, overrides, message):
     from tokenprune.evaluation.run import evaluate
 
-    own = cli.compose("eval", ["model=hub", f"model.path={checkpoint}", *overrides])
+    own = configs.compose("eval", ["model=hub", f"model.path={checkpoint}", *overrides])
     with pytest.raises(ValueError, match=message):
         evaluate(own, tmp_path / "run", {})
     assert not (tmp_path / "run").exists()

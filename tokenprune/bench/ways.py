@@ -146,8 +146,8 @@ def check(names: Sequence[str], strategy: PruningStrategy, attention: str) -> No
     Raises:
         ValueError: If not, or if a name is unknown.
     """
-    if isinstance(names, str):
-        raise ValueError(f"ways: expected a list, got {names!r}. Set ways=[{names}].")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"ways: expected a list, got {names!r}. Set ways=[{names or ''}].")
     for name in names:
         if name not in WAYS:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import tokenprune as tp
 from tokenprune import cost
 from tokenprune.cost.figures import Workload
 from tokenprune.cost.solver import Solution
+from tokenprune.runs.tables import print_table
 
 _BAR = 16
 
@@ -36,7 +39,7 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
                 "visual": length,
                 "tokens": length + workload.num_text,
                 "gflops": whole / shape.num_layers / 1e9,
-                "scoring": sum(
+                "scoring_gflops": sum(
                     cost.scoring_flops(shape, before + workload.num_text, request.queries)
                     for request in asked
                 )
@@ -74,7 +77,7 @@ def summary(workload: Workload, schedule: tp.Schedule) -> list[tuple[str, str, s
     }
     found += [(names[c], whole.tflops[c], pruned.tflops[c], ".4g") for c in workload.conventions]
     if "exact" in workload.conventions:
-        scoring = sum(float(row["scoring"]) for row in layers(workload, schedule))
+        scoring = sum(float(row["scoring_gflops"]) for row in layers(workload, schedule))
         logits = 2 * workload.shape.hidden_size * workload.shape.vocab_size / 1e9
         before, after = (
             cost.decode_flops(workload.shape, f.lengths, workload.num_text) / 1e9
@@ -105,13 +108,18 @@ def solved(solution: Solution) -> Iterator[str]:
     yield f"the same  schedule.{name}={str(value).replace(' ', '')}, without the budget"
 
 
+def to_csv(workload: Workload, schedule: tp.Schedule) -> str:
+    """The layers as CSV, with all digits."""
+    rows = layers(workload, schedule)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "cut": int(row["cut"])} for row in rows)
+    return text.getvalue()
+
+
 def show(workload: Workload, schedule: tp.Schedule, title: str) -> None:
     """Prints the table of layers, with a bar of each one's share, and the summary."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = layers(workload, schedule)
     most = cost.flops(
         workload.shape,
         [workload.num_visual] * workload.shape.num_layers,
@@ -119,30 +127,24 @@ def show(workload: Workload, schedule: tp.Schedule, title: str) -> None:
         "exact" if "exact" in workload.conventions else "pyramiddrop",
     )
     most /= workload.shape.num_layers * 1e9
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("layer", "visual", "tokens", "GFLOPs", "scoring", "KV MB"):
-        table.add_column(column, justify="right")
-    table.add_column("of unpruned", no_wrap=True)
-    for row in rows:
+    cells = []
+    for row in layers(workload, schedule):
         share = row["gflops"] / most if most else 0.0
-        table.add_row(
-            f"{'✂ ' if row['cut'] else ''}{row['layer']}",
-            str(row["visual"]),
-            str(row["tokens"]),
-            f"{row['gflops']:.4g}",
-            f"{row['scoring']:.3g}" if row["scoring"] else "",
-            "" if row["kv_mb"] is None else f"{row['kv_mb']:.4g}",
-            f"{'█' * round(_BAR * share):<{_BAR}} {100 * share:.0f} %",
+        cells.append(
+            [
+                f"{'✂ ' if row['cut'] else ''}{row['layer']}",
+                str(row["visual"]),
+                str(row["tokens"]),
+                f"{row['gflops']:.4g}",
+                f"{row['scoring_gflops']:.3g}" if row["scoring_gflops"] else "",
+                "" if row["kv_mb"] is None else f"{row['kv_mb']:.4g}",
+                f"{'█' * round(_BAR * share):<{_BAR}} {100 * share:>3.0f} %",
+            ]
         )
-    console = Console()
-    console.print(table)
-    figures = Table(box=box.SIMPLE_HEAD)
-    figures.add_column("figure")
-    for column in ("unpruned", "pruned", "ratio"):
-        figures.add_column(column, justify="right")
-    for line in summary(workload, schedule):
-        figures.add_row(*line)
-    console.print(figures)
+    columns = ("layer", "visual", "tokens", "GFLOPs", "scoring", "KV MB", "of unpruned")
+    print_table(title, (), columns, cells)
+    values = ("unpruned", "pruned", "ratio")
+    print_table("", ("figure",), values, summary(workload, schedule))
 
 
 def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> Path:
@@ -172,7 +174,7 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
     axes[1].bar(numbers, [row["gflops"] for row in rows], label="layer", color="tab:gray")
     axes[1].bar(
         numbers,
-        [row["scoring"] for row in rows],
+        [row["scoring_gflops"] for row in rows],
         bottom=[row["gflops"] for row in rows],
         label="scoring",
         color="tab:red",

@@ -1,4 +1,4 @@
-"""What `tokenprune eval --help` prints: every choice, and every key with the comment on it."""
+"""What `tokenprune eval --help` prints: choices, every key with the comment on it, examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,35 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tokenprune.runs.compose import config_dir
 
+#: Groups of configs, in the order in which they are told.
+GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "experiment")
+BENCH_GROUPS = ("shape", "strategy", "schedule")
+EXAMPLES = """\
+tokenprune eval strategy=fastv                         FastV as published, on the shipped model
+tokenprune eval strategy=fastv schedule=pyramid        FastV's choice on PyramidDrop's schedule
+tokenprune eval -m strategy=fastv,pyramiddrop schedule=pyramid schedule.lam=0.3,0.5
+tokenprune eval -m experiment=ablation                 the ablation: outputs/ablation/results.csv
+tokenprune eval model=llava_1_5_7b trainer=gpu data=folder data.path=my/questions.jsonl
+tokenprune eval model=hub model.path=/my/checkpoint    any model that transformers loads
+tokenprune train strategy=pyramiddrop data=folder data.train_path=my/train.jsonl
+tokenprune bench prefill shape=llava_1_5_7b resolution=336x336
+tokenprune bench -m measure=prefill,decode batch_size=1,8 resolution=336x336,672x672
+
+--cfg job prints the config and stops; -m sweeps over comma-separated values;
+`tokenprune list` describes every choice; --hydra-help has Hydra's own options."""
 Comments = dict[tuple[str, ...], str]
+
+
+def lines(command: str, config: DictConfig) -> Iterator[str]:
+    """The help of a command, with its config as composed."""
+    yield "Override anything below: `group=choice` picks a file, `key=value` sets a value.\n"
+    yield "== Choices (group=choice) =="
+    for group in BENCH_GROUPS if command == "bench" else GROUPS:
+        choices = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        yield f"{group}: {', '.join(choices)}"
+    yield "\n== Config (key=value) =="
+    yield from config_lines(config)
+    yield f"\n== Examples ==\n{EXAMPLES}"
 
 
 def config_lines(config: DictConfig) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenprune import cost
@@ -19,8 +21,30 @@ from tokenprune.cost.solver import (
     pyramid_layers,
     solve,
 )
+from tokenprune.runs.models import TINY, load_config
+from tokenprune.runs.shapes import decoder_shape, num_tokens
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
+
+#: Entries of a config that `read_sizes` and `workload` read.
+SIZES = ("model", "shape", "resolution", "num_visual", "num_text")
+
+
+def known_model(
+    path: str, revision: str | None = None
+) -> tuple[cost.DecoderShape, int | None] | None:
+    """As `read_model`, for a model whose sizes are at hand without transformers; else None.
+
+    Those are the published ones of `cost.PRESETS`, and the shipped one.
+    """
+    known = [p for name, p in cost.PRESETS.items() if path == name or path in p.hub_ids]
+    if known and revision is None and not Path(path).is_dir():
+        return known[0].shape, known[0].num_visual
+    if path == "tiny":
+        text = (TINY / "config.json").read_text(encoding="utf-8")
+        config = json.loads(text, object_hook=lambda entries: SimpleNamespace(**entries))
+        return cost.DecoderShape.from_config(config.text_config), cost.visual_tokens(config)
+    return None
 
 
 def read_model(
@@ -37,9 +61,9 @@ def read_model(
     Raises:
         ValueError: If there is no such config.
     """
-    known = [p for name, p in cost.PRESETS.items() if path == name or path in p.hub_ids]
-    if known and revision is None and not Path(path).is_dir():
-        return known[0].shape, known[0].num_visual
+    known = known_model(path, revision)
+    if known is not None:
+        return known
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         from transformers import AutoConfig
@@ -52,44 +76,56 @@ def read_model(
                 f"{str(error).splitlines()[0]}. Save it again."
             ) from error
     else:
-        from tokenprune.runs.models import load_config
-
         config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return cost.DecoderShape.from_config(config), cost.visual_tokens(config)
 
 
-def workload(
-    budget: Mapping[str, Any], model: Mapping[str, Any], strategy: PruningStrategy | None
-) -> Workload:
+def read_sizes(config: Mapping[str, Any]) -> tuple[cost.DecoderShape, int | None]:
+    """The decoder that a config names by `shape` or by `model`, and its visual tokens of a sample.
+
+    Args:
+        config: Has `shape`, as configs/bench.yaml, or `model`, as configs/eval.yaml.
+
+    Raises:
+        ValueError: If there is none, or its sizes cannot be read.
+    """
+    if config.get("shape") is not None:
+        asked = config.get("num_visual")
+        return decoder_shape(config), num_tokens(config["resolution"]) if asked is None else asked
+    model = config["model"]
+    if model.get("path") is None:
+        raise ValueError(
+            "budget: expected a model with a path, whose config says its sizes, got one without. "
+            "Use model=hub, or set the schedule by hand."
+        )
+    return read_model(
+        model["path"], model.get("revision"), bool(model.get("trust_remote_code", False))
+    )
+
+
+def workload(config: Mapping[str, Any], strategy: PruningStrategy | None) -> Workload:
     """The sample that a config's budget is about.
 
     Args:
-        budget: As configs/budget/default.yaml has it.
-        model: The config's model; its `path` names a preset or leads to a config.
+        config: As for `read_sizes`, with `budget` as configs/budget/default.yaml has it.
         strategy: Whose scoring counts, or None.
 
     Raises:
         ValueError: If the number of visual tokens is neither given nor known.
     """
-    path = model.get("path")
-    if path is None:
-        raise ValueError(
-            "budget: expected a model with a path, whose config says its sizes, got one without. "
-            "Use model=hub, or set the schedule by hand."
-        )
-    shape, num_visual = read_model(
-        path, model.get("revision"), bool(model.get("trust_remote_code", False))
-    )
+    budget = config["budget"]
+    shape, num_visual = read_sizes(config)
     num_visual = num_visual if budget.get("num_visual") is None else budget["num_visual"]
     if num_visual is None:
         raise ValueError(
-            f"budget.num_visual: expected the visual tokens of a sample, which {path!r} leaves to "
-            "the image, got none. Set budget.num_visual=1280."
+            f"budget.num_visual: expected the visual tokens of a sample, which "
+            f"{config['model']['path']!r} leaves to the image, got none. "
+            "Set budget.num_visual=1280."
         )
     return Workload(
         shape,
         num_visual,
-        num_text=budget.get("num_text", 0),
+        num_text=budget.get("num_text") or config.get("num_text") or 0,
         dtype=budget.get("dtype", "float16"),
         rows=() if strategy is None else tuple(strategy.attention_rows()),
     )
@@ -105,7 +141,7 @@ def solve_config(
     """Solves a config's budget for what its schedule leaves open.
 
     Args:
-        config: Has `budget`, with a target, and `model`.
+        config: As for `workload`, with a target.
         shape: Name of the `tokenprune.Schedule` constructor that the config's schedule calls.
         options: Its keyword arguments.
         num_layers: Decoder layers of the model.
@@ -119,7 +155,7 @@ def solve_config(
     target = asked(budget)
     assert target is not None
     return solve(
-        workload(budget, config["model"], strategy),
+        workload(config, strategy),
         family(shape, options, num_layers, budget),
         *target,
         convention=budget.get("convention", "pyramiddrop"),

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage, fixed_positions
+from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
 from tokenprune.runs import budgets
+
+#: In configs: the strategy's published policy where the model takes it, else `original`.
+AUTO = "auto"
+_DEPTH = 32  # of the papers' models; no policy depends on it
 
 
 def config_dir() -> Path:
@@ -44,12 +50,15 @@ class Pruning:
         schedule: Says how many.
         positions: `"original"` or `"renumbered"`.
         solution: How the schedule meets a budget, if there is one.
+        published: Whether `positions` is the published policy, which gives way to the model, and
+            not one that was asked for.
     """
 
     strategy: PruningStrategy
     schedule: Schedule
     positions: str
     solution: Solution | None = None
+    published: bool = False
 
 
 def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
@@ -102,7 +111,7 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
     """The schedule that meets a config's budget; None if it has no target.
 
     Args:
-        config: Has the keys `schedule` and `model`, and maybe `budget`.
+        config: Has `schedule`, maybe `budget`, and what `budgets.workload` reads.
         num_layers: Decoder layers of the model.
         strategy: Whose scoring an exact budget counts.
 
@@ -117,12 +126,14 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
     name, options = "explicit", {}
     if not isinstance(partial, Schedule):
         name, options = partial.func.__name__, partial.keywords
-    parts = {key: plain(config[key]) for key in ("budget", "model")}
+    parts = entries(config, ("budget", *budgets.SIZES))
     return budgets.solve_config(parts, name, options, num_layers, strategy)
 
 
 def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
     """Strategy, schedule and position policy of a run; None for the unpruned model.
+
+    Where the model is at hand, `fit_pruning` is to be asked: it may take other positions.
 
     Args:
         config: Has the keys `strategy`, `schedule` and `positions`; `budget` may decide what the
@@ -135,10 +146,10 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
     """
     from hydra.utils import instantiate
 
-    if config.positions not in POSITIONS:
+    if config.positions not in (AUTO, *POSITIONS):
         raise ValueError(
-            f"positions: expected one of {list(POSITIONS)}, got {config.positions!r}. "
-            "original leaves gaps, renumbered counts anew at each cut."
+            f"positions: expected one of {[AUTO, *POSITIONS]}, got {config.positions!r}. "
+            "original leaves gaps, renumbered counts anew at each cut, auto is as published."
         )
     if config.get("strategy") is None:
         return None
@@ -153,7 +164,43 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
         schedule = build_schedule(config.schedule, num_layers)
     else:
         schedule = solution.schedule
+    if config.positions == AUTO:
+        return Pruning(strategy, schedule, published_positions(strategy), solution, published=True)
     return Pruning(strategy, schedule, config.positions, solution)
+
+
+def published_positions(strategy: PruningStrategy) -> str:
+    """The position policy of a strategy's published run; `original` for one that has none."""
+    try:
+        return strategy.published(_DEPTH).positions
+    except ValueError:
+        return "original"
+
+
+def fit_pruning(config: DictConfig, model: Any) -> Pruning | None:
+    """As `build_pruning`, for a model: where it cannot be as published, that is said in a line.
+
+    Args:
+        config: As for `build_pruning`.
+        model: A Hugging Face model.
+
+    Raises:
+        ValueError: As `build_pruning`, or the model cannot be pruned at all.
+        KeyError: If the strategy is unknown.
+    """
+    pruning = build_pruning(config, DecoderShape.from_config(model.config).num_layers)
+    if pruning is None or not pruning.published or pruning.positions == "original":
+        return pruning
+    reason = fixed_positions(model)
+    if reason is None:
+        return pruning
+    _say(f"positions: original, not {pruning.positions} as published: this model has {reason}")
+    return replace(pruning, positions="original")
+
+
+@lru_cache  # a sweep says it once
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -161,6 +208,18 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def entries(config: DictConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Some entries as plain values, None where there is none.
+
+    Unlike `plain` it works before there is a run, to whose folder other entries may refer.
+    """
+    found = {name: config.get(name) for name in names}
+    return {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in found.items()
+    }
 
 
 def describe(path: Path) -> str:

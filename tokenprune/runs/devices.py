@@ -6,10 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 #: Precisions in which weights keep small updates.
 PRECISIONS = (None, "32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
+
+_NOT_ON_CPU = (
+    "trainer.precision: expected one that a CPU can train in, got '16-mixed'. "
+    "Set trainer.precision=bf16-mixed or null."
+)
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:
@@ -23,7 +26,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
             processes.
     """
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = _num_gpus(trainer)
     if accelerator in ("gpu", "cuda") and num_gpus == 0:
         raise ValueError(
             f"trainer.accelerator: expected a device of this machine, got {accelerator!r} without "
@@ -43,6 +46,36 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def check_settings(trainer: Mapping[str, Any]) -> None:
+    """Refuses a trainer's config that no machine can train with.
+
+    Args:
+        trainer: Arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: Training has no end, or the precision keeps no small updates.
+    """
+    steps, epochs = (trainer.get(name) for name in ("max_steps", "max_epochs"))
+    if steps in (None, -1) and epochs in (None, -1):
+        raise ValueError(
+            f"trainer.max_steps: expected a number of steps, by which the learning rate falls, got "
+            f"{steps} with trainer.max_epochs={epochs}. Set one of them."
+        )
+    precision = trainer.get("precision")
+    if (None if precision is None else str(precision)) not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: expected float32 weights, got {precision!r}. "
+            "Set trainer.precision=bf16-mixed, 16-mixed or null."
+        )
+    if precision == "16-mixed" and trainer.get("accelerator") == "cpu":
+        raise ValueError(_NOT_ON_CPU)
+    if precision == "16-mixed" and _shards(trainer):
+        raise ValueError(
+            "trainer.precision: expected bf16-mixed or float32 for a sharded training, got "
+            "'16-mixed'. Set trainer.precision=bf16-mixed."
+        )
+
+
 def check_training(trainer: Mapping[str, Any]) -> None:
     """Refuses a trainer's config that cannot train on this machine.
 
@@ -50,37 +83,18 @@ def check_training(trainer: Mapping[str, Any]) -> None:
         trainer: Arguments of `pytorch_lightning.Trainer`.
 
     Raises:
-        ValueError: As `check_devices`; or training has no end, the precision keeps no small
-            updates, or the device does not have it.
+        ValueError: As `check_devices` and `check_settings`; or the device does not have the
+            precision.
     """
     check_devices(trainer)
-    steps, epochs = (trainer.get(name) for name in ("max_steps", "max_epochs"))
-    if steps in (None, -1) and epochs in (None, -1):
-        raise ValueError(
-            f"trainer.max_steps: expected a number of steps, by which the learning rate falls, got "
-            f"{steps} with trainer.max_epochs={epochs}. Set one of them."
-        )
+    check_settings(trainer)
     on_cpu, precision = _on_cpu(trainer), trainer.get("precision")
-    if (None if precision is None else str(precision)) not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision: expected float32 weights, got {precision!r}. "
-            "Set trainer.precision=bf16-mixed, 16-mixed or null."
-        )
     if precision == "16-mixed" and on_cpu:
-        raise ValueError(
-            "trainer.precision: expected one that a CPU can train in, got '16-mixed'. "
-            "Set trainer.precision=bf16-mixed or null."
-        )
-    has_gpu = torch.cuda.is_available() and not on_cpu
-    if precision == "bf16-mixed" and has_gpu and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(_NOT_ON_CPU)
+    if precision == "bf16-mixed" and not on_cpu and _lacks_bf16(trainer):
         raise ValueError(
             "trainer.precision: expected one that this GPU has, got 'bf16-mixed', which needs "
             "compute capability 8.0. Set trainer.precision=16-mixed."
-        )
-    if precision == "16-mixed" and _shards(trainer):
-        raise ValueError(
-            "trainer.precision: expected bf16-mixed or float32 for a sharded training, got "
-            "'16-mixed'. Set trainer.precision=bf16-mixed."
         )
 
 
@@ -102,9 +116,27 @@ def check_evaluation(trainer: Mapping[str, Any]) -> None:
         )
 
 
+# torch takes a second to load: it is asked only where its answer counts.
+def _num_gpus(trainer: Mapping[str, Any]) -> int:
+    """GPUs that torch can use, where the trainer would take one."""
+    if trainer.get("accelerator", "auto") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _lacks_bf16(trainer: Mapping[str, Any]) -> bool:
+    if _num_gpus(trainer) == 0:
+        return False
+    import torch
+
+    return not torch.cuda.is_bf16_supported(False)
+
+
 def _on_cpu(trainer: Mapping[str, Any]) -> bool:
     accelerator = trainer.get("accelerator", "auto")
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    return accelerator == "cpu" or (accelerator == "auto" and _num_gpus(trainer) == 0)
 
 
 def _shards(trainer: Mapping[str, Any]) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, ProcessorMixin
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
@@ -45,14 +45,10 @@ def load(
     Raises:
         ValueError: If there is no such checkpoint, it is broken, or it is no image-text model.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    check_choices(dtype, attention)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-    for name, value, choices in (("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
-        if value not in choices:
-            raise ValueError(
-                f"model.{name}: expected one of {list(choices)}, got {value!r}. "
-                "See configs/model/hub.yaml."
-            )
     source = _resolve(path)
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -96,6 +92,16 @@ def load(
         )
     model.eval().requires_grad_(False)
     return LoadedModel(model, processor)
+
+
+def check_choices(dtype: str, attention: str) -> None:
+    """Refuses what no model can be loaded with; see `load`."""
+    for name, value, choices in (("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
+        if value not in choices:
+            raise ValueError(
+                f"model.{name}: expected one of {list(choices)}, got {value!r}. "
+                "See configs/model/hub.yaml."
+            )
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -16,12 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from PIL import Image
 
+from tokenprune import __version__
+from tokenprune.runs import tables
 from tokenprune.runs.models import TINY, load_config
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 VERSIONS, KEPT, TABLE = "versions.json", "kept.json", "results.csv"
@@ -33,19 +37,26 @@ COLUMNS = (
     *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
     *("num_visual", "model", "data", "run"),
 )
-#: Packages whose version decides what comes out.
-_DECISIVE = ("tokenprune", "torch", "transformers")
+#: Our own version, from the code that runs: an installed package of this name is somebody else's.
+_OWN = {"tokenprune": __version__}
+#: Other packages whose version decides what comes out.
+_DECISIVE = ("torch", "transformers")
 _PACKAGES = (*_DECISIVE, "pytorch-lightning", "hydra-core", "pillow")
 _WHOLE = 2**26  # up to 64 MB a folder's files are read in full, beyond that their ends
 _END = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file that is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     os.replace(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text that is never seen half-written."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_run(
@@ -83,7 +94,7 @@ def write_run(
 def write_versions(folder: Path, versions: Mapping[str, str]) -> None:
     """Writes versions.json: Python, the machine, packages, and what is given."""
     machine = {"python": platform.python_version(), "platform": platform.platform()}
-    packages = {package: _version(package) for package in _PACKAGES}
+    packages = _OWN | {package: _version(package) for package in _PACKAGES}
     write_text(folder / VERSIONS, json.dumps(machine | packages | dict(versions), indent=2))
 
 
@@ -106,7 +117,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: If a model on the Hub cannot be found.
     """
-    marks = {package: _version(package) for package in _DECISIVE}
+    marks = _OWN | {package: _version(package) for package in _DECISIVE}
     for key, value in _paths(config.get("model"), "model"):
         if value == "tiny" or Path(value).expanduser().exists():
             marks[key] = _digest(TINY if value == "tiny" else Path(value).expanduser())
@@ -170,7 +181,25 @@ def changes(
     assert isinstance(old, dict)
     keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
+    if "positions" in differing and old.get("positions") == _published(config):
+        differing.remove("positions")
     return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    """The policy that positions=auto stands for; None where another is asked for.
+
+    A complete run that was asked for just that one shows that the model takes it.
+    """
+    from hydra.utils import instantiate
+
+    from tokenprune.runs import compose
+
+    if config.get("positions") != compose.AUTO:
+        return None
+    if config.get("strategy") is None:
+        return "original"  # nothing is removed, so nothing moves
+    return compose.published_positions(instantiate(config["strategy"]))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -241,35 +270,28 @@ def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints runs as a table for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     told = [name for name in ("model", "data", "seed") if len({e.get(name) for e in rows}) > 1]
-    for name in ("strategy", "schedule", "positions", *told):
-        table.add_column(name)
-    for name in ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"):
-        table.add_column(name, justify="right", no_wrap=True)
+    cells = []
     for entry in rows:
         pruned = entry["schedule"] is not None
-        table.add_row(
-            escape(entry["strategy"]),
-            escape(_schedule(entry)) if pruned else "",
-            entry["positions"] if pruned else "",
-            *(escape(str(entry.get(name))) for name in told),
-            f"{100 * entry['accuracy']:.1f} %",
-            f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
-            f"{entry['avg_tokens']:.1f}",
-            f"{100 * entry['tflops_ratio']:.0f} %",
-            f"{entry['prefill_ms']:.1f} ms",
-            "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+        cells.append(
+            [
+                entry["strategy"],
+                _schedule(entry) if pruned else "",
+                entry["positions"] if pruned else "",
+                *(str(entry.get(name)) for name in told),
+                f"{100 * entry['accuracy']:.1f} %",
+                f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
+                f"{entry['avg_tokens']:.1f}",
+                f"{100 * entry['tflops_ratio']:.0f} %",
+                f"{entry['prefill_ms']:.1f} ms",
+                "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+            ]
         )
-    console = Console()
-    if not console.is_terminal:  # a log: rich assumes 80 columns and would cut numbers off
-        console = Console(width=120)
-    console.print(table)
+    texts = ("strategy", "schedule", "positions", *told)
+    tables.print_table(
+        title, texts, ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"), cells
+    )
 
 
 def _schedule(entry: Mapping[str, Any]) -> str:

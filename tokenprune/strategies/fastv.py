@@ -8,10 +8,12 @@ first sample; here every row chooses for itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tokenprune.strategy import AttentionStrategy, Published, TokenView, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("fastv")
@@ -27,4 +29,5 @@ class FastV(AttentionStrategy):
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
+        # The released code leaves the survivors their positions.
         return Published("one_shot", {"layer": 2, "keep": 0.5}, positions="original")

@@ -7,10 +7,12 @@ tokens), so a row keeps the same tokens alone and in a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tokenprune.strategy import Published, ScoreStrategy, TokenView, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("random")

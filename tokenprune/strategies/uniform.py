@@ -8,13 +8,12 @@ grid, an even stride over the sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import PruningStrategy, Published, Selection, TokenView, register
-from tokenprune.tensors import split_budget
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BITS = 10  # grids up to 1024 x 1024
 
@@ -27,6 +26,10 @@ class Uniform(PruningStrategy):
     keeps_exactly: ClassVar[bool] = True
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
+        import torch
+
+        from tokenprune.tensors import split_budget
+
         unit_BV = _units(view.places)
         # Entries that do not exist form a last unit of size 0, which gets no budget.
         unit_BV = unit_BV.masked_fill(~view.valid, view.valid.shape[1])
@@ -56,6 +59,8 @@ class Uniform(PruningStrategy):
 
 def _units(places: Tensor) -> Tensor:
     """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit."""
+    import torch
+
     grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
     changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
     return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
@@ -63,6 +68,8 @@ def _units(places: Tensor) -> Tensor:
 
 def _bayer(row: Tensor, column: Tensor) -> Tensor:
     """Entry of the infinite Bayer matrix, as an integer below 4**_BITS."""
+    import torch
+
     value = torch.zeros_like(row)
     for bit in range(_BITS):
         odd = ((row ^ column) >> bit & 1) * 2 + (row >> bit & 1)

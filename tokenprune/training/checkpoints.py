@@ -100,7 +100,8 @@ class StopSignals:
         found = re.search(r"\bStopped: by (SIG\w+)\s*$", str(error))
         if found:
             return self.received or signal.Signals[found[1]]
-        return self.received if "terminated with signal SIGTERM" in str(error) else 0
+        ended = re.search(r"terminated with signal SIG(TERM|INT)\b", str(error))
+        return self.received if ended else 0
 
 
 class Checkpoints(pl.callbacks.Checkpoint):

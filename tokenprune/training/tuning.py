@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tokenprune.families.anatomy import examine
-
-PARTS = ("vision_tower", "projector", "decoder")
-TUNINGS = ("full", "projector", "lora")
+from tokenprune.training.check import PARTS, Lora, check_tuning
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -30,33 +27,6 @@ def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
     taken = {id(parameter) for parameter in (*tower, *decoder)}
     between = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     return dict(zip(PARTS, (tower, between, decoder), strict=True))
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on the decoder's linear maps (Hu et al., 2021, arXiv 2106.09685).
-
-    Args:
-        rank: Of each adapter's two matrices.
-        alpha: Their product is scaled by `alpha / rank`.
-        dropout: Of what enters them.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(
-                f"model.lora.rank: expected an integer >= 1, got {self.rank!r}. "
-                "Set model.lora.rank=16."
-            )
-        check_number("model.lora.alpha", self.alpha, self.alpha > 0, "above 0", 32)
-        check_number("model.lora.dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)", 0.05)
 
 
 class Adapters:
@@ -76,7 +46,7 @@ class Adapters:
         except ImportError as error:
             raise ValueError(
                 "model.tuning: expected the peft package for lora, got none. "
-                "Install it: pip install 'tokenprune[train]'."
+                "Install it: pip install 'tokenprune-vlm[train]'."
             ) from error
         decoder = examine(model).decoder
         path = next(name for name, module in model.named_modules() if module is decoder)
@@ -130,23 +100,7 @@ def tune(
         ValueError: If a choice is unknown, the model has no such part, nothing would be trained, or
             weights to be trained are in half precision.
     """
-    if tuning not in TUNINGS:
-        raise ValueError(
-            f"model.tuning: expected one of {list(TUNINGS)}, got {tuning!r}. "
-            "lora trains small adapters and leaves the decoder's weights as they are."
-        )
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise ValueError(
-            f"parts: expected some of {list(PARTS)}, got {list(parts)}. "
-            "Set parts=[projector,decoder]."
-        )
-    chosen = ["projector"] if tuning == "projector" else list(parts)
-    if tuning == "lora" and "decoder" not in chosen:
-        raise ValueError(
-            f"parts: expected decoder among them with model.tuning=lora, got {chosen}. "
-            "Add decoder, or set model.tuning=full."
-        )
+    chosen = check_tuning(tuning, parts)
     own = parts_of(model)
     model.requires_grad_(False)
     adapters = Adapters(model, lora or Lora()) if tuning == "lora" else None
@@ -219,11 +173,3 @@ def cosine(num_steps: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return factor
-
-
-def check_number(name: str, value: Any, holds: bool, condition: str, example: float) -> None:
-    """Raises ValueError unless `value` is a number for which the condition holds."""
-    if isinstance(value, bool) or not holds:
-        raise ValueError(
-            f"{name}: expected a number {condition}, got {value!r}. Set {name}={example}."
-        )

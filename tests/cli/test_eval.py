@@ -1,0 +1,173 @@
+"""`tokenprune eval`: what runs and sweeps leave, and which runs a sweep has."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+from commands import COMMAND, TINY, random_llava
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.cli import main as cli
+
+
+def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*random_llava(checkpoint), *TINY, "data.test.num_samples=6", "hydra.run.dir=run"]
+    HydraConfig.instance().cfg = None  # as in a fresh process
+    assert cli.main(["eval", *overrides, "strategy=fastv", "logger=csv"]) == 0
+    assert "fastv" in capsys.readouterr().out
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert (metrics["strategy"], metrics["schedule"]) == ("fastv", "one_shot")
+    assert (metrics["layers"], metrics["keeps"], metrics["positions"]) == ([2], [0.5], "original")
+    assert metrics["num_samples"] == 6
+    assert metrics["model"] == str(checkpoint)
+    assert "accuracy" in Path("run/csv/metrics.csv").read_text()
+    assert len(Path("run/predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_sweep_makes_a_table_and_skips_what_is_complete(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "-m", *random_llava(checkpoint), *TINY, "data.test.num_samples=5"]
+    command += ["strategy=none,uniform", "schedule=pyramid", "schedule.lam=0.3,0.5"]
+    assert cli.main(command) == 0
+    assert "4 runs" in capsys.readouterr().out
+    (folder,) = Path("outputs").iterdir()
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows] == ["none", "none", "uniform", "uniform"]
+    assert [row["lam"] for row in rows] == ["", "", "0.3", "0.5"]
+
+    stopped = folder / rows[3]["run"] / "metrics.json"
+    stopped.unlink()
+    kept = folder / rows[2]["run"] / "metrics.json"
+    before = kept.stat().st_mtime_ns
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("complete already") == 3
+    assert stopped.is_file()
+    assert kept.stat().st_mtime_ns == before
+    assert [path.name for path in Path("outputs").iterdir()] == [folder.name]
+
+    # The first step of a report: the same folder, as a page.
+    pytest.importorskip("tokenprune.report.page")
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").is_file()
+
+
+def test_a_sweep_runs_again_what_has_other_data(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "a.png", "question": "what ?", "answer": "red"}))
+    command = ["eval", "-m", *random_llava(checkpoint), *TINY, "data=folder", f"data.path={rows}"]
+    command += ["strategy=random", "strategy.seed=1,2"]
+    assert cli.main(command) == 0
+    rows.write_text(rows.read_text().replace("red", "green"))
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("again: data.path changed") == 2
+    (folder,) = Path("outputs").iterdir()
+    with (folder / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["seed"], row["data"], row["strategy"]) for row in table] == [
+        ("1", str(rows), "random"),
+        ("2", str(rows), "random"),
+    ]
+    assert json.loads((folder / table[0]["run"] / "predictions.jsonl").read_text())["answer"] == (
+        "green"
+    )
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
+    """The configs of a command's runs, none of which is checked or run."""
+    configs: list[DictConfig] = []
+    monkeypatch.setattr("tokenprune.cli.checks.check", lambda found, own: configs.extend(found))
+    monkeypatch.setattr("tokenprune.cli.hydra_start.start", lambda *arguments: None)
+    return configs
+
+
+def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
+    assert cli.main(["eval", "-m", "experiment=ablation"]) == 0
+    runs = [
+        (config.strategy and config.strategy.name, dict(config.schedule), config.positions)
+        for config in seen
+    ]
+    assert len(runs) == 42
+    assert runs[0][0] is None
+    assert runs[1][0] == "fastv"
+    assert runs[1][1]["_target_"] == "tokenprune.Schedule.one_shot"
+    crossed = {(name, s["lam"], s["num_stages"]) for name, s, _ in runs[2:]}
+    assert len(crossed) == 40
+    assert {name for name, _, _ in crossed} == set(tp.available())
+    assert {place for name, _, place in runs if name == "pyramiddrop"} == {"renumbered"}
+    assert {place for name, _, place in runs if name == "fastv"} == {"original"}
+
+
+def test_experiments_of_your_own(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "budget.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [override /model: hub]\n"
+        f"model: {{path: {checkpoint}}}\n"
+        "hydra:\n"
+        "  mode: MULTIRUN\n"
+        "  sweep: {dir: outputs/budget}\n"
+        "  sweeper:\n"
+        "    grids:\n"
+        "      - strategy: none\n"
+        "      - strategy: fastv\n"
+        "        schedule.keep: 0.25,0.5\n"
+    )
+    command = ["eval", "--config-dir", str(tmp_path / "mine"), "experiment=budget"]
+    few = ["data.test.num_samples=2", *TINY]
+    assert cli.main([*command, *few]) == 0
+    assert "3 runs: outputs/budget/results.csv" in capsys.readouterr().out
+    rows = csv.DictReader(Path("outputs/budget/results.csv").read_text().splitlines())
+    assert {row["model"] for row in rows} == {str(checkpoint)}
+    assert cli.main([*command, "schedule.keep=2", *few]) == 2
+    capsys.readouterr()
+    (tmp_path / "mine" / "experiment" / "layers.yaml").write_text("# @package _global_\n")
+    assert cli.main(command) == 2
+    assert "got experiment/layers.yaml, which tokenprune has" in capsys.readouterr().err
+
+
+def test_an_experiment_sweeps_without_being_told(seen: list[DictConfig]) -> None:
+    chosen = ["strategy=random", "schedule.lam=0.5", "schedule.num_stages=2"]
+    assert cli.main(["eval", "experiment=ablation", *chosen, "seed=3,4"]) == 0
+    assert {config.seed for config in seen} == {3, 4}
+    assert cli.main(["eval", "strategy=random", "seed=3,4"]) == 2
+
+
+def test_keys_that_fit_the_swept_choices_only(seen: list[DictConfig]) -> None:
+    sweep = ["strategy=fastv,random", "schedule=one_shot", "schedule.keep=0.3,0.4"]
+    assert cli.main(["eval", "-m", *sweep]) == 0
+    assert [config.schedule.keep for config in seen] == [0.3, 0.4, 0.3, 0.4]
+
+
+class Kill(pl.Callback):
+    """Ends the process as a scheduler does."""
+
+    def on_predict_batch_end(self, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_ends_an_evaluation(checkpoint: Path) -> None:
+    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:test_eval.Kill}]"]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = subprocess.run(
+        [*COMMAND, "eval", *own], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=False
+    )
+    assert run.returncode == -signal.SIGTERM

@@ -1,0 +1,67 @@
+"""Words for mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import random_llava, refused
+
+import tokenprune
+from tokenprune.cli.mistakes import explain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evla"], "command: expected one of"),
+        (["eval", "--foo"], "eval: unrecognized arguments: --foo"),
+        (["eval", "foo"], "override: expected key=value, got 'foo'"),
+        (["eval", "strategy=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
+        (["eval", "schedule=pyramidd"], "got 'pyramidd'. Did you mean 'pyramid'?"),
+        (["eval", "model=tinny"], "got 'tinny'. Did you mean 'tiny'?"),
+        (["eval", "stratgy=fastv"], "got 'stratgy=fastv'. Did you mean 'strategy'?"),
+        (["eval", "schedule.lamm=1"], "got 'schedule.lamm=1'. Did you mean 'schedule.lam'?"),
+        (["eval", "strategy.sauce=x"], "strategy.sauce: expected a key of the config"),
+        (["eval", "hydra.run.dirr=x"], "hydra.run.dirr: expected a key of the config"),
+        (["eval", "--cfg", "job", "model.pth=x"], "Did you mean 'model.path'?"),
+        (["eval", "--cfg", "job", "-m"], "--cfg: expected a single run, got -m as well"),
+        (["eval", "--resolve"], "--resolve: expected --cfg beside it"),
+        (["eval", "strategy=fastv,random"], "expected one value, got 'fastv,random'. Add -m"),
+        (["eval", "-m", "strategy=fastv,rondom"], "got 'rondom'. Did you mean 'random'?"),
+        (["eval", "max_new_tokens=0"], "max_new_tokens: expected an integer >= 1, got 0"),
+        (["eval", "num_pictures=-1"], "num_pictures: expected an integer >= 0, got -1"),
+        (["eval", "seed=x"], "seed: expected an integer, got 'x'"),
+        (["eval", "model=hub"], "model.path: expected a value, got none. Add model.path="),
+        (["eval", "model=hub", "model.path=/no/where"], "model.path: expected a folder"),
+        (["report", "/no/where"], "report: expected a folder with results, got /no/where"),
+        (["report", "."], "report: expected results.csv or a run's metrics.json"),
+        (["show", "no.png", "what?"], "show: expected a picture, got 'no.png'"),
+        (["show"], "show: the following arguments are required"),
+        (["verify", "strategy=none"], "strategy: expected one that prunes, got 'none'"),
+        (["train", "strategy=fastvv"], "Did you mean 'fastv'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_cost_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    if arguments[0] in ("show", "verify") or "seed" in "".join(arguments):
+        arguments = arguments + random_llava(checkpoint) if len(arguments) > 1 else arguments
+    assert message in refused(arguments, capsys)
+
+
+def test_only_our_own_messages_are_told_in_a_line() -> None:
+    def told(text: str, file: str | Path) -> str | None:
+        raising = compile(f"raise ValueError({text!r})", str(file), "exec")
+        with pytest.raises(ValueError, match=r".") as caught:
+            exec(raising)
+        return explain(caught.value)
+
+    ours, message = Path(tokenprune.__file__).parent, "x: expected a, got b."
+    assert told(message, ours / "data" / "sources.py") == message
+    assert told(message, "/home/u/tokenprune/.venv/lib/torch/nn/functional.py") is None
+    assert (
+        told("not enough values to unpack (expected 1, got 0)", ours / "training" / "run.py")
+        is None
+    )

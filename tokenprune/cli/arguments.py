@@ -1,0 +1,22 @@
+"""Arguments of the commands that read no config of their own."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from tokenprune.cli.mistakes import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(self.prog, message)
+
+
+def complain(prog: str, message: str) -> NoReturn:
+    """Raises argparse's complaint as `BadInput`."""
+    # Everything that may be left out is called overrides.
+    message = message.replace(", overrides", "")
+    raise BadInput(f"{prog.removeprefix('tokenprune ')}: {message}. See {prog} --help.")

@@ -1,0 +1,39 @@
+"""`tokenprune bench`: what pruning saves, measured, once or in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune.bench import table
+from tokenprune.bench.check import MEASURES, check
+from tokenprune.cli.jobs import Job, names, tidy
+from tokenprune.runs.compose import plain
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    given = [f"measure={word}" if word in MEASURES else word for word in arguments]
+    return Job("bench", _task, check, "tokenprune.bench.run").run(given)
+
+
+def _task(config: DictConfig) -> float:
+    """Measures; returns the pruned model's share of the unpruned one's time."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    with tidy(folder):
+        from tokenprune.bench.run import run
+
+        called = names(plain(config))
+        shape = OmegaConf.select(config, "shape.path")
+        shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
+        told = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
+        row = run(config, folder, told, again=not sweeps)
+    home = folder.parent if sweeps else folder
+    rows = table.publish(home)
+    table.print_table([row] if sweeps else rows, str(folder if sweeps else home / table.TABLE))
+    return float(row.get("time_ratio", "nan"))

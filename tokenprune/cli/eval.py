@@ -1,0 +1,43 @@
+"""`tokenprune eval`: a model's answers with its visual tokens pruned, once or in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from tokenprune.cli.jobs import Job, names, quiet, tidy
+from tokenprune.evaluation.metrics import build_metric
+from tokenprune.runs import results
+from tokenprune.runs.compose import plain
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    return Job("eval", _task, _check, "tokenprune.evaluation.run").run(arguments)
+
+
+def _check(config: DictConfig) -> None:
+    build_metric(config.metric)
+
+
+def _task(config: DictConfig) -> float:
+    """Evaluates; returns the accuracy, for sweepers that search."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with tidy(folder), quiet():
+        from tokenprune.evaluation.run import evaluate
+
+        resolved = plain(config)
+        changes = results.changes(folder, resolved, results.fingerprint(resolved))
+        metrics = evaluate(config, folder, names(resolved))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            number = HydraConfig.get().job.num
+            state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
+            state += f", again: {', '.join(changes)} changed" if changes else ""
+            print(f"[{number}] {folder.name}: {state}", flush=True)
+        else:
+            results.print_table([results.row(metrics, folder.name)], str(folder))
+    return float(metrics["accuracy"])

@@ -1,0 +1,141 @@
+"""What `eval`, `train` and `bench` share: help, checks, the start, and what an end leaves behind.
+
+A run is composed and checked first, so that a mistake costs one line and no folder; only then is
+what runs it loaded, and only then does Hydra start it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from tokenprune.cli import guide, hydra_start, process
+from tokenprune.cli.checks import check_jobs
+from tokenprune.cli.configs import compose
+from tokenprune.cli.mistakes import BadInput, explain, is_interruption
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that Hydra runs.
+
+    Attributes:
+        command: Its name, and that of its config.
+        task: Does one run, inside `tidy`.
+        check: Refuses values of a config; loads neither torch nor transformers where it can.
+        needs: The module that does the work, which takes seconds to load.
+    """
+
+    command: str
+    task: Callable[[DictConfig], Any]
+    check: Callable[[DictConfig], None]
+    needs: str
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Runs the command, once or for every run of a sweep; the exit code."""
+        args = hydra_start.parse(self.command, arguments)
+        if args.cfg and args.multirun:
+            raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
+        if args.resolve and not args.cfg:
+            raise BadInput("--resolve: expected --cfg beside it, got none. Add --cfg job.")
+        if args.help:
+            config = compose(self.command, args.overrides, args.config_dir)
+            print("\n".join(guide.lines(self.command, config)))
+            return 0
+        if args.cfg:
+            compose(self.command, args.overrides, args.config_dir)
+        elif not (args.hydra_help or args.info or args.shell_completion):
+            check_jobs(self.command, args, self.check)
+            importlib.import_module(self.needs)
+        with process.Interruptible():
+            hydra_start.start(self.command, args, self.task)
+        return 0
+
+
+def names(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the metrics call a run's strategy, schedule, model and data.
+
+    Their choices, a strategy's changed fields, and paths instead of `hub` and `folder`.
+
+    Args:
+        config: The resolved config.
+    """
+    hydra = HydraConfig.get()
+    choices = hydra.runtime.choices
+    changed = [
+        override.removeprefix("strategy.")
+        for override in hydra.overrides.task
+        if override.startswith("strategy.") and not override.startswith("strategy.seed=")
+    ]
+    strategy = str(choices.get("strategy"))
+    named = {key: str(choices.get(key)) for key in ("schedule", "model", "data")}
+    for group in ("model", "data"):
+        given = any(override.startswith(f"{group}.path=") for override in hydra.overrides.task)
+        if given or (named[group] in ("hub", "folder") and config[group].get("path")):
+            named[group] = str(config[group]["path"])
+    return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
+
+
+@contextlib.contextmanager
+def tidy(folder: Path) -> Iterator[None]:
+    """On an error leaves no half-written folder; tells a user's mistake in one line."""
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        yield
+    except BaseException as error:  # an interruption, too
+        _discard(folder, before)
+        if is_interruption(error):
+            raise KeyboardInterrupt from None
+        if not isinstance(error, Exception):
+            raise
+        message = explain(error)
+        if message is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        print(f"tokenprune: {message}", file=sys.stderr)
+        # Not an exception: Hydra would print a traceback and exit with 1.
+        raise SystemExit(2) from error
+
+
+def _discard(folder: Path, before: set[Path]) -> None:
+    """Removes what a failed run wrote, and its folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    if not any(folder.glob("checkpoints/*")):  # a training can go on from those
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Hydra makes the folders before the task runs.
+    while folder.is_dir() and not any(folder.iterdir()) and folder != Path.cwd():
+        folder.rmdir()
+        folder = folder.parent
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lets Lightning and transformers say only what a user can act on."""
+    import pytorch_lightning  # noqa: F401  # sets its loggers' levels when it is imported
+
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        bars: Any = transformers_logging
+        bars.disable_progress_bar()  # in a log, bars are noise
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,95 @@
+"""Words for mistakes: one line for what the user can put right, none for a bug of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """Something the user can put right; the message is one line."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a user's mistake; None for a bug of ours."""
+    cause = error
+    while cause.__cause__ is not None and _is_wrapped_by_hydra(cause):
+        cause = cause.__cause__
+    if isinstance(cause, BadInput):
+        return str(cause)
+    if _is_wrapped_by_hydra(cause):
+        return f"config: {one_line(str(cause).splitlines()[0])}"
+    text = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else str(cause)
+    # Another process's exception arrives as text that ends with it.
+    elsewhere = "DataLoader worker process" in text or type(cause).__name__.startswith("Process")
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    if elsewhere and last.startswith(("ValueError: ", "KeyError: ")):
+        return one_line(last.split(": ", 1)[1])
+    if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
+        return f"config: expected a key that its target knows, got {one_line(text)}. Remove it."
+    # Our messages start "where: expected"; "not enough values to unpack (expected 2" is a bug.
+    if isinstance(cause, ValueError | KeyError) and ": expected " in text and _is_ours(cause):
+        return one_line(text)
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return f"files: expected to read and write what a run needs, got: {one_line(text)}."
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's
+        return f"trainer: expected settings that fit this machine, got: {one_line(text)}"
+    if type(cause).__name__ == "ProcessExitedException":
+        return f"trainer: expected all processes to end by themselves, got: {one_line(text)}."
+    if type(cause).__name__ == "OutOfMemoryError":
+        return (
+            f"memory: expected model and batch to fit the device, got: {one_line(text)} "
+            "Lower data.batch_size, or choose model.dtype=bfloat16 (to train, "
+            "trainer.precision=bf16-mixed)."
+        )
+    return None
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an exception: Lightning makes an exit of it, others what they do."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks."""
+    return " ".join(text.split())
+
+
+def unknown(what: str, name: str, choices: Sequence[str]) -> str:
+    """The message for a name that is not among `choices`: lists them and names the nearest."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{what}: expected one of {list(choices)}, got {name!r}.{hint}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and what it was raised while handling."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause in seen:
+            continue
+        seen.append(cause)
+        yield cause
+        waiting += [other for other in (cause.__cause__, cause.__context__) if other is not None]
+
+
+def _is_wrapped_by_hydra(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised it; by name, for `--help` loads neither."""
+    return any(
+        kind.__module__.partition(".")[0] in ("hydra", "omegaconf") for kind in type(error).__mro__
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it, on purpose; a library's exception is nobody's message."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return False
+    # By the whole path: a checkout, and the .venv in it, may be in a folder called tokenprune.
+    source = Path(frame.tb_frame.f_code.co_filename)
+    return source.is_relative_to(Path(__file__).parents[1])

@@ -1,0 +1,105 @@
+"""The command as a process: Ctrl-C at any time, and readers that go away.
+
+Whatever is being imported, Ctrl-C takes one line and exit code 130. An exception would not do: C
+code that is interrupted while it is imported makes other errors of it. Only while a run has files
+to tidy up is Ctrl-C an exception (`Interruptible`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False  # as typing's, which takes a moment to load
+if TYPE_CHECKING:
+    from typing import TextIO
+
+STOPPED = "tokenprune: stopped"
+INTERRUPTED = 130
+
+
+def begin() -> None:
+    """Takes charge of the process; called once, before anything that takes time."""
+    # Where Ctrl-C is ignored (nohup, a script's background) it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
+
+
+def end(code: int) -> int:
+    """Writes what is left to write; the exit code, which says so where that was impossible."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    pipe = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+    failure = pipe.failure if isinstance(pipe, _Pipe) else None
+    if failure is None:
+        return code
+    print(f"tokenprune: output: expected to write it, got: {failure}.", file=sys.stderr)
+    return code or 2
+
+
+def follow() -> None:
+    """In a process that a run has started, Ctrl-C ends it without a word: its parent has that."""
+    module = sys.modules.get("multiprocessing.process")
+    # Where a process is being set up its parent is not known yet, but its name is.
+    if module is not None and module.current_process().name != "MainProcess":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Interruptible:
+    """Inside its `with`, Ctrl-C raises KeyboardInterrupt, for there is something to tidy up."""
+
+    def __enter__(self) -> None:
+        self._ours = signal.getsignal(signal.SIGINT) is _stop
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, _stop)
+
+
+def _stop(signum: int, frame: object) -> None:
+    os.write(2, f"{STOPPED}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+class _Pipe(io.FileIO):
+    """A standard stream. Where it can no longer be written it leads nowhere; the command goes on.
+
+    What a run leaves in its folder does not depend on who watches (`tokenprune eval | head`).
+
+    Attributes:
+        failure: Why it leads nowhere, unless its reader has gone, which is none.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.failure = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes  # type: ignore[arg-type]
+
+
+def _outliving(stream: TextIO | None) -> TextIO:
+    """The same stream on a `_Pipe`; one that the process was started without leads nowhere."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper) or stream.isatty():
+        return stream
+    pipe = _Pipe(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        pipe if stream.write_through else io.BufferedWriter(pipe),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

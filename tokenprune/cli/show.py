@@ -1,0 +1,73 @@
+"""`tokenprune show`: one image, with and without pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenprune.cli.arguments import Parser
+from tokenprune.cli.mistakes import BadInput
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    parser = Parser("tokenprune show", description="One image, with and without pruning.")
+    parser.add_argument("image", type=Path, help="a picture that Pillow reads")
+    parser.add_argument("question")
+    parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
+    parser.add_argument("--output", type=Path, help="where the kept-token picture goes")
+    args = parser.parse_intermixed_args(arguments)
+    from tokenprune.cli.checks import single_run
+
+    config = single_run(args.overrides)
+    if config.strategy is None:
+        raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
+    from tokenprune.data.images import read_image
+
+    try:
+        image = read_image(args.image)  # as data sets do
+    except ValueError as error:
+        raise BadInput(
+            f"show: expected a picture, got {str(args.image)!r}: {error}. Give another."
+        ) from error
+    from tokenprune import cost
+    from tokenprune.cli import prompt
+    from tokenprune.cli.jobs import quiet
+    from tokenprune.evaluation.generation import FirstToken, generate, pruned
+    from tokenprune.evaluation.kept import kept_tokens
+    from tokenprune.report import pictures
+    from tokenprune.runs.compose import fit_pruning
+    from tokenprune.runs.sweeps import run_name
+
+    with quiet():
+        loaded = prompt.load(config)
+        shape = cost.DecoderShape.from_config(loaded.model.config)
+        pruning = fit_pruning(config, loaded.model)
+        inputs = prompt.prompt(loaded, image, args.question)
+        (whole,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
+        with pruned(loaded, pruning) as trace:
+            (part,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
+    assert trace is not None
+    if not trace.stages:
+        raise BadInput(
+            "show: expected a schedule that cuts and a model with visual tokens, got no cut. "
+            "Choose another schedule."
+        )
+    num_visual = len(trace.places[0])
+    lengths = trace.visual_lengths[:, 0].tolist()
+    share = cost.flops(shape, lengths) / cost.flops(shape, [num_visual] * shape.num_layers)
+    print(f"question        {args.question}")
+    print(f"unpruned        {whole}")
+    print(f"{config.strategy.name:<15} {part}")
+    print(f"visual tokens   {num_visual} -> {lengths[-1]}, {100 * share:.0f} % of the FLOPs")
+    name = run_name([f"{args.image.stem}-{config.strategy.name}"])
+    output = args.output or Path("outputs") / "show" / f"{name}.png"
+    kept = kept_tokens(trace, 0, num_visual)
+    cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
+    if kept["grids"]:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        pictures.stages(image, kept["grids"], kept["places"], cuts).save(output)
+        print(f"picture         {output}")
+    else:
+        print("picture         none: where this model's tokens sit in the image is unknown")
+    return 0

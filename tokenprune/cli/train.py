@@ -1,0 +1,55 @@
+"""`tokenprune train`: fine-tunes a model, pruned or not, once or in a sweep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from tokenprune.cli.jobs import Job, quiet, tidy
+from tokenprune.runs import results
+from tokenprune.runs.compose import plain
+from tokenprune.training.check import check
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    return Job("train", _task, check, "tokenprune.training.run").run(arguments)
+
+
+def _task(config: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    with tidy(folder), quiet():
+        from tokenprune.training.checkpoints import LAST, Stopped
+        from tokenprune.training.run import train
+        from tokenprune.training.summary import SUMMARY
+
+        if sweeps:
+            resolved = plain(config)
+            marks = results.fingerprint(resolved)
+            label = f"[{HydraConfig.get().job.num}] {folder.name}"
+            changes = results.changes(folder, resolved, marks, SUMMARY)
+            if changes == []:
+                print(f"{label}: complete already", flush=True)
+                return
+            if changes:
+                print(f"{label}: again, {', '.join(changes)} changed", flush=True)
+            elif results.changes(folder, resolved, marks, LAST) == []:
+                print(f"{label}: goes on from its checkpoint", flush=True)
+                config.ckpt_path = "last"
+            elif config.ckpt_path == "last":  # of a sweep that had not come so far
+                config.ckpt_path = None
+        try:
+            train(config, folder)
+        except Stopped as stop:
+            again = f"the same command with ckpt_path=last hydra.run.dir={folder}"
+            if sweeps:
+                again = "the same command once more"
+            hint = f" To go on: {again}" if (folder / LAST).is_file() else ""
+            print(f"tokenprune: training was stopped {stop}.{hint}", file=sys.stderr)
+            raise SystemExit(128 + stop.signum) from None

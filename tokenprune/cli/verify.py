@@ -1,0 +1,52 @@
+"""`tokenprune verify`: is pruning exact on this checkpoint?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tokenprune.cli.arguments import Parser
+from tokenprune.cli.mistakes import BadInput
+
+if TYPE_CHECKING:
+    from tokenprune.evaluation.verify import Check
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    parser = Parser(
+        "tokenprune verify",
+        description="Is pruning exact on this checkpoint? Identity, and drop = mask.",
+    )
+    parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
+    overrides = parser.parse_args(arguments).overrides
+    from tokenprune.cli.checks import single_run
+
+    config = single_run(overrides)
+    if config.strategy is None:
+        raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
+    from tokenprune.cli import prompt
+    from tokenprune.cli.jobs import quiet
+    from tokenprune.evaluation.verify import made_image, verify
+    from tokenprune.runs.compose import fit_pruning
+    from tokenprune.runs.tables import print_table
+
+    with quiet():
+        loaded = prompt.load(config)
+        pruning = fit_pruning(config, loaded.model)
+        assert pruning is not None
+        checks = verify(loaded, prompt.prompt(loaded, made_image(), "What is this?"), pruning)
+    print_table(
+        f"{config.model.path}, {config.strategy.name}",
+        ("check",),
+        ("difference", "allowed", "result"),
+        [
+            (check.name, f"{check.value:.1e}", f"{check.limit:.0e}", _result(check))
+            for check in checks
+        ],
+    )
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _result(check: Check) -> str:
+    return "exact" if check.value == 0 else "ok" if check.passed else "FAILED"
