@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune import Schedule
-from tokenprune.cli.configs import check_folder, compose, missing, reject_sweep_values, single
+from tokenprune.cli.configs import compose, missing, reject_sweep_values, single
 from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets
@@ -42,8 +42,6 @@ def check_jobs(
         args: Hydra's options; a sweep without a name of its own gets one.
         own: Checks that the command adds.
     """
-    if args.config_dir is not None:
-        check_folder(args.config_dir)
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
     master = compose(command, leading, args.config_dir, hydra=True)
