@@ -1,9 +1,98 @@
-"""Shared test set-up."""
+"""Fixed surroundings: no test depends on what is set, installed or writable around it."""
 
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
 import os
+import shutil
+import site
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-# Before torch is imported: flex_attention runs uncompiled, for compiling it takes minutes.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+import pytest
+
+TESTS = Path(__file__).parent
+#: Variables that stay: where programs are found, and what a processor's kernels are chosen by.
+KEPT = {"LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "VIRTUAL_ENV"}
+KEPT_STARTS = ("ATEN_", "COV", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "PYTEST_")
+#: The folder of a whole run, which processes that share its work are told.
+HOME = "PYTEST_HOME_OF_RUN"
+
+
+def _surround() -> str | None:
+    """Replaces the environment, also of children, before anything that reads it is imported.
+
+    Returns:
+        A folder to remove in the end, if this process has made it.
+    """
+    spec = importlib.util.find_spec("tokenprune")
+    assert spec is not None, "expected tokenprune to be installed, got none. Run make install."
+    assert spec.origin is not None
+    home = os.environ.get(HOME)
+    made = tempfile.mkdtemp(prefix="tokenprune-tests-") if home is None else None
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or name.startswith(KEPT_STARTS)
+    }
+    # One thread each: tiny models gain nothing by more, and several processes share the cores.
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    home = str(home or made)
+    fixed = {
+        HOME: home,
+        "HOME": home,
+        "USER": "tester",
+        "PYTHONUSERBASE": site.getuserbase(),  # which a home would decide
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(spec.origin).parents[1])]),
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "COLUMNS": "120",
+        "LINES": "50",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": f"{home}/hypothesis",
+        "TORCHDYNAMO_DISABLE": "1",  # flex_attention runs uncompiled: compiling takes minutes
+    }
+    os.environ.clear()
+    os.environ.update(threads | kept | fixed)
+    time.tzset()
+    return made
+
+
+_made = _surround()
+sys.path.insert(0, str(TESTS))
+
+
+def pytest_configure() -> None:
+    from hypothesis import HealthCheck, settings
+
+    # The same examples everywhere, however slow the machine is. `--hypothesis-profile=search`
+    # draws others.
+    common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("fixed", derandomize=True, **common)
+    settings.register_profile("search", max_examples=500, print_blob=True, **common)
+    settings.load_profile("fixed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    if _made is not None:
+        shutil.rmtree(_made, ignore_errors=True)
+    # Whatever else the end waits for, it comes.
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+
+
+@pytest.fixture(autouse=True)
+def _surroundings() -> Iterator[None]:
+    """What a test does to the process ends with it; chance starts the same for each."""
+    environment, folder = dict(os.environ), Path.cwd()
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)

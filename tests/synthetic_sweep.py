@@ -198,3 +198,21 @@ def gradient(size: tuple[int, int] = (96, 96)) -> Image.Image:
         [(x % 256, y % 256, (x * 7 + y * 3) % 256) for y in range(size[1]) for x in range(size[0])]
     )
     return image
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Applies `change` to the value in a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_table(folder: Path, change: Any) -> None:
+    """Applies `change` to the rows of results.csv; it returns the columns to keep."""
+    with (folder / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    columns = change(rows) or list(rows[0])
+    with (folder / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

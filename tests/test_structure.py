@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from processes import run
 
 import tokenprune
 
@@ -74,6 +75,24 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own], f"{own} (floor {FLOORS[own]}) imports {other}"
 
 
+def test_imports_run_one_way() -> None:
+    """Within a room as well, files can be read in an order."""
+    files = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in FILES
+        if path.stem != "__init__"
+    }
+
+    def owner(name: str) -> str:
+        """The file that a dotted name is from; empty for a package's own."""
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    arrows = {own: {*map(owner, imports(path))} - {own, ""} for own, path in files.items()}
+    assert set(TopologicalSorter(arrows).static_order()) == set(files)  # or it names the circle
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "strategies").glob("[a-z]*.py")), ids=str)
 def test_strategies_know_tensors_and_views_only(path: Path) -> None:
     allowed = {"strategy", "tensors"} | ({"schedule"} if path.stem == "published" else set())
@@ -111,10 +130,7 @@ def test_importing_loads_nothing_heavy() -> None:
         "         'matplotlib', 'pandas', 'datasets', 'PIL', 'rich'};"
         "print(heavy & set(sys.modules))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert run.stdout.strip() == "set()"
+    assert run([sys.executable, "-c", code]).stdout.strip() == "set()"
 
 
 def test_public_names_are_where_editors_look_for_them() -> None:

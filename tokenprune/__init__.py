@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenprune.engine.trace import Trace, TracedStage
     from tokenprune.families.adapter import Adapter, register_adapter
     from tokenprune.families.anatomy import visual_mask
+    from tokenprune.families.positions import fixed_positions
     from tokenprune.families.projection import Projected
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
@@ -52,6 +53,7 @@ __all__ = [
     "available",
     "build_strategy",
     "cost",
+    "fixed_positions",
     "prune",
     "published",
     "register",
@@ -66,6 +68,7 @@ _NAMES = {
     "engine.trace": ("Trace", "TracedStage"),
     "families.adapter": ("Adapter", "register_adapter"),
     "families.anatomy": ("visual_mask",),
+    "families.positions": ("fixed_positions",),
     "families.projection": ("Projected",),
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),

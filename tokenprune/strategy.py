@@ -57,20 +57,30 @@ class TokenView:
     Attributes:
         layer: Layer before which the cut happens.
         num_layers: Decoder layers of the model.
-        valid: Bool (B, V).
         num_original: int64 (B,), visual tokens of each row before any cut.
-        positions: int64 (B, V), positions in the unpruned conversation.
+        ragged: Whether some entries do not exist; if not, `valid` need not be asked.
     """
 
     layer: int
     num_layers: int
-    valid: Tensor
     num_original: Tensor
-    positions: Tensor
+    ragged: bool
+    _valid: Callable[[], Tensor] = field(repr=False)
+    _positions: Callable[[], Tensor] = field(repr=False)
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
     _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
     _random: Callable[[int], Tensor] = field(repr=False)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which entries exist, bool (B, V)."""
+        return self._valid()
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions in the unpruned conversation, int64 (B, V)."""
+        return self._positions()
 
     @property
     def hidden(self) -> Tensor:
@@ -126,7 +136,7 @@ class Published:
     Attributes:
         schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
         options: Its keyword arguments.
-        positions: `"original"` or `"renumbered"`.
+        positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
     """
 
     schedule: str
@@ -176,7 +186,8 @@ class ScoreStrategy(PruningStrategy):
         from tokenprune.tensors import top_k
 
         scores = self.score(view).float()
-        return Selection(kept=top_k(scores, view.valid, keep), scores=scores)
+        valid = view.valid if view.ragged else None
+        return Selection(kept=top_k(scores, valid, keep), scores=scores)
 
 
 @dataclass(frozen=True)

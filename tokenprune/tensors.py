@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 
-def top_k(scores_BV: Tensor, valid_BV: Tensor, keep_B: Tensor) -> Tensor:
+def top_k(scores_BV: Tensor, valid_BV: Tensor | None, keep_B: Tensor) -> Tensor:
     """Marks the `keep` highest-scoring valid tokens of each row; the lower index wins ties.
 
     Args:
         scores_BV: Scores, compared in float32.
-        valid_BV: False where a row has no such token; never marked.
+        valid_BV: False where a row has no such token; never marked. None if all exist.
         keep_B: int64, tokens to keep per row; more than a row has keeps them all.
 
     Returns:
@@ -26,25 +26,23 @@ def top_k(scores_BV: Tensor, valid_BV: Tensor, keep_B: Tensor) -> Tensor:
     low = torch.finfo(torch.float32).min
     # NaN would sort first; it means "no evidence" and goes last among the valid tokens.
     scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
-    scores_BV = scores_BV.masked_fill(~valid_BV, -torch.inf)
+    if valid_BV is not None:
+        scores_BV = scores_BV.masked_fill(~valid_BV, -torch.inf)
     order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
-    rank_BV = torch.empty_like(order_BV).scatter_(
-        1, order_BV, torch.arange(order_BV.shape[1], device=order_BV.device).expand_as(order_BV)
-    )
-    return (rank_BV < keep_B[:, None]) & valid_BV
+    kept_BV = order_BV.argsort(dim=1) < keep_B[:, None]
+    return kept_BV if valid_BV is None else kept_BV & valid_BV
 
 
-def ascending(mask_BT: Tensor, length: int, *, left: bool) -> Tensor:
+def ascending(mask_BT: Tensor, length: int) -> Tensor:
     """Positions of the True entries of each row, ascending, padded to `length`.
 
-    Pads repeat position 0 of the row's unmarked ones; they stand on the left or the right.
+    Pads are positions of unmarked ones, on the right.
     Works without a device synchronisation: `length` must be the largest count.
 
     Returns:
         int64 (B, length).
     """
-    order_BT = (~mask_BT if not left else mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
-    return order_BT[:, -length:] if left and length else order_BT[:, :length]
+    return mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
 
 
 def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> Tensor:
@@ -96,7 +94,7 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
 def attention_rows(
     queries_BHQE: Tensor,
     keys_BGKE: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
@@ -105,7 +103,7 @@ def attention_rows(
     Args:
         queries_BHQE: Rotated queries of the asked rows.
         keys_BGKE: Rotated keys of the whole sequence; H is a multiple of G (grouped queries).
-        allowed: Bool (B, 1, Q, K), or an additive float mask of that shape.
+        allowed: Bool (B, 1, Q, K), or an additive float mask of that shape; None for all keys.
         scaling: Factor on the logits, usually E ** -0.5.
         softcap: Squeezes the logits into (-softcap, softcap) by a tanh, if given.
 
@@ -121,6 +119,8 @@ def attention_rows(
     logits_BHQK = logits.view(num_rows, num_heads, num_queries, -1)
     if softcap is not None:
         logits_BHQK = (logits_BHQK / softcap).tanh() * softcap
+    if allowed is None:
+        return logits_BHQK.softmax(-1)
     if allowed.dtype == torch.bool:
         logits_BHQK = logits_BHQK.masked_fill(~allowed, -torch.inf)
     else:
@@ -128,25 +128,10 @@ def attention_rows(
     return torch.nan_to_num(logits_BHQK.softmax(-1))
 
 
-def known_keys(
-    columns_BN: Tensor, real_BN: Tensor | None, before: int, held_real: Tensor | None
-) -> Tensor:
-    """Which keys are real, bool (B, before + N): those held from before, then the new ones."""
-    num_rows, length = columns_BN.shape
-    parts = [
-        part
-        if part is not None
-        else torch.ones(num_rows, size, dtype=torch.bool, device=columns_BN.device)
-        for part, size in ((held_real, before), (real_BN, length))
-    ]
-    return torch.cat(parts, 1)
-
-
-def causal(rows_BQ: Tensor, num_keys: int, before: int, known_BK: Tensor | None) -> Tensor:
+def causal(rows_BQ: Tensor, num_keys: int, before: int) -> Tensor:
     """Bool (B, 1, Q, K): asked rows see all keys held before, and new ones up to themselves."""
     order = torch.arange(num_keys, device=rows_BQ.device)
-    allowed = order <= rows_BQ[:, None, :, None] + before
-    return allowed if known_BK is None else allowed & known_BK[:, None, None]
+    return order <= rows_BQ[:, None, :, None] + before
 
 
 def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:

@@ -96,7 +96,10 @@ def test_other_errors_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.measure(config())
 
 
-def test_a_run_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_by_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # a narrow terminal gets words in pieces
     assert cli.main(["bench", "train", *TINY, "hydra.run.dir=here"]) == 0
     assert "pyramiddrop" in capsys.readouterr().out
     files = {"config.yaml", "versions.json", "bench.json", "bench.csv", "bench.png"}
@@ -145,6 +148,7 @@ def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
         (["resolution=large"], "resolution: expected width x height in pixels, got 'large'"),
         (["schedule.num_stages=9"], "expected"),
         (["ways=[flash]"], "ways: expected some of ['eager_layer', 'full_maps', "),
+        (["ways=null"], "ways: expected a list, got None. Set ways=[]."),
         (["ways=full_maps"], "ways: expected a list, got 'full_maps'. Set ways=[full_maps]"),
         (["ways=[dense_masks,dense_masks]"], "ways: expected each once"),
         (["ways=[dense_masks]", "attention=eager"], "ways: expected attention=sdpa"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import run
 
 CODE = """
 import torch
@@ -39,11 +37,5 @@ print("same")
 
 @pytest.mark.matrix
 def test_a_compiled_decoding_step() -> None:
-    environment = os.environ | {
-        "TORCHDYNAMO_DISABLE": "0",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.stdout.strip() == "same", run.stderr[-3000:]
+    done = run([sys.executable, "-c", CODE], TORCHDYNAMO_DISABLE="0")
+    assert done.stdout.strip() == "same", done.stderr[-3000:]

@@ -8,27 +8,28 @@ import random as python_random
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build
-from test_oracles import SCHEDULE, STEPS, Frozen, all_visual, generate, masked, survivors
+from models import IMAGE, NUM_LAYERS, ROWS, batch, build, labelled, turns
+from oracles import (
+    PDROP,
+    SCHEDULE,
+    STEPS,
+    Frozen,
+    all_visual,
+    assert_close,
+    assert_steady,
+    decided,
+    generate,
+    masked,
+    survivors,
+)
 from torch import nn
 
 import tokenprune as tp
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-PDROP = tp.build_strategy("pyramiddrop")
 
 
 # ------------------------------------------------------------------------------------------ labels
-
-
-def labelled(model, side="right"):
-    """A batch with answers: the last tokens of each row; the last row has none at all."""
-    inputs = batch(model, ROWS, side)
-    labels = torch.full_like(inputs["input_ids"], -100)
-    for row in range(len(ROWS) - 1):
-        columns = inputs["attention_mask"][row].nonzero()[-3:, 0]
-        labels[row, columns] = inputs["input_ids"][row, columns]
-    return inputs, labels
 
 
 def survivors_loss(model, inputs, labels, trace, logits, side):
@@ -156,19 +157,6 @@ def test_tensor_logits_to_keep_is_refused_with_labels() -> None:
 # ------------------------------------------------------------------------------------------ caches
 
 
-def turns(model):
-    """Two turns, each with an image, and a text turn between them: calls of one conversation."""
-    whole = batch(model, [Row([3, (30, 60), 5, 4, (50, 20), 2])])
-    ids, pixels = whole["input_ids"], whole["pixel_values"]
-    return [
-        {"input_ids": ids[:, :24], "pixel_values": pixels[:1]},
-        {"input_ids": ids[:, 24:28]},
-        {"input_ids": ids[:, 28:], "pixel_values": pixels[1:]},
-        {"input_ids": torch.tensor([[7]])},
-        {"input_ids": torch.tensor([[8]])},
-    ]
-
-
 def converse(model, calls, cache=None, trace=None):
     logits, stages = [], []
     for call in calls:
@@ -199,7 +187,7 @@ def test_images_in_a_later_turn(name, attention) -> None:
         ids = torch.cat([call["input_ids"] for call in calls[:3]], 1)
         with masked(model, torch.ones_like(ids), ids == IMAGE, both):
             theirs, _, _ = converse(model, calls)
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("policy", ["original", "renumbered"])
@@ -212,7 +200,7 @@ def test_turns_equal_one_prompt_under_a_frozen_selection(policy) -> None:
         ids = torch.cat([call["input_ids"] for call in calls], 1)
         pixels = torch.cat([c["pixel_values"] for c in calls if "pixel_values" in c])
         at_once = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
-    torch.testing.assert_close(in_turns[-1], at_once, atol=2e-5, rtol=1e-4)
+    assert_close(in_turns[-1], at_once, 3e-5)
 
 
 def test_one_token_prompt_and_text_only() -> None:
@@ -255,9 +243,10 @@ def test_ways_to_generate(options) -> None:
     rows = ROWS[:1] if "prompt_lookup_num_tokens" in options else ROWS
     inputs = batch(model, rows)
 
-    def run():
+    def run(**others):
         torch.manual_seed(3)
-        return model.generate(**inputs, max_new_tokens=8, **{"do_sample": False, **options})
+        own = {"do_sample": False, **options, **others}
+        return model.generate(**inputs, max_new_tokens=8, **own)
 
     with tp.prune(model, Frozen(), SCHEDULE) as trace:
         ours = run()
@@ -273,6 +262,7 @@ def test_ways_to_generate(options) -> None:
         extra=12,
     ):
         theirs = run()
+        assert_steady(run, theirs)
     assert torch.equal(ours, theirs)
 
 
@@ -295,7 +285,8 @@ def test_two_interleaved_generations() -> None:
     model = build("llava")
     prompts = [batch(model, ROWS), batch(model, ROWS[2:], seed=5)]
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, positions="renumbered"):
-        alone = [[row[-STEPS:] for row in generate(model, p).sequences.tolist()] for p in prompts]
+        with decided():
+            alone = [generate(model, prompt).sequences[:, -STEPS:].tolist() for prompt in prompts]
         states = [
             {"inputs": p, "mask": p["attention_mask"], "cache": None, "tokens": []} for p in prompts
         ]

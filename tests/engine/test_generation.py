@@ -7,14 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import ROWS, batch, build
+from oracles import PDROP, SCHEDULE, decided
 from torch import nn
 from transformers import DynamicCache, QuantizedCache, cache_utils
 from transformers.generation.streamers import BaseStreamer
 
 import tokenprune as tp
-
-SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
-PDROP = tp.build_strategy("pyramiddrop")
 
 
 def generate(model, inputs, **options):
@@ -57,7 +55,8 @@ def test_a_loop_of_ones_own_with_the_prompt_in_chunks(policy) -> None:
     prompt = batch(model, [ROWS[0]])
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, policy):
-        expected = generate(model, prompt)
+        with decided():
+            expected = generate(model, prompt)
         cache = DynamicCache(config=model.config.get_text_config())
         model(input_ids=ids[:, :2], past_key_values=cache)
         logits = model(

@@ -26,6 +26,7 @@ class Case:
         config = dict(self.meta["config"])
         theta = config.pop("rope_theta")
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+        torch.manual_seed(0)
         self.model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation=attention)).eval()
         weights = "weights_gqa2" if config["num_key_value_heads"] == 2 else "weights_mha"
         self.model.load_state_dict(load_file(GOLDEN / f"{weights}.safetensors"), strict=True)

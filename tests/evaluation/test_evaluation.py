@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from oracles import decided
 from PIL import Image
+from processes import call
 from safetensors.torch import load_file, save_file
+from trainings import DDP
 
 import tokenprune as tp
 from tokenprune.cli.configs import compose
 from tokenprune.data import Sample
-from tokenprune.evaluation import run as evaluation
-from tokenprune.evaluation.run import summarise, wilson
+from tokenprune.evaluation import loading
+from tokenprune.evaluation.run import evaluate
+from tokenprune.evaluation.summary import summarise, wilson
 from tokenprune.runs import models
 
 NUM_SAMPLES = 10
@@ -29,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+def task(checkpoint: Path, folder: Path, *overrides: str) -> tuple[Any, Path, dict[str, str]]:
+    """What `evaluate` is given."""
     config = compose(
         "eval",
         [
@@ -45,7 +50,11 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     )
     strategy = "none" if config.strategy is None else config.strategy.name
     names = {"strategy": strategy, "schedule": "pyramid", "model": "random", "data": "scenes"}
-    return evaluation.evaluate(config, folder, names)
+    return config, folder, names
+
+
+def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+    return evaluate(*task(checkpoint, folder, *overrides))
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -146,7 +155,8 @@ def test_fewer_tokens_cost_less(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
+    with decided():
+        run(checkpoint, tmp_path / "one", "strategy=random", "data.batch_size=1")
     run(checkpoint, tmp_path / "many", "strategy=random", "data.batch_size=10")
     assert predictions(tmp_path / "one") == predictions(tmp_path / "many")
 
@@ -173,10 +183,15 @@ def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
-    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
+    two = [*DDP, "trainer.callbacks=[{_target_:trainings.Apart}]"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one
-    alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
-    together = run(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    with decided():
+        alone = run(checkpoint, tmp_path / "one", "strategy=uniform", samples)
+    (tmp_path / "two").mkdir()
+    own = task(checkpoint, tmp_path / "two", "strategy=uniform", samples, *two)
+    done = call(evaluate, *own)
+    assert done.returncode == 0, done.stdout
+    together = json.loads((tmp_path / "two/metrics.json").read_text())
     assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
     assert [p["id"] for p in predictions(tmp_path / "two")] == [f"test-0-{i}" for i in range(5)]
     for key in ("accuracy", "tflops", "kv_mb", "num_samples"):
@@ -189,7 +204,7 @@ def test_a_complete_run_is_not_run_again(
 ) -> None:
     first = run(checkpoint, tmp_path, "strategy=uniform")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "load_model", lambda *given: pytest.fail("loaded again"))
+        patch.setattr(loading, "load_model", lambda *given: pytest.fail("loaded again"))
         assert run(checkpoint, tmp_path, "strategy=uniform") == first
     assert run(checkpoint, tmp_path, "strategy=uniform", "schedule.lam=0.9") != first
 
@@ -228,11 +243,11 @@ def test_small_data_is_prepared_once_and_large_data_streams() -> None:
 
     for limit, passes in ((48, 1), (47, 2)):
         loader = Loader()
-        remembered = evaluation.RememberedBatches(loader, limit)
+        remembered = loading.RememberedBatches(loader, limit)
         assert [batch["i"] for batch in remembered] == [0, 1, 2] == [b["i"] for b in remembered]
         assert loader.passes == passes
         assert len(remembered) == 3
-    looked = evaluation.RememberedBatches(loader := Loader(), 1000)
+    looked = loading.RememberedBatches(loader := Loader(), 1000)
     next(iter(looked))  # a pass that stopped early remembers nothing
     assert len(list(looked)) == 3
     assert loader.passes == 2
@@ -248,7 +263,7 @@ def test_an_error_leaves_the_model_unhooked(
     with pytest.raises(RuntimeError, match="in a strategy"):
         run(checkpoint, tmp_path, "strategy=uniform")
     config = compose("eval", ["model=hub", f"model.path={checkpoint}"])
-    model = evaluation.load_model(config).model
+    model = loading.load_model(config).model
     hooked = [module for module in model.modules() if module._forward_pre_hooks]
     assert not hooked
     assert not list(tmp_path.iterdir())
@@ -277,7 +292,7 @@ def test_accepted_answers_and_turns_before(checkpoint: Path, tmp_path: Path) -> 
             ],
         )
         names = {"strategy": "x", "schedule": "x", "model": "x", "data": "folder"}
-        told = evaluation.evaluate(config, tmp_path / config.metric, names)
+        told = evaluate(config, tmp_path / config.metric, names)
         (line,) = predictions(tmp_path / config.metric)
         assert told["metric"] == config.metric
         assert told["accuracy"] == line["score"]

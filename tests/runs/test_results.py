@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import tokenprune
 from tokenprune.runs import results
 from tokenprune.runs.sweeps import expand, run_name, run_names, sweep_name
 
@@ -115,6 +117,45 @@ def test_the_contents_of_model_and_data_count(
         "data.test.train_path",
     }
     assert "model.path" in results.fingerprint({"model": {"path": "tiny"}})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "published"),
+    [("fastv", "original"), ("pyramiddrop", "renumbered"), (None, "original")],
+)
+def test_a_run_that_was_asked_for_the_published_positions_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str | None, published: str
+) -> None:
+    """As configs did that had no positions=auto yet."""
+    target = {"_target_": "tokenprune.build_strategy", "name": strategy}
+    asked = CONFIG | {"strategy": strategy and target, "positions": "auto"}
+    for positions in ("original", "renumbered"):
+        monkeypatch.setitem(CONFIG, "positions", positions)
+        monkeypatch.setitem(CONFIG, "strategy", asked["strategy"])
+        write(tmp_path)
+        expected = [] if positions == published else ["positions"]
+        assert results.changes(tmp_path, asked, MARKS) == expected
+        assert results.changes(tmp_path, asked | {"positions": positions}, MARKS) == []
+    # What another policy was asked for is another run, whatever was published.
+    monkeypatch.setitem(CONFIG, "positions", "auto")
+    write(tmp_path)
+    assert results.changes(tmp_path, asked, MARKS) == []
+    assert results.changes(tmp_path, asked | {"positions": published}, MARKS) == ["positions"]
+
+
+def test_a_stranger_s_package_of_our_name_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the package index `tokenprune` is another project, which may be installed as well."""
+    (tmp_path / "tokenprune-9.9.dist-info").mkdir()
+    about = tmp_path / "tokenprune-9.9.dist-info" / "METADATA"
+    about.write_text("Metadata-Version: 2.1\nName: tokenprune\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metadata.version("tokenprune") == "9.9"
+    assert results.fingerprint({})["tokenprune"] == tokenprune.__version__
+    write(tmp_path / "run")
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert versions["tokenprune"] == tokenprune.__version__
 
 
 def test_kinds_do_not_pass_for_the_interval(

@@ -36,9 +36,10 @@ def view(
     return tp.TokenView(
         layer=2,
         num_layers=8,
-        valid=valid,
         num_original=valid.sum(1),
-        positions=torch.arange(valid.shape[1]).expand(valid.shape),
+        ragged=not valid.all(),
+        _valid=lambda: valid,
+        _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
         _hidden=lambda: torch.zeros(*valid.shape, 4),
         _places=lambda: places,
         _attend=lambda rows: attention,

@@ -4,128 +4,43 @@ from __future__ import annotations
 
 import copy
 import csv
-import dataclasses
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from subprocess import PIPE
+from typing import Any
 
 import models
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.loops import utilities as loop_utilities
-from test_training import LIGHTNING, Watched, build_processor
+from oracles import assert_same_choice
+from processes import call, run, started
 from torch.nn.parallel import DistributedDataParallel
+from trainings import FSDP, LIGHTNING, SCHEDULE, save_six_steps, six_steps, train
 from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
 from tokenprune import training
 from tokenprune.cli.configs import compose
-from tokenprune.data.collate import IGNORED, ConversationCollator
-from tokenprune.data.module import VQADataModule
-from tokenprune.data.scenes import SceneDataset
-from tokenprune.runs.compose import Pruning
-from tokenprune.runs.models import LoadedModel
-from tokenprune.training.sharding import Sharded, shard
+from tokenprune.data.collate import IGNORED
+from tokenprune.training.sharding import shard
 
 pytestmark = [
     *LIGHTNING,
     pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft
     pytest.mark.filterwarnings("ignore:.*No device id is provided:UserWarning"),
 ]
-SCHEDULE = tp.Schedule.pyramid(num_layers=models.NUM_LAYERS, num_stages=3, lam=0.5)
 ALL = ("vision_tower", "projector", "decoder")
 
 
-class Masking(ConversationCollator):
-    """Takes the labels from some samples."""
-
-    def __init__(self, processor, masked):
-        super().__init__(processor)
-        self.masked = masked
-
-    def __call__(self, samples):
-        batch = super().__call__(samples)
-        for row, sample in enumerate(samples):
-            if sample.id in self.masked:
-                batch["inputs"]["labels"][row] = IGNORED
-        return batch
-
-
-class Blind(SceneDataset):
-    """Takes the pictures from some samples."""
-
-    blind: frozenset[str] = frozenset()
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        return dataclasses.replace(sample, images=()) if sample.id in self.blind else sample
-
-
-class Data(VQADataModule):
-    masked: frozenset[str] = frozenset()
-
-    def train_dataloader(self):
-        loader = super().train_dataloader()
-        loader.collate_fn = Masking(self.processor, self.masked)
-        return loader
-
-
-def run(folder: Path, strategy: str, how="auto", batch_size=4, devices=1, batches=1, **options):
-    """Losses of six steps, two validation losses, and the trained weights."""
-    options = dict(options)
-    masked, double = options.pop("masked", frozenset()), options.pop("double", False)
-    train = Blind("train", options.pop("num_samples", 24))
-    train.blind = options.pop("blind", frozenset())
-    module_options = {"learning_rate": 1e-3, "weight_decay": 0.1} | options
-    torch.manual_seed(0)
-    model = models.build("llava")
-    loaded = LoadedModel(model.double() if double else model, build_processor())
-    data = Data(
-        train=train,
-        validation=SceneDataset("validation", 5),
-        processor=loaded.processor,
-        batch_size=batch_size,
-    )
-    data.masked = masked
-    own = None
-    if strategy != "none":
-        own = Pruning(tp.build_strategy(strategy), SCHEDULE, "renumbered")
-    module = Watched(loaded, own, **module_options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=how,
-        logger=CSVLogger(folder, version=""),
-        log_every_n_steps=1,
-        max_steps=6,
-        val_check_interval=3 * batches,
-        accumulate_grad_batches=batches,
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork does not inherit the others
-    try:
-        trainer.fit(module, datamodule=data)
-    finally:
-        torch.set_num_threads(threads)
-    with (folder / "lightning_logs" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    found = {"rows": rows, "trained": trained}
-    for name in ("train_loss", "val_loss", "gradient", "unsupervised_batches"):
-        found[name] = [float(row[name]) for row in rows if row.get(name)]
-    return found
+def both(folder: Path, how: str, strategy: str, **options: Any) -> dict[str, Any]:
+    """The six steps in two processes, half a batch each."""
+    folder.mkdir()
+    done = call(save_six_steps, folder, strategy, how, 2, 2, **options)
+    assert done.returncode == 0, done.stdout
+    return torch.load(folder / "result.pt", weights_only=True)
 
 
 def assert_same(one, other, tolerance=1e-4):
@@ -142,8 +57,8 @@ def assert_same(one, other, tolerance=1e-4):
 
 @pytest.mark.parametrize("options", [{}, {"tuning": "lora"}], ids=["full", "lora"])
 def test_accumulated_ragged_batches_are_one_batch(tmp_path, options):
-    one = run(tmp_path / "one", "pyramiddrop", **options)
-    parts = run(tmp_path / "parts", "pyramiddrop", batch_size=2, batches=2, **options)
+    one = six_steps(tmp_path / "one", "pyramiddrop", **options)
+    parts = six_steps(tmp_path / "parts", "pyramiddrop", batch_size=2, batches=2, **options)
     assert_same(one, parts, tolerance=1e-5)
 
 
@@ -171,10 +86,10 @@ def test_two_processes_are_one_for_every_strategy(tmp_path, how, strategy, optio
 
 
 def _compare(folder, how, strategy, options):
-    one = run(folder / "one", strategy, **options)
-    chosen = "ddp_fork" if how == "ddp" else Sharded(start_method="fork")
-    both = run(folder / "both", strategy, chosen, batch_size=2, devices=2, **options)
-    assert_same(one, both)
+    assert_same(
+        six_steps(folder / "one", strategy, **options),
+        both(folder / "both", how, strategy, **options),
+    )
 
 
 @pytest.mark.matrix
@@ -182,24 +97,23 @@ def _compare(folder, how, strategy, options):
 def test_a_process_without_a_supervised_token_changes_nothing_for_the_other(tmp_path, how):
     # Each process gets every other sample of the order: now and then one has none with labels.
     masked = frozenset(f"train-0-{index}" for index in range(24) if index % 3)
-    one = run(tmp_path / "one", "pyramiddrop", masked=masked)
-    chosen = "ddp_fork" if how == "ddp" else Sharded(start_method="fork")
-    both = run(tmp_path / "both", "pyramiddrop", chosen, 2, 2, masked=masked)
-    assert both["unsupervised_batches"][-1] > one["unsupervised_batches"][-1]
-    assert_same(one, both)
+    one = six_steps(tmp_path / "one", "pyramiddrop", masked=masked)
+    two = both(tmp_path / "both", how, "pyramiddrop", masked=masked)
+    assert two["unsupervised_batches"][-1] > one["unsupervised_batches"][-1]
+    assert_same(one, two)
 
 
 def test_batches_without_a_supervised_token_are_counted_and_teach_nothing(tmp_path):
     everything = frozenset(f"train-0-{index}" for index in range(24))
-    none = run(tmp_path / "none", "pyramiddrop", masked=everything, weight_decay=0.0)
+    none = six_steps(tmp_path / "none", "pyramiddrop", masked=everything, weight_decay=0.0)
     assert none["unsupervised_batches"] == [1, 2, 3, 4, 5, 6]
     assert none["train_loss"] == [0.0] * 6
     before = dict(models.build("llava").named_parameters())
     for name, value in none["trained"].items():
         assert torch.equal(value, before[name.removeprefix("model.")]), name
     some = frozenset(f"train-0-{index}" for index in range(24) if index % 3)
-    one = run(tmp_path / "one", "pyramiddrop", masked=some)
-    parts = run(tmp_path / "parts", "pyramiddrop", masked=some, batch_size=2, batches=2)
+    one = six_steps(tmp_path / "one", "pyramiddrop", masked=some)
+    parts = six_steps(tmp_path / "parts", "pyramiddrop", masked=some, batch_size=2, batches=2)
     assert one["unsupervised_batches"][-1] < parts["unsupervised_batches"][-1] < 12
     assert_same(one, parts, tolerance=1e-5)
 
@@ -213,7 +127,7 @@ def test_processes_with_batches_of_different_sizes_are_one(tmp_path, how):
 def test_batches_without_images_do_not_train_the_projector(tmp_path):
     everything = frozenset(f"train-0-{index}" for index in range(24))
     own = {"tuning": "projector", "weight_decay": 0.0}
-    none = run(tmp_path / "none", "pyramiddrop", blind=everything, **own)
+    none = six_steps(tmp_path / "none", "pyramiddrop", blind=everything, **own)
     before = dict(models.build("llava").named_parameters())
     assert none["trained"]
     for name, value in none["trained"].items():
@@ -221,8 +135,8 @@ def test_batches_without_images_do_not_train_the_projector(tmp_path):
     assert all(loss > 0 for loss in none["train_loss"])
     # Now and then a batch has none: four samples in a row, or two.
     some = frozenset(f"train-0-{index}" for index in range(24) if index % 4)
-    one = run(tmp_path / "one", "pyramiddrop", blind=some, **own)
-    parts = run(tmp_path / "parts", "pyramiddrop", blind=some, batch_size=2, batches=2, **own)
+    one = six_steps(tmp_path / "one", "pyramiddrop", blind=some, **own)
+    parts = six_steps(tmp_path / "parts", "pyramiddrop", blind=some, batch_size=2, batches=2, **own)
     assert_same(one, parts, tolerance=1e-5)
     assert any(
         not torch.equal(value, none["trained"][name]) for name, value in one["trained"].items()
@@ -236,14 +150,14 @@ def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
 
 
 @pytest.mark.matrix
-def test_a_sharded_training_validates_under_nccl(tmp_path, monkeypatch):
+def test_a_sharded_training_validates_under_nccl(tmp_path):
     """There Lightning would use inference mode, which it leaves out for gloo."""
-    monkeypatch.setattr(loop_utilities, "dist", SimpleNamespace(get_backend=lambda: "nccl"))
-    own = ["model=tiny", "trainer=fsdp", "trainer.strategy.start_method=fork"]
-    own += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_steps=2", "logger=none"]
+    own = ["model=tiny", *FSDP, "trainer.devices=1"]
+    own += ["trainer.callbacks=[{_target_:trainings.UnderNccl}]", "trainer.max_steps=2"]
     own += ["data.train.num_samples=8", "data.validation.num_samples=4", "data.batch_size=4"]
-    own += ["trainer.callbacks=[]", "+trainer.enable_progress_bar=false"]
-    training.train(compose("train", own), tmp_path)
+    own += ["logger=none", "+trainer.enable_progress_bar=false"]
+    done = call(train, compose("train", own), tmp_path)
+    assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / training.SUMMARY).read_text())["steps"] == 2
 
 
@@ -279,16 +193,14 @@ def curves(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
-    own = command("data.batch_size=4", f"hydra.run.dir={folder}")
-    subprocess.run(own, check=True, capture_output=True, text=True)
+    run(command("data.batch_size=4", f"hydra.run.dir={folder}"))
     return folder
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_the_command_trains_in_two_processes(tmp_path, alone, how):
-    own = command(*two(how), f"hydra.run.dir={tmp_path / 'run'}")
-    done = subprocess.run(own, check=True, capture_output=True, text=True)
+    done = run(command(*two(how), f"hydra.run.dir={tmp_path / 'run'}"))
     for noise in ("Initializing distributed", "LeafSpec", "in eval mode", "weights_only"):
         assert noise not in done.stderr + done.stdout
     told, expected = (
@@ -313,20 +225,19 @@ def test_the_command_trains_in_two_processes(tmp_path, alone, how):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, how):
     own = command("-m", *two(how), "seed=0,1", f"hydra.sweep.dir={tmp_path}", steps=12)
-    process = subprocess.Popen(own, stderr=subprocess.PIPE, text=True)
     runs: list[Path] = []
-    until = time.monotonic() + 300
-    while not runs and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)  # until the first run has a step to lose
-        runs = list(tmp_path.glob("*/csv/metrics.csv"))
-    process.terminate()
-    _, told = process.communicate(timeout=300)
+    with started(own, stderr=PIPE) as process:
+        while not runs and process.poll() is None:
+            time.sleep(0.05)  # until the first run has a step to lose
+            runs = list(tmp_path.glob("*/csv/metrics.csv"))
+        process.terminate()
+        _, told = process.communicate()
     assert process.returncode == 143, told
     assert "training was stopped by SIGTERM. To go on: the same command once more" in told
     (run,) = runs
     last = run.parent.parent / "checkpoints" / "last.ckpt"
     assert 1 <= torch.load(last, weights_only=True)["global_step"] <= 12
-    done = subprocess.run(own, check=True, capture_output=True, text=True)
+    done = run(own)
     assert "goes on from its checkpoint" in done.stdout
     finished = sorted(tmp_path.glob("*/training.json"))
     assert [json.loads(path.read_text())["steps"] for path in finished] == [12, 12]
@@ -335,11 +246,11 @@ def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, ho
         assert [step for step, _ in curves(path.parent)["val_loss"]] == [*range(2, 13, 2)]
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """A process group of one."""
-    file = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=0, world_size=1)
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one, for one test: trainings of others would take it for theirs."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
 
@@ -356,6 +267,7 @@ def test_the_engine_sees_through_wrappers(group, strategy, wrapper):
     if wrapper == "peft":
         peft = pytest.importorskip("peft")
         maps = r".*language_model\..*\.(q_proj|v_proj)"
+        torch.manual_seed(0)
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=maps))
     elif wrapper == "ddp":
         model = DistributedDataParallel(model)
@@ -370,5 +282,4 @@ def test_the_engine_sees_through_wrappers(group, strategy, wrapper):
         outputs.append(loss.detach())
         traces.append(trace)
     torch.testing.assert_close(outputs[1], outputs[0])
-    for first, second in zip(*(trace.stages for trace in traces), strict=True):
-        assert all(map(torch.equal, first.kept, second.kept))
+    assert_same_choice(*(trace.stages for trace in traces))

@@ -13,15 +13,9 @@ import pytest
 import torch
 from lightning_fabric.utilities.throughput import Throughput
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from oracles import assert_close, assert_decided
+from trainings import LIGHTNING, Watched, build_processor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
 from tokenprune import training
@@ -31,58 +25,20 @@ from tokenprune.cli.mistakes import explain
 from tokenprune.data.collate import IGNORED, ConversationCollator
 from tokenprune.data.module import VQADataModule
 from tokenprune.data.sample import Sample, Turn
-from tokenprune.data.scenes import COLOURS, SYMBOLS, SceneDataset
+from tokenprune.data.scenes import SceneDataset
 from tokenprune.runs import compose
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_devices
 from tokenprune.runs.models import LoadedModel, load
 from tokenprune.training.checkpoints import BEST, LAST
-from tokenprune.training.module import FineTune, _turns
+from tokenprune.training.module import FineTune
 from tokenprune.training.tuning import build_optimizer, parts_of
+from tokenprune.training.validation import guesses, turns
 
-SPECIAL = ["<pad>", "</s>", "<unk>"]
-WORDS = re.findall(
-    r"\S+",
-    "USER ASSISTANT : ? Which symbol is colour Is there a left of above What does the sign say "
-    "yes no",
-)
-
-# Of pytorch_lightning with this torch, and advice on settings that are right for a test.
-LIGHTNING = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
-    pytest.mark.filterwarnings("ignore:.*overridden `transfer_batch_to_device`"),
-]
 pytestmark = [
     *LIGHTNING,
     pytest.mark.filterwarnings("ignore:.*The number of training batches"),
 ]
-
-
-def build_processor() -> LlavaProcessor:
-    words = [*SPECIAL, *WORDS, *SYMBOLS, *COLOURS]
-    ids = {word: number for number, word in enumerate(words)} | {"<image>": models.IMAGE}
-    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +124,7 @@ def test_training_lowers_the_loss_and_its_model_loads(checkpoint, tmp_path, stra
     assert float(loss) == pytest.approx(told["validation"]["loss"], abs=2e-4)
 
 
-def test_the_saved_model_gives_the_same_logits(loaded, tmp_path):
+def test_the_saved_model_is_the_same(loaded, tmp_path):
     data = VQADataModule(train=SceneDataset("train", 8), processor=loaded.processor, batch_size=4)
     module = FineTune(loaded, pruning(), learning_rate=3e-3)
     fit(module, data, max_steps=2)
@@ -176,8 +132,11 @@ def test_the_saved_model_gives_the_same_logits(loaded, tmp_path):
     (inputs, _) = (batch["inputs"] for batch in data.train_dataloader())
     loaded.model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    weights = again.state_dict()
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(weights[name], value), name
     with torch.no_grad():
-        assert torch.equal(loaded.model(**inputs).logits, again(**inputs).logits)
+        assert_close(again(**inputs).logits, loaded.model(**inputs).logits)
 
 
 def fit(module: FineTune, data: VQADataModule, **options) -> None:
@@ -243,17 +202,6 @@ def test_only_the_chosen_parts_move(loaded, parts, moved):
     assert changed == moved
 
 
-class Watched(FineTune):
-    """Keeps and logs the gradients of each step: AdamW would hide their size."""
-
-    def on_before_optimizer_step(self, optimizer):
-        super().on_before_optimizer_step(optimizer)
-        found = [p.grad for p in self.parameters() if p.grad is not None]
-        self.gradients = [getattr(g, "full_tensor", g.clone)() for g in found]
-        norms = torch.stack([gradient.norm() for gradient in self.gradients])
-        self.log("gradient", norms.norm())
-
-
 def test_gradient_checkpointing_changes_nothing(checkpoint):
     gradients = []
     for recompute in (False, True):
@@ -275,7 +223,8 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
     inputs = collate(samples)["inputs"]
     module.attach("all")
     with torch.no_grad():
-        guesses = module._guesses(inputs, loaded.model(**inputs).logits)
+        trace = None if own is None else module._handle.trace
+        guessed = guesses(loaded.model, inputs, loaded.model(**inputs).logits, trace)
     module.detach()
     # The tail of a pruned row is its text, so the last guesses can be read off directly.
     for row, sample in enumerate(samples):
@@ -286,19 +235,19 @@ def test_teacher_forcing_guesses_what_each_sample_alone_would_be_answered(loaded
         module.detach()
         length = alone["labels"].shape[1]
         text = length - int((alone["input_ids"] == models.IMAGE).nonzero()[-1, 1]) - 2
-        torch.testing.assert_close(
-            guesses[row, length - text : length], logits.argmax(-1)[-text - 1 : -1]
-        )
+        logits = logits[-text - 1 : -1]
+        assert_decided(logits)
+        assert torch.equal(guessed[row, length - text : length], logits.argmax(-1))
 
 
 def test_a_turn_is_right_if_all_its_tokens_are():
-    turns = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
+    asked = (Turn("q", "a", "read"), Turn("q", "b c", "text"), Turn("q", "d", "read"))
     labels = torch.full((12,), IGNORED)
     labels[[3, 4, 6, 7, 8, 10, 11]] = 5
     right = torch.ones(12, dtype=torch.bool)
     right[7] = right[0] = False
-    sample = Sample("s", None, turns)
-    assert _turns(sample, labels, right) == [
+    sample = Sample("s", None, asked)
+    assert turns(sample, labels, right) == [
         ("read", True),
         ("text", False),
         ("read", True),

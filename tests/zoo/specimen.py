@@ -87,7 +87,7 @@ class Specimen:
         for part in _configs(config):
             part._attn_implementation = "eager"
         kind = getattr(transformers, self.model_class)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = kind._from_config(config, attn_implementation="eager")
             randomise(model)

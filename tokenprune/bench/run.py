@@ -29,7 +29,7 @@ from tokenprune.bench.table import RESULT, read
 from tokenprune.bench.timing import interleave
 from tokenprune.bench.variants import Bench
 from tokenprune.runs import results
-from tokenprune.runs.compose import build_pruning, plain
+from tokenprune.runs.compose import AUTO, fit_pruning, plain
 from tokenprune.runs.shapes import num_tokens, shape_config
 
 
@@ -50,7 +50,7 @@ def measure(config: DictConfig) -> dict[str, Any]:
     name = config.dtype if config.dtype != "auto" else "bfloat16" if cuda else "float32"
     told: dict[str, Any] = {
         "measure": config.measure,
-        "positions": config.positions,
+        "positions": None if config.positions == AUTO else config.positions,
         "batch_size": config.batch_size,
         "num_visual": config.num_visual or num_tokens(config.resolution),
         "num_text": config.num_text,
@@ -80,14 +80,14 @@ def _measure(
 ) -> dict[str, Any]:
     model = build_model(shape_config(config), dtype, config.attention, device)
     weights = sum(weight.nbytes for weight in model.parameters())
-    num_layers = cost.DecoderShape.from_config(model.config).num_layers
-    pruning = build_pruning(config, num_layers)
+    pruning = fit_pruning(config, model)
     assert pruning is not None, "checked before"
     bench = Bench(model, pruning, load, config.logits, list(config.ways))
     optimizer = prepare_training(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)
-    found = summarise(bench, config.measure, timing) | {"weights_mb": weights / 1e6}
+    found = summarise(bench, config.measure, timing)
+    found |= {"positions": pruning.positions, "weights_mb": weights / 1e6}
     if config.measure != "train":
         with bench.pruned():
             found["pruned_kv_mb"] = cache_bytes(bench.prefill()) / 1e6

@@ -11,7 +11,7 @@ def load(config: DictConfig) -> Any:
     """Model and processor of a config, on the trainer's device."""
     import torch
 
-    from tokenprune.evaluation.run import load_model
+    from tokenprune.evaluation.loading import load_model
 
     loaded = load_model(config)
     wants_gpu = config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()

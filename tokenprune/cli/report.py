@@ -13,11 +13,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser("tokenprune report", description="A sweep as a page.")
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as outputs/ablation")
     folder = parser.parse_args(arguments).folder
-    from tokenprune.report import summary
-    from tokenprune.runs import results
-
-    if not (folder / results.TABLE).is_file() and not any(folder.glob(f"**/{results.METRICS}")):
-        summary.load(folder)  # says what is missing, before what draws is loaded
     from tokenprune.report import page
 
     print(page.build(folder))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune.cli.arguments import Parser
-from tokenprune.cli.mistakes import BadInput, one_line
+from tokenprune.cli.mistakes import BadInput
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,27 +22,27 @@ def main(arguments: Sequence[str]) -> int:
     config = single_run(args.overrides)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from tokenprune.data.images import read_image
 
     try:
-        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")  # as data sets do
-    except (OSError, UnidentifiedImageError) as error:
+        image = read_image(args.image)  # as data sets do
+    except ValueError as error:
         raise BadInput(
-            f"show: expected a picture, got {str(args.image)!r}: {one_line(str(error))}. "
-            "Check the path."
+            f"show: expected a picture, got {str(args.image)!r}: {error}. Give another."
         ) from error
     from tokenprune import cost
     from tokenprune.cli import prompt
     from tokenprune.cli.jobs import quiet
-    from tokenprune.evaluation.run import FirstToken, generate, kept_tokens, pruned
+    from tokenprune.evaluation.generation import FirstToken, generate, pruned
+    from tokenprune.evaluation.kept import kept_tokens
     from tokenprune.report import pictures
-    from tokenprune.runs.compose import build_pruning
+    from tokenprune.runs.compose import fit_pruning
     from tokenprune.runs.sweeps import run_name
 
     with quiet():
         loaded = prompt.load(config)
         shape = cost.DecoderShape.from_config(loaded.model.config)
-        pruning = build_pruning(config, shape.num_layers)
+        pruning = fit_pruning(config, loaded.model)
         inputs = prompt.prompt(loaded, image, args.question)
         (whole,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
         with pruned(loaded, pruning) as trace:

@@ -26,7 +26,8 @@ def _task(config: DictConfig) -> None:
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     with tidy(folder), quiet():
         from tokenprune.training.checkpoints import LAST, Stopped
-        from tokenprune.training.run import SUMMARY, train
+        from tokenprune.training.run import train
+        from tokenprune.training.summary import SUMMARY
 
         if sweeps:
             resolved = plain(config)

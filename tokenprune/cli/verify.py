@@ -27,15 +27,13 @@ def main(arguments: Sequence[str]) -> int:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
     from tokenprune.cli import prompt
     from tokenprune.cli.jobs import quiet
-    from tokenprune.cost import DecoderShape
     from tokenprune.evaluation.verify import made_image, verify
-    from tokenprune.runs.compose import build_pruning
+    from tokenprune.runs.compose import fit_pruning
     from tokenprune.runs.tables import print_table
 
     with quiet():
         loaded = prompt.load(config)
-        num_layers = DecoderShape.from_config(loaded.model.config).num_layers
-        pruning = build_pruning(config, num_layers)
+        pruning = fit_pruning(config, loaded.model)
         assert pruning is not None
         checks = verify(loaded, prompt.prompt(loaded, made_image(), "What is this?"), pruning)
     print_table(

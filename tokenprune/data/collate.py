@@ -83,6 +83,9 @@ class _Writer:
         self._processor = processor
         self._template = getattr(processor, "chat_template", None)
         self._image_token: str | None = getattr(processor, "image_token", None)
+        # A processor expands these, too, and a sample has none.
+        names = ("video_token", "audio_token")
+        self._others = [token for name in names if (token := getattr(processor, name, None))]
         if self._template is None and self._image_token is None:
             raise ValueError(
                 "collate: expected a processor with a chat template or an image token, got "
@@ -186,6 +189,13 @@ class _Writer:
             )
         for turn in sample.turns:
             for text in (turn.question.replace(IMAGE, ""), turn.answer):
+                for token in self._others:
+                    if token in text:
+                        raise ValueError(
+                            f"collate, sample {sample.id!r}: expected text and images, got the "
+                            f"placeholder {token!r} in {text[:60]!r}. Videos and sounds are not "
+                            "read: remove it."
+                        )
                 for token in filter(None, {IMAGE, self._image_token}):
                     if token in text:
                         raise ValueError(

@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProcessorMixin
 
 from tokenprune.data.collate import ConversationCollator, PromptCollator
+from tokenprune.data.folder import FolderDataset
+from tokenprune.data.hub import HubDataset
+from tokenprune.data.order import EpochShuffle
 from tokenprune.data.sample import Sample
-from tokenprune.data.sources import FolderDataset, HubDataset
-
-
-class EpochShuffle(DistributedSampler[int]):
-    """One process's share of an order that is new in every epoch: the same for (seed, epoch).
-
-    Step k of an epoch trains on the same samples however many processes share them: entries
-    k * batch_size * processes onwards of the order, dealt out in turn. No sample is repeated, but
-    where the last step has fewer samples than there are processes: those without one take the
-    epoch's first.
-
-    `len` is that of a whole epoch: Lightning counts on from the batches of before.
-
-    Args:
-        length: Number of samples.
-        batch_size: Samples per batch of one process.
-        seed: Another seed gives other orders.
-        processes: How many share an epoch.
-        rank: Which of them this is.
-        start: An epoch, and how many of its batches an interrupted training has seen.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int = 0,
-        *,
-        processes: int = 1,
-        rank: int = 0,
-        start: tuple[int, int] = (0, 0),
-    ) -> None:
-        # A `DistributedSampler`, so that Lightning leaves it as it is and calls `set_epoch`.
-        super().__init__(range(length), processes, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.length, self.batch_size, self.start = length, batch_size, start
-        self.epoch = start[0]  # workers fetch before the trainer sets the first epoch
-
-    def __len__(self) -> int:
-        return len(self._share(list(range(self.length))))
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        share = self._share(torch.randperm(self.length, generator=generator).tolist())
-        seen = self.start[1] if self.epoch == self.start[0] else 0
-        return iter(share[seen * self.batch_size :])
-
-    def _share(self, order: list[int]) -> list[int]:
-        own = order[self.rank :: self.num_replicas]
-        steps = math.ceil(self.length / (self.batch_size * self.num_replicas))
-        lacks_one = len(own) <= (steps - 1) * self.batch_size
-        return own + order[:1] if lacks_one else own
 
 
 class VQADataModule(pl.LightningDataModule):

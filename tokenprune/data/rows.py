@@ -10,14 +10,25 @@ A row is one of
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenprune.data.cells import is_missing, text_of
+from tokenprune.data.errors import no_value, shown
 from tokenprune.data.sample import IMAGE, Turn, num_places
 
 _ASKS, _TELLS = ("human", "user"), ("gpt", "assistant")
+_MEDIA = ("video", "audio")
+#: Columns that hold what no sample can: a row in which one is filled is refused.
+MEDIA = tuple(
+    f"{kind}{end}" for kind in _MEDIA for end in ("", "s", "_path", "_paths", "_file", "_url")
+)
+# Their placeholders in a question: <video>, <|video_pad|> and the like.
+_PLACEHOLDER = re.compile(rf"<\|?({'|'.join(_MEDIA)})(_pad|_token)?\|?>", re.IGNORECASE)
+_REMEDY = "Videos and sounds are not read: give frames as images, or remove the row."
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,9 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
     """The turns of a row.
 
     Raises:
-        ValueError: Something is missing or not as expected; `where` names the row.
+        ValueError: Something is missing or not as expected, or is a video; `where` names the row.
     """
+    _refuse_media(row, where)
     kind = "all" if columns.kind is None else text_of(row, columns.kind, where)
     turns: tuple[Turn, ...]
     if columns.conversations is None:
@@ -46,11 +58,23 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
         turns = (Turn(question, told, kind, () if len(accepted) == 1 else accepted),)
     else:
         turns = _conversation(row.get(columns.conversations), columns.conversations, kind, where)
+    for turn in turns:
+        if (found := _PLACEHOLDER.search(turn.question)) is not None:
+            raise ValueError(
+                f"{where}: expected images and text, got {found[0]!r} in a question. {_REMEDY}"
+            )
     if any(IMAGE in answer for turn in turns for answer in (turn.answer, *turn.accepted)):
         raise ValueError(
             f"{where}: expected {IMAGE} in questions only, got it in an answer. Remove it."
         )
     return turns
+
+
+def _refuse_media(row: Mapping[str, Any], where: str) -> None:
+    """Refuses what would be left out in silence."""
+    for key, value in row.items():
+        if isinstance(key, str) and key.lower() in MEDIA and not (is_missing(value) or value == []):
+            raise ValueError(f"{where}: expected images and text, got a {key!r} as well. {_REMEDY}")
 
 
 def check_places(turns: Sequence[Turn], images: int, where: str) -> None:
@@ -67,29 +91,6 @@ def check_places(turns: Sequence[Turn], images: int, where: str) -> None:
         )
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A text, or a number as text.
-
-    Raises:
-        ValueError: It is missing, empty or something else.
-    """
-    value = row.get(key)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        got = f"only the keys {sorted(row)}" if key not in row else repr(value)
-        raise no_value(key, where, got)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        shown = repr(value)
-        raise ValueError(
-            f"{where}: expected text as {key!r}, got {shown[:60]}. Write one string per row."
-        )
-    return str(value)
-
-
-def no_value(key: str, where: str, got: str = "none") -> ValueError:
-    """The error of a row that lacks something."""
-    return ValueError(f"{where}: expected {key!r}, got {got}. Fill it in or remove the row.")
-
-
 def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """Accepted answers: a text, texts, or mappings with `answer`, as in VQAv2."""
     value = row.get(key)
@@ -104,9 +105,15 @@ def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
 def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ...]:
     if isinstance(value, Mapping) and value:  # as `datasets` gives a sequence of mappings
         columns = [own if isinstance(own, list) else [own] for own in value.values()]
-        value = [dict(zip(value, cells, strict=False)) for cells in zip(*columns, strict=False)]
+        if len({len(cells) for cells in columns}) > 1:
+            lengths = {name: len(cells) for name, cells in zip(value, columns, strict=True)}
+            raise ValueError(
+                f"{where}: expected as many of each in {key!r}, got {lengths}. Fill in what is "
+                "missing or remove the row."
+            )
+        value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value:
-        raise no_value(key, where, "none" if value is None else repr(value)[:60])
+        raise no_value(key, where, "none" if value is None else shown(value))
     if all(isinstance(own, Mapping) and {"user", "assistant"} <= set(own) for own in value):
         return tuple(
             Turn(text_of(own, "user", where), text_of(own, "assistant", where), kind)
@@ -139,8 +146,9 @@ def _message(own: Any, number: int, where: str) -> tuple[str, str]:
     if not isinstance(own, Mapping):
         raise ValueError(
             f"{where}: expected an object with from and value, or role and content, got "
-            f"{repr(own)[:60]}. Rewrite it."
+            f"{shown(own)}. Rewrite it."
         )
+    _refuse_media(own, where)
     by, said = ("role", "content") if "role" in own else ("from", "value")
     role = text_of(own, by, where)
     if not isinstance(own.get(said), list):
@@ -150,7 +158,7 @@ def _message(own: Any, number: int, where: str) -> tuple[str, str]:
         of = part.get("type") if isinstance(part, Mapping) else None
         if of not in ("text", "image"):
             raise ValueError(
-                f"{where}: expected parts of type text or image, got {repr(part)[:60]}. "
+                f"{where}: expected parts of type text or image, got {shown(part)}. "
                 "Leave out other parts."
             )
         pieces.append(IMAGE if of == "image" else text_of(part, "text", where))

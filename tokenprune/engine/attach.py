@@ -1,25 +1,26 @@
 """The engine: hooks that prune visual tokens inside an unmodified model.
 
-The only part that touches a model. A call goes through three kinds of hook:
+A call goes through three kinds of hook:
 
 * on the modules above the decoder, which see `input_ids`, `labels` and `visual_mask`;
 * on the decoder: a pass over its layers is planned (`passes.py`), and ends;
-* on each decoder layer from the one before the first cut on: tokens are cut, as the strategy says
-  of what it sees (`views.py`), and the layer's other arguments follow them (`side.py`).
+* on each decoder layer from the one before the first cut on: tokens are cut (`cuts.py`), and the
+  layer's other arguments follow the survivors (`side.py`).
 
 Nothing of a run is stored on the model, the strategy or the schedule: a pass lives in a
 thread-local variable, and what the cache holds is a `Record` on the cache object.
-
-Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, D hidden size, S cuts.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,30 +28,26 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import record as records
-from tokenprune.engine.levels import Level
-from tokenprune.engine.losses import fill_labels, promise_labels
-from tokenprune.engine.passes import (
-    ATTENTIONS,
-    Call,
-    Pass,
-    Settings,
-    merge,
-    plan,
-    read_record,
-    unsupported_attention,
-)
-from tokenprune.engine.side import note_rotation, replace_side_tensors
-from tokenprune.engine.trace import Trace, TracedStage
-from tokenprune.engine.views import attend, make_view
-from tokenprune.families.anatomy import device_of, examine
+from tokenprune.engine import side
+from tokenprune.engine.cuts import cut, listen
+from tokenprune.engine.losses import finish, promise_labels
+from tokenprune.engine.passes import Call, Pass, merge, plan_pass
+from tokenprune.engine.settings import Settings
+from tokenprune.engine.trace import Trace
+from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import POSITIONS, PruningStrategy, Selection
-from tokenprune.tensors import ascending, take, to_device
-
-LOGITS = ("all", "supervised")
+from tokenprune.strategy import PruningStrategy
+from tokenprune.tensors import take, to_device
 
 #: Decoders that are pruned now.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class _Generation:
+    """A `generate` under way: whether a call of it is shown by the trace."""
+
+    shown: bool = False
 
 
 class Handle:
@@ -69,6 +66,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._shadowed: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
+        self._told = False
 
     def __reduce__(self) -> Any:
         raise ValueError(
@@ -79,17 +77,18 @@ class Handle:
     # -- hooks -----------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        for entry in self._settings.anatomy.entries:
+        settings = self._settings
+        for entry in settings.anatomy.entries:
             self._register(entry, self._enter, self._leave)
             self._refuse_guesses(entry)
-        self._register(self._settings.anatomy.decoder, self._begin, self._end)
-        if self._settings.renumbers:
-            for module in self._settings.anatomy.decoder.modules():
-                if type(module).__name__.endswith("RotaryEmbedding"):
-                    hook = module.register_forward_hook(self._rotated, with_kwargs=True)
-                    self._hooks.append(hook)
-        first = min(self._settings.cuts, default=len(self._settings.anatomy.layers))
-        for index, layer in enumerate(self._settings.anatomy.layers):
+            self._note_generation(entry)
+        self._register(settings.anatomy.decoder, self._begin, self._end)
+        if settings.renumbers:
+            for module in rotary_modules(settings.anatomy.decoder):
+                hook = module.register_forward_hook(self._rotated, with_kwargs=True)
+                self._hooks.append(hook)
+        first = min(settings.cuts, default=len(settings.anatomy.layers))
+        for index, layer in enumerate(settings.anatomy.layers):
             if index >= first - 1:  # a cut may read the layer before it
                 self._register(layer, self._layer_hook(index), None)
 
@@ -119,8 +118,30 @@ class Handle:
                 "token."
             )
 
-        entry._get_candidate_generator = refuse  # type: ignore[assignment]
-        self._shadowed.append(entry)
+        self._shadow(entry, "_get_candidate_generator", refuse)
+
+    def _note_generation(self, entry: nn.Module) -> None:
+        """Calls within one `generate` belong together."""
+        if not hasattr(type(entry), "generate"):
+            return
+        generate: Any = entry.generate
+
+        @functools.wraps(generate)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            outer = getattr(self._thread, "generation", None)
+            self._thread.generation = outer or _Generation()
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._thread.generation = outer
+
+        self._shadow(entry, "generate", noted)
+
+    def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        """Puts a method before the class's own, until `remove`."""
+        if name not in vars(entry):
+            setattr(entry, name, method)
+            self._shadowed.append((entry, name))
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
@@ -129,8 +150,8 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for entry in self._shadowed:
-            del entry._get_candidate_generator
+        for entry, name in self._shadowed:
+            delattr(entry, name)
         self._shadowed.clear()
         _attached.discard(self._settings.anatomy.decoder)
 
@@ -138,10 +159,12 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional arguments that have no name, and all others by name."""
+        if not args:
+            return (), dict(kwargs)
         names = self._parameters[module]
         if len(args) > len(names):  # forward(*args): they stay as they are
             return args, dict(kwargs)
-        return (), dict(zip(names, args, strict=False)) | dict(kwargs)
+        return (), dict(zip(names, args, strict=False)) | kwargs  # type: ignore[operator]
 
     # -- above the decoder -----------------------------------------------------------------------
 
@@ -152,37 +175,23 @@ class Handle:
         call.open.append(module)
         rest, named = self._named(module, args, kwargs)
         merge(call.inputs, named, call.late_labels)
+        call.cache = call.inputs.get("past_key_values")
+        records.in_call(call.cache, begins=True)
         changed = named.pop("visual_mask", None) is not None
-        changed |= self._show_unpruned(call, named)
         labels = named.get("labels")
         if labels is not None and (self._settings.cuts or self._settings.supervised):
             promise_labels(self._settings, call, module, named, labels)
             changed = True
         return (rest, named) if changed else None
 
-    def _show_unpruned(self, call: Call, named: dict[str, Any]) -> bool:
-        """Lets a module above the decoder see a pruned cache as long as the conversation."""
-        past = named.get("past_key_values")
-        if not records.has_record(past):
-            return False
-        tokens = named.get("inputs_embeds")
-        tokens = named["input_ids"] if tokens is None else tokens
-        record = read_record(self._settings, past, tokens, named.get("attention_mask"))
-        if record is None:
-            return False
-        call.cache, call.record = past, record
-        named["past_key_values"] = records.unpruned(past, record)
-        return True
-
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._open_call()
         if call is None:
             return None
         call.open.pop()
-        if call.cache is not None and output is not None:
-            output = _with_cache(output, call.cache)
         if not call.open:
             self._thread.call = None
+            records.in_call(call.cache, begins=False)
         if not (self._settings.supervised and call.late_labels and isinstance(output, Mapping)):
             return output
         return type(output)(**{key: output[key] for key in output if key != "logits"})
@@ -193,126 +202,88 @@ class Handle:
     # -- the decoder: a pass begins --------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if _is_recorded():
+            raise ValueError(
+                "prune: expected a call that runs, got torch.export or torch.jit.trace: which "
+                "tokens survive depends on the input, and would be written down for this one. "
+                "Export the unpruned model."
+            )
         call = self._open_call() or Call()
         rest, named = self._named(module, args, kwargs)
         inputs = dict(call.inputs)
         merge(inputs, named, call.late_labels)
-        named.pop("visual_mask", None)
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds
-        run = self._thread.run = plan(self._settings, call, inputs, tokens)
-        if run.record is not None:
-            named["past_key_values"] = records.unpruned(run.cache, run.record)
-        return rest, named
+        records.in_call(inputs.get("past_key_values"), begins=True)
+        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens)
+        self._tell_of_labels(run)
+        return (rest, named) if named.pop("visual_mask", None) is not None else None
+
+    def _tell_of_labels(self, run: Pass) -> None:
+        """Says once that rows stay whole because their labels leave no token that asks."""
+        if self._told or not (run.prunes and run.rows.mute):
+            return
+        self._told = True
+        warnings.warn(
+            "prune: expected labels on answers alone, got rows in which no unlabelled token comes "
+            "just before a labelled one: nothing asks, so they stay unpruned. Label prompts and "
+            "images -100 (in TRL: completion_only_loss=True or assistant_only_loss=True).",
+            UserWarning,
+            stacklevel=2,
+        )
 
     # -- the layers ------------------------------------------------------------------------------
 
     def _layer_hook(self, index: int) -> Callable[..., Any]:
-        number = self._settings.level_of[index]
-        cuts_here, cuts_next = index in self._settings.cuts, index + 1 in self._settings.cuts
-        ahead = [request for request in self._settings.requests if request.source == "previous"]
+        settings = self._settings
+        number = settings.level_of[index]
+        cuts_here, cuts_next = index in settings.cuts, index + 1 in settings.cuts
+        ahead = [request for request in settings.requests if request.source == "previous"]
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            rest, named = self._named(module, args, kwargs)
-            hidden = rest[0] if rest else named.pop("hidden_states")
-            run = self._find_run(named)
+            run = self._find_run(kwargs)
             if run is None:
                 return None
-            if run.record is None:
-                run.cache = named.get("past_key_values", run.cache)
-            elif "past_key_values" in named:
-                named["past_key_values"] = run.cache
+            if run.cache is None:
+                run.cache = kwargs.get("past_key_values")
+            if run.idle and kwargs.get("attention_mask") is None:
+                return None
+            rest, named = self._named(module, args, kwargs)
+            hidden = rest[0] if rest else named.pop("hidden_states")
             device = device_of(module, hidden)
             hidden = to_device(hidden, device)
-            if run.levels[0].positions is None and (run.prunes or self._settings.renumbers):
-                self._set_positions(run, named)
+            if run.positions is None and not run.idle:
+                side.note_positions(run, named, device)
             if cuts_here:
                 if len(run.levels) == number:
-                    self._cut(run, number, module, hidden, named)
+                    cut(run, number, module, hidden, named)
                 index_BN = run.at(number, device).index
                 hidden = hidden if index_BN is None else take(hidden, index_BN)
-            mask = named.get("attention_mask")
-            replace_side_tensors(run, number, module, hidden, named)
-            if cuts_next and run.prunes and len(run.levels) == number + 1:
-                for request in ahead:
-                    run.rows[index + 1, request] = attend(
-                        run, number, module, hidden, named, mask, request, index
-                    )
+            given = dict(named) if cuts_next and ahead else named
+            side.follow(run, number, module, hidden, named)
+            if cuts_next and ahead and run.prunes and len(run.levels) == number + 1:
+                listen(run, number, module, hidden, given, ahead, index, index + 1)
             return (hidden, *rest[1:]), named
 
         return hook
 
     def _find_run(self, named: Mapping[str, Any]) -> Pass | None:
+        run: Pass | None = getattr(self._thread, "run", None)
+        if run is not None and not self._settings.anatomy.decoder.training:
+            return run
         embeddings = named.get("position_embeddings")
         key = embeddings[0] if isinstance(embeddings, tuple) else named.get("position_ids")
-        run: Pass | None = getattr(self._thread, "run", None)
+        if key is None:
+            return run
         if run is None:  # recomputed during the backward pass
-            return None if key is None else cast("Pass | None", self._passes.get(key))  # type: ignore[no-untyped-call]
-        if key is not None and self._settings.anatomy.decoder.training:
-            self._passes[key] = run
+            return cast("Pass | None", self._passes.get(key))  # type: ignore[no-untyped-call]
+        self._passes[key] = run
         return run
-
-    @staticmethod
-    def _set_positions(run: Pass, named: Mapping[str, Any]) -> None:
-        level = run.levels[0]
-        given = named.get("position_ids")
-        given = level.columns if given is None else given
-        given = given[0] if given.dim() > 2 else given
-        # A clone: a view would keep alive the tensor by which a recomputed layer finds its pass.
-        given = given.expand(level.columns.shape).to(level.columns.device)
-        level.positions = given.clone()
 
     def _rotated(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         run: Pass | None = getattr(self._thread, "run", None)
         if run is not None:
-            note_rotation(run, module, args, kwargs, output)
-
-    def _cut(
-        self, run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
-    ) -> None:
-        """Adds the level after cut `number`: asks the strategy, keeps what it chose."""
-        level, device = run.at(number - 1, hidden.device), hidden.device
-        new = run.levels[-1].unchanged()
-        if run.prunes:
-            assert run.budgets_SB is not None
-            seats_BV, valid_BV = level.seats()
-            view = make_view(run, number, module, hidden, named, seats_BV, valid_BV)
-            with torch.no_grad():
-                keep_B = to_device(run.budgets_SB[number - 1], device)
-                selection = self._settings.strategy.select(view, keep_B)
-            kept_BV, num_kept = self._checked(selection, valid_BV, level, run.budgets[number - 1])
-            run.stages.append(_traced(view.layer, selection, kept_BV, num_kept, level, seats_BV))
-            if num_kept != level.num_visual:
-                new = level.after(kept_BV, num_kept, kept_BV.sum(1))
-        if self._settings.renumbers:
-            shift = None if run.record is None else run.record.held[number].shift
-            new = new.on(device)
-            shift = to_device(shift, device)
-            new.renumber(run.at(0, device), shift, continues=run.record is not None)
-        run.levels.append(new)
-
-    def _checked(
-        self, selection: Selection, valid_BV: Tensor, level: Level, budget: list[int]
-    ) -> tuple[Tensor, list[int]]:
-        """The survivors that a strategy chose, and how many per row."""
-        kept = selection.kept
-        if kept.dtype != torch.bool or kept.shape != valid_BV.shape:
-            raise ValueError(
-                f"{type(self._settings.strategy).__name__}.select: expected a bool mask of shape "
-                f"{tuple(valid_BV.shape)}, got {kept.dtype} of shape {tuple(kept.shape)}. "
-                "Return Selection(kept=mask)."
-            )
-        most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
-        if self._settings.strategy.keeps_exactly:
-            return kept, most
-        kept = kept & valid_BV
-        counts: list[int] = kept.sum(1).tolist()
-        if any(count > keep for count, keep in zip(counts, most, strict=True)):
-            raise ValueError(
-                f"{type(self._settings.strategy).__name__}.select: expected at most {most} "
-                f"tokens per row, got {counts}. Respect `keep`."
-            )
-        return kept, counts
+            side.note_rotation(run, module, args, kwargs, output)
 
     # -- the decoder: a pass ends ----------------------------------------------------------------
 
@@ -321,51 +292,39 @@ class Handle:
         self._thread.run = None
         if run is None or output is None:  # output is None after an exception
             return None
-        # A text-only pass whose cache no hooked layer has shown still has one level per cut.
-        run.levels += [run.levels[-1]] * (len(self._settings.cuts) + 1 - len(run.levels))
-        if run.record is not None:
-            output = _with_cache(output, run.cache)
+        records.in_call(run.cache, begins=False)
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
             records.write(
-                past, self._settings.policy, run.record, run.levels, run.prunes, run.ends_visual
+                past,
+                self._settings.policy,
+                run.record,
+                run.levels,
+                run.prunes,
+                run.levels[0].real,
+                run.rows.visual[:, -1].tolist(),
             )
-        if any(run.levels[0].num_visual) or run.record is None:
+        seen = any(run.rows.num_visual)
+        generation = getattr(self._thread, "generation", None)
+        if generation is not None:
+            # Guidance runs the text alone beside the prompt: that is not the call to show.
+            generation.shown = seen = seen or (run.record is None and not generation.shown)
+        if seen or (run.record is None and generation is None):
             levels = [run.levels[number] for number in self._settings.level_of]
-            self.trace.stages = run.stages
-            self.trace.lengths = torch.tensor([level.num_real for level in levels])
-            self.trace.visual_lengths = torch.tensor([level.num_visual for level in levels])
-            self.trace._find_places = run.places
-        return fill_labels(run, output) if run.call.late_labels else output
+            stages = run.stages
+            self.trace.renew(
+                lambda: [make() for make in stages],
+                [level.num_real for level in levels],
+                [level.num_visual for level in levels],
+                run.places,
+            )
+        return finish(run, output)
 
 
-def _with_cache(output: Any, cache: Any) -> Any:
-    """A decoder's output with the cache itself in place of its unpruned view."""
-    if isinstance(output, tuple):
-        return tuple(cache if records.is_unpruned(x) else x for x in output)
-    if records.is_unpruned(getattr(output, "past_key_values", None)):
-        output.past_key_values = cache
-    return output
-
-
-def _traced(
-    layer: int,
-    selection: Selection,
-    kept_BV: Tensor,
-    num_kept: list[int],
-    level: Level,
-    seats_BV: Tensor,
-) -> TracedStage:
-    own_BV = take(level.coordinate, seats_BV)
-    kept = take(own_BV, ascending(kept_BV, max(num_kept), left=False))
-    scores = selection.scores
-    return TracedStage(
-        layer=layer,
-        kept=[row[:count] for row, count in zip(kept, num_kept, strict=True)],
-        scores=None
-        if scores is None
-        else [row[:count] for row, count in zip(scores, level.num_visual, strict=True)],
-    )
+def _is_recorded() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+    tracing: Any = torch.jit
+    return bool(tracing.is_tracing() or exporting())
 
 
 def attach(
@@ -385,7 +344,9 @@ def attach(
         positions: `"original"` leaves the survivors their RoPE positions; `"renumbered"` counts
             0..n-1 anew at each cut, and on from each layer's own length at decoding.
         logits: With labels, `"all"` returns logits of the pruned length; `"supervised"` projects
-            only rows whose next survivor has a label, and returns the loss with logits None.
+            only rows whose next survivor has a label, and returns the loss with logits None;
+            `"full"` returns logits at the length of `input_ids`, with or without labels: in a
+            dropped token's column those of the survivor before it.
         visual_mask: Bool (B, T), for calls whose `input_ids` do not show the visual tokens. Covers
             columns 0..T-1 of the conversation; may be passed to a forward call instead. Its rows
             are repeated for batches that generation expands (beams, several returned sequences).
@@ -396,48 +357,22 @@ def attach(
     Raises:
         ValueError: If the model, the schedule or an option cannot be honoured.
     """
-    for name, value, choices in (("positions", positions, POSITIONS), ("logits", logits, LOGITS)):
-        if value not in choices:
+    for value, kind, hint in (
+        (strategy, PruningStrategy, "tokenprune.build_strategy(name)"),
+        (schedule, Schedule, "tokenprune.Schedule.pyramid or one_shot"),
+    ):
+        if not isinstance(value, kind):
             raise ValueError(
-                f"prune: expected {name} to be one of {list(choices)}, got {value!r}. "
-                "See the docstring of tokenprune.attach."
+                f"prune: expected a {kind.__name__}, got {value!r}. Build one with {hint}."
             )
-    if not isinstance(strategy, PruningStrategy):
-        raise ValueError(
-            f"prune: expected a PruningStrategy, got {strategy!r}. "
-            "Build one with tokenprune.build_strategy(name)."
-        )
-    if not isinstance(schedule, Schedule):
-        raise ValueError(
-            f"prune: expected a Schedule, got {schedule!r}. "
-            "Build one with tokenprune.Schedule.pyramid or one_shot."
-        )
     anatomy = examine(model)
-    schedule.check_depth(len(anatomy.layers))
-    if anatomy.attention not in ATTENTIONS:
-        raise unsupported_attention(anatomy)
-    rotates = any(type(m).__name__.endswith("RotaryEmbedding") for m in anatomy.decoder.modules())
-    if positions == "renumbered" and not rotates:
-        raise ValueError(
-            'prune: expected rotary embeddings with positions="renumbered", got '
-            f"{type(anatomy.decoder).__name__}, which adds positions before its first layer. "
-            'Use positions="original".'
-        )
-    requests = strategy.attention_rows()
-    reads_previous = any(request.source == "previous" for request in requests)
-    first = max(anatomy.adapter.first_layer, int(reads_previous))
-    early = [stage.layer for stage in schedule.stages if stage.layer < first]
-    if early:
-        raise ValueError(
-            f"prune: expected cuts at layer {first} or later for {type(strategy).__name__} on "
-            f"{type(model).__name__}, got {early}. Move the first cut."
-        )
+    settings = Settings(anatomy, strategy, schedule, positions, logits, visual_mask)
+    settings.check(type(model).__name__)
     if anatomy.decoder in _attached:
         raise ValueError(
             f"prune: expected a model that is not pruned already, got {type(model).__name__}. "
             "Leave the other prune(...) first, or call its handle's remove()."
         )
-    settings = Settings(anatomy, strategy, schedule, positions, logits, visual_mask)
     handle = Handle(settings)
     _attached.add(anatomy.decoder)
     handle._hook()

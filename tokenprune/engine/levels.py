@@ -1,13 +1,16 @@
 """The tokens of one pass between two cuts.
 
 Cuts divide a pass over the decoder's layers into levels: level 0 runs on all tokens of the call,
-level s on what cut number s left.
+level s on what cut number s left. Their numbers are known to the host beforehand; which they are,
+the device knows, as columns of the call.
 
-Shape suffixes: B batch rows, N positions at a level, V visual tokens alive.
+Shape suffixes: B batch rows, T columns of the call, N positions at a level, V visual tokens alive,
+R text tokens, K survivors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,128 +21,209 @@ from tokenprune.tensors import ascending, take, to_device
 
 
 @dataclass(eq=False)
+class Plan:
+    """What is known of a pass before its first layer, on the device by one upload.
+
+    Attributes:
+        order: int64 (T,), 0 .. T - 1.
+        text: int64 (B, R), columns of the text tokens; pads hold `pad`.
+        visual: int64 (B, V), columns of the visual tokens; pads hold 0.
+        counts: int64 (S + 1, B), visual tokens of each row, and what each cut may keep.
+        asking: int64 (B, Q), columns of the `"last"` query rows; pads hold 0.
+        num_asking: int64 (B, 1), how many of them exist.
+        real: int64 (B, T), 1 for tokens, or None if there are no pads.
+        pad: What sorts to the side on which pads stand, -1 or T.
+    """
+
+    order: Tensor
+    text: Tensor
+    visual: Tensor
+    counts: Tensor
+    asking: Tensor
+    num_asking: Tensor
+    real: Tensor | None
+    pad: int
+
+    def on(self, device: torch.device) -> Plan:
+        """The same on another device."""
+        return replace(self, **_on(self, device))
+
+
+@dataclass(eq=False)
 class Level:
     """The tokens that the layers between two cuts process.
 
     Attributes:
-        index: int64 (B, N), where they stood at the level before; None if nothing was removed.
-        columns: int64 (B, N), columns in the unpruned conversation.
-        real: Bool (B, N), or None if none is a pad.
+        length: Positions N.
         num_real: Real tokens per row.
-        visual: Bool (B, N).
         num_visual: Visual tokens alive per row.
-        alive: The same as int64 (B,), on the device.
-        coordinate: int64 (B, N), a visual token's number within its sample.
-        queries: float32 (B, N), weight of each position among the `"last"` query rows.
+        columns: int64 (B, N), columns of the call; None for all of them, as they stand.
+        real: Bool (B, N), or None if none is a pad.
+        index: int64 (B, N), where they stood at the level before; None if nothing was removed.
+        visual: int64 (B, V), columns of the visual tokens alive; None if the pass has none.
         pads_left: Whether pads stand on the left.
-        positions: int64 (B, N), positions that the model gave.
-        moved: int64 (B, N), positions that the layers of this level use instead, if others.
+        moved: int64 (B, N), positions that the layers use instead of the model's, if others.
         shift: int64 (B, 1), the model's next position minus the layers', if not 0.
         side: Side tensors of this level, by name and identity of the original.
     """
 
-    index: Tensor | None
-    columns: Tensor
-    real: Tensor | None
+    length: int
     num_real: list[int]
-    visual: Tensor
     num_visual: list[int]
-    alive: Tensor
-    coordinate: Tensor
-    queries: Tensor
+    columns: Tensor | None
+    real: Tensor | None
+    index: Tensor | None
+    visual: Tensor | None
     pads_left: bool
-    positions: Tensor | None = None
     moved: Tensor | None = None
     shift: Tensor | None = None
     side: dict[tuple[str, int], Any] = field(default_factory=dict)
 
-    def seats(self) -> tuple[Tensor, Tensor]:
-        """Where the visual tokens stand, int64 (B, V), and which of those entries exist."""
+    @property
+    def device(self) -> torch.device | None:
+        """Where its tensors are; None without any."""
+        some = (self.visual, self.columns, self.real, self.moved)
+        return next((tensor.device for tensor in some if tensor is not None), None)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows have different numbers of visual tokens."""
+        return len(set(self.num_visual)) > 1
+
+    def seats(self) -> Tensor:
+        """Where the visual tokens stand at this level, int64 (B, V)."""
+        assert self.visual is not None
+        seats = self.find(self.visual)
+        return seats.clamp(0, self.length - 1) if self.ragged else seats
+
+    def numbers(self, first: Level) -> Callable[[], Tensor]:
+        """Makes the visual tokens' numbers within the call's, int64 (B, V).
+
+        Args:
+            first: Level 0 of the pass.
+        """
+        known, alive, counts = first.visual, self.visual, first.num_visual
+        assert known is not None
+        assert alive is not None
+        return lambda: torch.searchsorted(_ascending(known, counts), alive.contiguous())
+
+    def find(self, columns: Tensor) -> Tensor:
+        """Positions of columns that are there, int64 like `columns`."""
+        if self.columns is None:
+            return columns
+        # Of equal entries one is the token and the others are pads, on the side of the pads.
+        last = self.real is not None and self.pads_left
+        found = torch.searchsorted(self.columns, columns, right=last)
+        if self.real is None:
+            return found
+        return (found - 1 if last else found).clamp(0, self.length - 1)
+
+    def valid(self, plan: Plan) -> Tensor:
+        """Which of the V entries exist, bool (B, V)."""
         width = max(self.num_visual)
-        order = torch.arange(width, device=self.columns.device)
-        return ascending(self.visual, width, left=False), order < self.alive[:, None]
+        if not self.ragged:
+            return plan.order.new_ones((), dtype=torch.bool).expand(len(self.num_visual), width)
+        alive = torch.tensor(self.num_visual, device=plan.order.device)[:, None]
+        return plan.order[:width] < alive
 
     def on(self, device: torch.device) -> Level:
         """The same level with its tensors on another device."""
-        if self.columns.device == device:
-            return self
-        tensors = {f.name: to_device(getattr(self, f.name), device) for f in fields(self)}
-        return replace(self, **tensors | {"side": {}})
+        return replace(self, **_on(self, device) | {"side": {}})
 
     def unchanged(self) -> Level:
         """The level after a cut that removed nothing."""
-        return replace(self, index=None, side={})
+        return replace(self, index=None, moved=None, shift=None, side={})
 
-    def after(self, kept_BV: Tensor, num_kept: list[int], alive: Tensor) -> Level:
+    def after(self, kept_BV: Tensor, num_kept: list[int], plan: Plan) -> Level:
         """The level on which, of the visual tokens, only the marked ones are left."""
         if num_kept == self.num_visual:
             return self.unchanged()
-        seat_BN = (self.visual.cumsum(1) - 1).clamp_min(0)
-        stays_BN = torch.where(self.visual, kept_BV.gather(1, seat_BN), True)
-        if self.real is not None:
-            stays_BN = stays_BN & self.real
+        assert self.visual is not None
         num_real = [
             real - before + now
             for real, before, now in zip(self.num_real, self.num_visual, num_kept, strict=True)
         ]
-        length = max(num_real)
+        length, most = max(num_real), max(num_kept)
         if length == 0:
             raise ValueError(
                 "prune: expected at least one token to be left, got a call of visual tokens alone "
                 "that keeps none of them. Prompt and image belong into one call."
             )
-        index = ascending(stays_BN, length, left=self.pads_left)
-        real = take(stays_BN, index) if any(n < length for n in num_real) else None
-        visual, queries = take(self.visual, index), take(self.queries, index)
-        if real is not None:
-            queries = queries * real
-        # A query row may be a visual token, and go: the others count on, or else the last token.
-        total_B1 = queries.sum(1, keepdim=True)
-        last_BN = torch.ones_like(queries) if real is None else real.to(queries.dtype)
-        last_BN = (last_BN.cumsum(1) == last_BN.sum(1, keepdim=True)) & (last_BN > 0)
-        queries = torch.where(total_B1 > 0, queries / total_B1.clamp_min(1e-9), last_BN.float())
-        assert self.positions is not None, "set at the first hooked layer"
+        visual = take(self.visual, ascending(kept_BV, most))
+        survivors = visual
+        if len(set(num_kept)) > 1:
+            number_B1 = torch.tensor(num_kept, device=visual.device)[:, None]
+            survivors = visual.masked_fill(plan.order[:most] >= number_B1, plan.pad)
+        columns = torch.cat([plan.text, survivors], 1).sort(1).values
+        columns = columns[:, -length:] if self.pads_left else columns[:, :length]
+        real = None
+        if any(number < length for number in num_real):
+            real = columns != plan.pad
+            columns = columns.clamp(0, len(plan.order) - 1)
+        columns = columns.contiguous()
+        index = self.find(columns)
+        if real is not None and self.columns is not None:
+            index = index.clamp(0, self.length - 1)
         return Level(
-            index=index,
-            columns=take(self.columns, index),
-            real=real,
+            length=length,
             num_real=num_real,
-            visual=visual if real is None else visual & real,
             num_visual=num_kept,
-            alive=alive,
-            coordinate=take(self.coordinate, index),
-            queries=queries,
+            columns=columns,
+            real=real,
+            index=index,
+            visual=visual,
             pads_left=self.pads_left,
-            positions=take(self.positions, index),
         )
 
-    def renumber(self, first: Level, held_shift: Tensor | None, continues: bool) -> None:
+    def renumber(
+        self, first: Level, positions_BT: Tensor, held_shift: Tensor | None, start: bool
+    ) -> None:
         """Counts the positions of rows that lost tokens anew, without gaps.
 
         Args:
             first: Level 0 of the pass.
+            positions_BT: The model's positions.
             held_shift: Shift of what the layers of this level hold in the cache already.
-            continues: Whether they hold something: count on from it, else from 0.
+            start: Whether they hold nothing: count from 0.
         """
-        assert self.positions is not None
-        assert first.positions is not None
         self.shift = held_shift
-        self.moved = None if held_shift is None else self.positions - held_shift
+        own_BN = positions_BT if self.columns is None else take(positions_BT, self.columns)
+        self.moved = None if held_shift is None else own_BN - held_shift
         removed = [a != b for a, b in zip(self.num_visual, first.num_visual, strict=True)]
         if not any(removed):
             return
-        known = first.positions
+        known = positions_BT
         if first.real is not None:
             known = known.masked_fill(~first.real, -1)
-        next_B1 = known.max(1, keepdim=True).values + 1
+        next_B1 = known.amax(1, keepdim=True) + 1
+        if all(removed) and start and self.real is None:
+            order = torch.arange(self.length, device=positions_BT.device)
+            self.moved = order.expand(len(removed), -1)
+            self.shift = next_B1 - self.length
+            return
+        device = positions_BT.device
         start_B1 = torch.zeros_like(next_B1)
-        if continues:
-            start_B1 = next_B1 - torch.tensor(first.num_real, device=known.device)[:, None]
+        if not start:
+            start_B1 = next_B1 - torch.tensor(first.num_real, device=device)[:, None]
             start_B1 = start_B1 if held_shift is None else start_B1 - held_shift
-        ones_BN = torch.ones_like(self.columns) if self.real is None else self.real.long()
+        ones_BN = torch.ones_like(own_BN) if self.real is None else self.real.long()
         order_BN = (ones_BN.cumsum(1) - 1).clamp_min(0) + start_B1
-        removed_B1 = torch.tensor(removed, device=known.device)[:, None]
-        otherwise = self.positions if self.moved is None else self.moved
+        removed_B1 = torch.tensor(removed, device=device)[:, None]
+        otherwise = own_BN if self.moved is None else self.moved
         self.moved = torch.where(removed_B1, order_BN, otherwise)
         shift_B1 = next_B1 - start_B1 - ones_BN.sum(1, keepdim=True)
         self.shift = torch.where(removed_B1, shift_B1, 0 if held_shift is None else held_shift)
+
+
+def _ascending(visual_BV: Tensor, counts: list[int]) -> Tensor:
+    """Columns of visual tokens; the entries that do not exist come last."""
+    if len(set(counts)) == 1:
+        return visual_BV
+    most = torch.tensor(counts, device=visual_BV.device)[:, None]
+    order = torch.arange(visual_BV.shape[1], device=visual_BV.device)
+    return visual_BV.masked_fill(order >= most, torch.iinfo(torch.int64).max)
+
+
+def _on(table: Plan | Level, device: torch.device) -> dict[str, Any]:
+    """A table's fields, its tensors on another device."""
+    return {f.name: to_device(getattr(table, f.name), device) for f in fields(table)}

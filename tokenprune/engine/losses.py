@@ -1,6 +1,6 @@
-"""Labels: the model's own loss is handed tensors that are filled when the survivors are known.
+"""Labels and logits: what the model's own loss and head are handed once the survivors are known.
 
-Shape suffixes: B batch rows, T positions of a call, N positions at a level.
+Shape suffixes: B batch rows, T columns of a call, N positions at a level.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine.passes import Call, Pass, Settings
+from tokenprune.engine.passes import Call, Pass
+from tokenprune.engine.rows import IGNORED
+from tokenprune.engine.settings import Settings
 from tokenprune.tensors import take
 
 
@@ -34,31 +36,88 @@ def promise_labels(
         call.late_labels.append((named["shift_labels"], True))
 
 
-def fill_labels(run: Pass, output: Any) -> Any:
-    """Keeps the promise of `promise_labels`; `"supervised"` drops rows without a label."""
-    level = run.levels[-1]
-    device, columns = level.columns.device, level.columns - run.offset
-    labels = run.call.inputs["labels"].to(device)
-    shifted = run.call.inputs.get("shift_labels")
-    if shifted is None:
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    # What a survivor predicts stands, shifted, just before the next survivor.
-    ends = torch.full_like(columns[:, :1], run.levels[0].columns.shape[1])
-    before_next = torch.cat([columns[:, 1:], ends], 1) - 1
-    if level.real is not None:
-        followed = nn.functional.pad(level.real, (0, 1), value=True)[:, 1:]
-        before_next = torch.where(followed, before_next, columns).clamp_min(0)
-    labels, shifted = take(labels, columns), take(shifted.to(device), before_next)
-    if level.columns is not run.levels[0].columns and level.real is not None:
-        labels = labels.masked_fill(~level.real, -100)
-        shifted = shifted.masked_fill(~level.real, -100)
-    if run.settings.supervised:
+def finish(run: Pass, output: Any) -> Any:
+    """What the decoder gives its head, with the labels for it: the promise of `promise_labels`."""
+    settings, level = run.settings, run.levels[-1]
+    if not run.call.late_labels and not (settings.full and level.columns is not None):
+        return output
+    labels, shifted = _labels(run, output.last_hidden_state.device)
+    if settings.full:
+        if level.columns is not None:
+            output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
+    elif level.columns is not None and labels is not None:
+        labels, shifted = _of_survivors(run, labels, shifted)
+    if settings.supervised and shifted is not None:
         hidden = output.last_hidden_state
-        chosen = (shifted != -100).flatten().nonzero()[:, 0]
+        chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]
         labels = shifted = shifted.flatten()[chosen][None]
     for tensor, is_shifted in run.call.late_labels:
-        tensor.data = (shifted if is_shifted else labels).to(tensor.device).contiguous()
+        filled = shifted if is_shifted else labels
+        assert filled is not None
+        tensor.data = filled.to(tensor.device).contiguous()
     return output
+
+
+def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Labels (B, T), and shifted to where they are predicted; those of dropped tokens are none."""
+    if not run.call.late_labels:
+        return None, None
+    labels = run.call.inputs["labels"].to(device)
+    shifted = run.call.inputs.get("shift_labels")
+    if shifted is None:
+        shifted = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    shifted = shifted.to(device)
+    if run.settings.full and run.levels[-1].columns is not None:
+        alive = torch.zeros_like(labels, dtype=torch.bool).scatter(1, _known(run, device), True)
+        labels = labels.masked_fill(~alive, IGNORED)
+        followed = nn.functional.pad(alive, (0, 1), value=True)[:, 1:]
+        shifted = shifted.masked_fill(~followed, IGNORED)
+    return labels, shifted
+
+
+def _known(run: Pass, device: torch.device) -> Tensor:
+    """Columns of the survivors, int64 (B, N); pads repeat one of them."""
+    level = run.at(len(run.levels) - 1, device)
+    assert level.columns is not None
+    if level.real is None:
+        return level.columns
+    some = level.columns.masked_fill(~level.real, -1).amax(1, keepdim=True).clamp_min(0)
+    return torch.where(level.real, level.columns, some)
+
+
+def _at_full_length(run: Pass, hidden: Tensor) -> Tensor:
+    """Hidden states (B, T, D): a dropped token's column holds the survivor's before it.
+
+    So that a label is predicted by the same survivor whether logits are full or not.
+    """
+    level = run.at(len(run.levels) - 1, hidden.device)
+    assert level.columns is not None
+    columns = level.columns
+    length = run.levels[0].length
+    if level.real is not None:
+        columns = columns.masked_fill(~level.real, -1 if level.pads_left else length)
+    every = torch.arange(length, device=hidden.device).expand(columns.shape[0], -1).contiguous()
+    index = torch.searchsorted(columns, every, right=True) - 1
+    return take(hidden, index.clamp_min(0))
+
+
+def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels of the survivors, (B, N), and shifted to the survivors that predict them."""
+    level = run.at(len(run.levels) - 1, labels.device)
+    columns, real = level.columns, level.real
+    assert columns is not None
+    assert shifted is not None
+    # What a survivor predicts stands, shifted, just before the next survivor.
+    ends = torch.full_like(columns[:, :1], labels.shape[1])
+    before_next = torch.cat([columns[:, 1:], ends], 1) - 1
+    if real is None:
+        return take(labels, columns), take(shifted, before_next)
+    followed = nn.functional.pad(real, (0, 1), value=True)[:, 1:]
+    before_next = torch.where(followed, before_next, columns).clamp_min(0)
+    return (
+        take(labels, columns).masked_fill(~real, IGNORED),
+        take(shifted, before_next).masked_fill(~real, IGNORED),
+    )

@@ -11,22 +11,37 @@ import torch
 from torch import Tensor, nn
 
 
-def padding(mask: Any, cache: Any, known: bool) -> Tensor | None:
-    """Which tokens of the conversation are real, (B, columns), as far as a mask tells.
+def padding(mask: Any) -> Tensor | None:
+    """A mask that says which tokens of the conversation are real, (B, columns), if it is one."""
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    A 2-D mask says it. For a cache of fixed size `generate` hands a 4-D one that it has made of it,
-    or one per kind of layer: there the last row sees every real token. Once it is `known` what the
-    cache holds, there is no more to learn from it.
+
+def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
+    """What a mask over pairs says of the tokens of a call, as bits, int64 (B, T).
+
+    Bit 0: a token sees itself; bit 1: it sees an earlier one; bit 2: a later one sees it. Rows that
+    see everything, the future too, are pads that a kernel wants open, and see nothing here.
+
+    Args:
+        mask: Bool, additive or a flex mask, or one per kind of layer; None without one.
+        num_rows: Rows of the batch.
+        length: Tokens of the call.
+        offset: Columns of the conversation before it.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask
-    fixed = getattr(cache, "is_compileable", False)
-    if not fixed or known or not isinstance(mask, Tensor):
+    given = dense(mask, num_rows)
+    if given is None or given.shape[2] != length or given.shape[3] < offset + length:
         return None
-    last = mask[:, 0, -1]
-    return last if last.dtype == torch.bool else last == 0
+    allowed = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
+    allowed = allowed[:, :, : offset + length]
+    own = allowed[:, :, offset:]
+    open_BT1 = own.all(2, keepdim=True)
+    open_BT1 = open_BT1 & (torch.arange(length, device=own.device)[:, None] < length - 1)
+    earlier = own.tril(-1) & ~open_BT1
+    sees = earlier.any(2) | (allowed[:, :, :offset] & ~open_BT1).any(2)
+    itself = own.diagonal(dim1=1, dim2=2)
+    return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long()
 
 
 def dense(mask: Any, num_rows: int) -> Tensor | None:

@@ -1,96 +1,27 @@
-"""One pass over the decoder's layers: what there is to prune, and what is known of it.
+"""One pass over the decoder's layers: what there is to prune, planned before the first of them.
 
-Shape suffixes: B batch rows, T positions of a call, V visual tokens, S cuts.
+Shape suffixes: B batch rows, T columns of the call, S cuts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine import masks
 from tokenprune.engine import record as records
-from tokenprune.engine.levels import Level
-from tokenprune.engine.trace import TracedStage
-from tokenprune.families.anatomy import Anatomy, window
-from tokenprune.families.inputs import facts, layers_that_add_features, mark_visual, shows_images
+from tokenprune.engine.levels import Level, Plan
+from tokenprune.engine.rows import Ints, Rows, columns, packed, read_rows
+from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
+from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
-from tokenprune.schedule import Schedule
-from tokenprune.strategy import AttentionRows, PruningStrategy
-
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What `attach` was asked for.
-
-    Attributes:
-        anatomy: The model's parts.
-        strategy: Says which tokens survive a cut.
-        schedule: Says how many.
-        positions: `"original"` or `"renumbered"`.
-        logits: `"all"` or `"supervised"`.
-        visual_mask: Bool (B, T), or None.
-    """
-
-    anatomy: Anatomy
-    strategy: PruningStrategy
-    schedule: Schedule
-    positions: str
-    logits: str
-    visual_mask: Tensor | None
-
-    @property
-    def renumbers(self) -> bool:
-        return self.positions == "renumbered"
-
-    @property
-    def supervised(self) -> bool:
-        return self.logits == "supervised"
-
-    @cached_property
-    def cuts(self) -> tuple[int, ...]:
-        """Layers of the cuts."""
-        return tuple(stage.layer for stage in self.schedule.stages)
-
-    @cached_property
-    def level_of(self) -> list[int]:
-        """Level that each layer runs on."""
-        return [sum(cut <= i for cut in self.cuts) for i in range(len(self.anatomy.layers))]
-
-    @cached_property
-    def policy(self) -> records.Policy:
-        """What a cache must be continued with."""
-        return records.Policy(self.cuts, self.positions)
-
-    def asks_router(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call's loss has terms of a mixture's router."""
-        asked = inputs.get("output_router_logits")
-        if asked is None:
-            asked = getattr(self.anatomy.text_config, "output_router_logits", False)
-        return bool(asked)
-
-    @cached_property
-    def window(self) -> int | None:
-        """Tokens up to which every layer attends to all."""
-        return window(self.anatomy)
-
-    @cached_property
-    def requests(self) -> tuple[AttentionRows, ...]:
-        """Attention that the strategy will ask for."""
-        return tuple(self.strategy.attention_rows())
-
-    @cached_property
-    def asks_last(self) -> bool:
-        """Whether the last prompt token's attention chooses."""
-        return any(request.queries == "last" for request in self.requests)
+from tokenprune.strategy import AttentionRows
 
 
 @dataclass(eq=False)
@@ -100,8 +31,7 @@ class Call:
     Attributes:
         inputs: Arguments by name.
         open: Modules entered and not yet left.
-        cache: The cache, while the modules are shown an unpruned view of it.
-        record: What it holds.
+        cache: The cache, if it came from outside.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
     """
@@ -109,8 +39,41 @@ class Call:
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
     cache: Any = None
-    record: records.Record | None = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A layer that is asked for attention: the module, what enters it, its other arguments.
+
+    Attributes:
+        layer: Its number.
+        module: The layer.
+        hidden: (B, N, D), what enters it.
+        named: Its other arguments, for these tokens.
+        mask: The mask that it was given, for the whole conversation.
+    """
+
+    layer: int
+    module: nn.Module
+    hidden: Tensor
+    named: dict[str, Any]
+    mask: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """What a rotary module gave, and how to get it for other positions.
+
+    Attributes:
+        made: Weakly, the first tensor that it gave.
+        again: Of hidden states and positions, what it gives for these.
+        by_longest: Whether it looks at the largest position to turn all of them.
+    """
+
+    made: Callable[[], Tensor | None]
+    again: Callable[[Tensor, Tensor], Any]
+    by_longest: bool
 
 
 @dataclass(eq=False)
@@ -120,63 +83,65 @@ class Pass:
     Attributes:
         settings: What `attach` was asked for.
         call: The call that it belongs to.
-        ids: Token ids of the call, if it has any.
+        rows: What its rows hold.
         record: What the cache holds from before, or None.
         cache: The cache, once a layer has shown it.
-        levels: Level 0, and one more per cut done.
         prunes: Whether there are visual tokens and cuts.
-        max_queries: Largest number of `"last"` query rows in a batch row.
-        ends_visual: Whether each row ends in a visual token, 0 or 1.
+        idle: Whether layers that are given no mask need nothing done.
         budgets: Per cut, tokens that each row may keep.
-        budgets_SB: The same, int64 (S, B), on the device.
+        levels: Level 0, and one more per cut done.
+        plan: What is on the device; None in a pass that needs nothing there.
+        positions: int64 (B, T), the model's positions, once a layer has shown them.
         places: Finds the places of the visual tokens.
-        rows: Attention computed for a cut, by the cut's layer and request.
-        rotations: What the rotary modules gave, and how to get it for other positions.
-        stages: The trace of the cuts done.
-        copies: Levels on other devices than where they were made, for models spread over several.
+        attended: Attention computed for a cut, by the cut's layer and request.
+        rotations: What the rotary modules gave.
+        stages: Makes the trace of each cut done.
+        copies: Levels and plans on other devices than where they were made.
     """
 
     settings: Settings
     call: Call
-    ids: Tensor | None
+    rows: Rows
     record: records.Record | None
     cache: Any
-    levels: list[Level]
     prunes: bool
-    max_queries: int
-    ends_visual: list[int]
+    idle: bool
     budgets: list[list[int]]
-    budgets_SB: Tensor | None
+    levels: list[Level]
+    plan: Plan | None
     places: Callable[[], list[Tensor]]
-    rows: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
-    rotations: list[tuple[Any, Callable[[Tensor, Tensor], Any]]] = field(default_factory=list)
-    stages: list[TracedStage] = field(default_factory=list)
-    copies: dict[tuple[int, torch.device], Level] = field(default_factory=dict)
+    positions: Tensor | None = None
+    attended: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
+    rotations: list[Rotation] = field(default_factory=list)
+    stages: list[Callable[[], Any]] = field(default_factory=list)
+    copies: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
 
     @property
     def offset(self) -> int:
         """Columns of the conversation before this pass."""
         return 0 if self.record is None else self.record.num_columns
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the cache has a fixed size, and shows entries that are not filled yet."""
-        return bool(getattr(self.cache, "is_compileable", False))
-
-    def held(self, level: int) -> tuple[int, Tensor | None]:
-        """Keys that a layer of a level holds from before: how many, and which are real."""
-        if self.record is None:
-            return 0, None
-        return self.record.length(level), self.record.real(level)
+    def held(self, level: int) -> int:
+        """Keys that a layer of a level holds from before."""
+        return 0 if self.record is None else self.record.length(level)
 
     def at(self, level: int, device: torch.device) -> Level:
         """A level, with its tensors on the device of the layer that runs."""
         made = self.levels[level]
-        if made.columns.device == device:
+        if made.device in (None, device):
             return made
         if (level, device) not in self.copies:
             self.copies[level, device] = made.on(device)
-        return self.copies[level, device]
+        return self.copies[level, device]  # type: ignore[no-any-return]
+
+    def plan_on(self, device: torch.device) -> Plan:
+        """The plan on the device of the layer that runs."""
+        assert self.plan is not None
+        if self.plan.order.device == device:
+            return self.plan
+        if (-1, device) not in self.copies:
+            self.copies[-1, device] = self.plan.on(device)
+        return self.copies[-1, device]  # type: ignore[no-any-return]
 
 
 def merge(
@@ -188,22 +153,17 @@ def merge(
     outside only, and an attention mask says where pads are only in its 2-D form.
     """
     for key, value in named.items():
+        if value is None:
+            continue
         keeps = key in ("labels", "shift_labels", "visual_mask") or (
             key == "attention_mask" and not (isinstance(value, Tensor) and value.dim() == 2)
         )
-        ours = any(value is tensor for tensor, _ in promised)
-        if value is not None and not ours and not (keeps and key in inputs):
+        ours = promised and any(value is tensor for tensor, _ in promised)
+        if not ours and not (keeps and key in inputs):
             inputs[key] = value
 
 
-def read_record(settings: Settings, past: Any, tokens: Tensor, mask: Any) -> records.Record | None:
-    """What a cache holds, as far as this engine filled it; `tokens` are those of the call."""
-    padding = masks.padding(mask, past, known=records.has_record(past))
-    num_layers = len(settings.anatomy.layers)
-    return records.read(past, settings.policy, num_layers, tokens.shape[0], padding)
-
-
-def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor) -> Pass:
+def plan_pass(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor) -> Pass:
     """A pass over new tokens: which are visual, which ask, how many of each row may stay.
 
     Args:
@@ -216,109 +176,99 @@ def plan(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor)
         ValueError: If the call cannot be honoured.
     """
     num_rows, length = tokens.shape[:2]
-    device = tokens.device
     past = inputs.get("past_key_values")
-    past = call.cache if records.is_unpruned(past) else past
-    padding = masks.padding(inputs.get("attention_mask"), past, records.has_record(past))
-    record = call.record
-    if record is None:
-        record = read_record(settings, past, tokens, inputs.get("attention_mask"))
+    record = records.read(past, settings.policy, len(settings.anatomy.layers), num_rows)
     offset = 0 if record is None else record.num_columns
-    visual = _find_visual(settings, inputs, num_rows, length, offset)
-    real = None
-    if padding is not None and padding.shape[1] < offset + length:
-        raise ValueError(
-            f"prune: expected an attention_mask of {offset + length} columns, all of the "
-            f"conversation, got {padding.shape[1]}. Lengthen it turn by turn."
-        )
-    if padding is not None:
-        real = padding[:, offset : offset + length].to(device=device, dtype=torch.bool)
-    if visual is not None:
-        visual = visual.to(device) if real is None else visual.to(device) & real
-    blank = torch.zeros(num_rows, length, dtype=torch.bool, device=device)
-    labels = _labels(inputs, device)
-    # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
-    to_keep = inputs.get("logits_to_keep")
-    guesses = to_keep - 1 if past is not None and isinstance(to_keep, int) and to_keep > 1 else 0
-    asks = blank if visual is None else _asking(blank, real, labels, guesses)
-    # A decoding step has nothing to ask the device.
-    per_row = [[0, length, 0, 0, 1, 0, 0]] * num_rows
-    if visual is not None or real is not None:
-        ones = torch.ones_like(blank)
-        known = ones if real is None else real
-        per_row = torch.stack(  # the only synchronisation of a prefill
-            [
-                (blank if visual is None else visual).sum(1),
-                known.sum(1),
-                asks.sum(1),
-                (blank if visual is None else _turns_back(inputs, known)).sum(1),
-                known[:, -1].long(),
-                (blank if visual is None else visual)[:, 0].long(),
-                (blank if visual is None else visual)[:, -1].long(),
-            ],
-            1,
-        ).tolist()
-    num_visual, num_real, num_asking, turns_back, ends_real, starts_visual, ends_visual = map(
-        list, zip(*per_row, strict=True)
-    )
-    prunes = any(num_visual) and bool(settings.cuts)
+    rows = read_rows(settings, inputs, tokens, past, offset)
+    prunes = any(rows.num_visual) and bool(settings.cuts)
     _check_window(settings, record, prunes, offset + length)
-    if record is not None and any(map(min, zip(record.ends_visual, starts_visual, strict=True))):
+    if record is not None and (rows.visual[:, 0] & np.array(record.ends_visual)).any():
         raise ValueError(
             "prune: expected an image in one call, got one whose tokens go on in the next: its "
             "budget and its question are known to neither. Leave prefill_chunk_size out, or "
             "divide the prompt between images and text."
         )
     if prunes:
-        padded = any(n < length for n in num_real)
-        _check_inputs(settings, inputs, any(turns_back), padded, offset)
+        _check_inputs(settings, inputs, rows, offset)
     budgets = [
         [
-            count if labels is not None and not asking else settings.schedule.count(stage, count)
-            for count, asking in zip(num_visual, num_asking, strict=True)
+            count if rows.labelled and not asking else settings.schedule.count(stage, count)
+            for count, asking in zip(rows.num_visual, rows.num_asking, strict=True)
         ]
         for stage in range(len(settings.cuts) if prunes else 0)
     ]
-    counts_SB = torch.tensor([num_visual, *budgets], device=device) if prunes else None
-    visual = blank if visual is None else visual
-    coordinate = visual.cumsum(1) - 1 if prunes else blank
-    if prunes and record is not None:
-        coordinate = coordinate + torch.tensor(record.num_visual, device=device)[:, None]
+    differs = record is not None and any(map(record.differs, range(len(settings.cuts) + 1)))
+    plan = None
+    if prunes or rows.padded:
+        plan = _upload(rows, budgets, tokens.device)
     level = Level(
+        length=length,
+        num_real=rows.num_real,
+        num_visual=rows.num_visual,
+        columns=None,
+        real=None if plan is None or plan.real is None else plan.real.bool(),
         index=None,
-        columns=(torch.arange(length, device=device) + offset).expand(num_rows, -1),
-        real=None if all(n == length for n in num_real) else real,
-        num_real=num_real,
-        visual=visual,
-        num_visual=num_visual,
-        alive=blank if counts_SB is None else counts_SB[0],
-        coordinate=coordinate,
-        queries=asks / asks.sum(1, keepdim=True).clamp_min(1) if prunes else blank,
+        visual=None if plan is None else plan.visual,
         # Generation reads the last column: pad on the left unless the batch is on the right.
-        pads_left=all(ends_real),
+        pads_left=rows.ends_real,
     )
+    shifts = differs and settings.renumbers
     return Pass(
         settings=settings,
         call=call,
-        ids=inputs.get("input_ids"),
+        rows=rows,
         record=record,
         cache=past,
-        levels=[level],
         prunes=prunes,
-        max_queries=max(num_asking),
-        ends_visual=ends_visual,
+        idle=not prunes and not shifts and not (differs and (length > 1 or records.is_fixed(past))),
         budgets=budgets,
-        budgets_SB=None if counts_SB is None else counts_SB[1:],
-        places=cache(_place_finder(settings, inputs, visual, num_visual)),
+        # Where nothing is cut, all levels are there from the start.
+        levels=[level] if prunes else _levels(level, record, len(settings.cuts)),
+        plan=plan,
+        places=cache(_place_finder(settings, inputs, rows)),
     )
+
+
+def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[Level]:
+    """Levels of a pass that cuts nothing; one of their own for those that hold something else."""
+    levels = [level]
+    for number in range(1, num_cuts + 1):
+        same = record is None or record.held[number] is record.held[number - 1]
+        levels.append(levels[-1] if same else level.unchanged())
+    return levels
+
+
+def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
+    """What is known of a pass, on the device by one upload."""
+    length = rows.real.shape[1]
+    pad = -1 if rows.ends_real else length
+    tables: dict[str, Ints] = {
+        "order": np.arange(length),
+        "text": columns(rows.real & ~rows.visual, pad),
+        "visual": columns(rows.visual, 0),
+        "counts": np.array([rows.num_visual, *budgets], dtype=np.int64),
+        "asking": columns(rows.asking, 0),
+        "num_asking": np.array(rows.num_asking, dtype=np.int64)[:, None],
+    }
+    if rows.padded:
+        tables["real"] = rows.real.astype(np.int64)
+    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
+    flat = flat.to(device, non_blocking=True)
+    parts = torch.split(flat, [table.size for table in tables.values()])
+    made = {
+        name: part.view(table.shape)
+        for (name, table), part in zip(tables.items(), parts, strict=True)
+    }
+    return Plan(real=made.pop("real", None), pad=pad, **made)
 
 
 def _check_window(
     settings: Settings, record: records.Record | None, prunes: bool, length: int
 ) -> None:
     """Refuses conversations of pruned tokens that are longer than a layer's window."""
-    pruned = record is not None and any(map(record.differs, range(len(settings.cuts) + 1)))
-    if settings.window is not None and (prunes or pruned) and length > settings.window:
+    if settings.window is None or length <= settings.window:
+        return
+    if prunes or (record and any(map(record.differs, range(len(settings.cuts) + 1)))):
         raise ValueError(
             f"prune: expected at most {settings.window} tokens, up to which every layer of "
             f"{type(settings.anatomy.config).__name__} attends to all of them alike, got "
@@ -326,73 +276,22 @@ def _check_window(
         )
 
 
-def _find_visual(
-    settings: Settings, inputs: Mapping[str, Any], num_rows: int, length: int, offset: int
-) -> Tensor | None:
-    """Which of the call's tokens are visual, bool (B, T); None if there can be none."""
-    mask = inputs.get("visual_mask", settings.visual_mask)
-    if mask is not None:
-        if mask.dim() != 2 or mask.dtype != torch.bool or num_rows % mask.shape[0]:
-            raise ValueError(
-                f"prune: expected visual_mask of dtype bool and shape ({num_rows}, T), got "
-                f"{mask.dtype} and {tuple(mask.shape)}. Mark the visual columns with True."
-            )
-        part = mask[:, offset : offset + length]
-        if part.shape[1] == 0:
-            return None
-        part = nn.functional.pad(part, (0, length - part.shape[1]))
-        return part.repeat_interleave(num_rows // mask.shape[0], 0)
-    # A generated id is text, whatever its number: later calls show images only with pixels.
-    if offset > 0 and not shows_images(inputs):
-        return None
-    if not settings.anatomy.visual_ids:
-        raise ValueError(
-            "prune: expected visual_mask, bool (B, T), or placeholder ids of visual tokens in "
-            f"the config, got neither for {type(settings.anatomy.config).__name__}. Pass the mask "
-            "to prune or to the call."
-        )
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise ValueError(
-            "prune: expected input_ids or visual_mask, got inputs_embeds alone. Pass "
-            "visual_mask, bool (B, T), to say which columns are visual."
-        )
-    return mark_visual(settings.anatomy.visual_ids, ids)
-
-
-def _labels(inputs: Mapping[str, Any], device: torch.device) -> Tensor | None:
-    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
-    if shifted is not None:  # then these are what the loss reads
-        labels = nn.functional.pad(shifted, (1, 0), value=-100)[:, :-1]
-    return None if labels is None else cast(Tensor, labels.to(device))
-
-
-def _asking(blank: Tensor, real: Tensor | None, labels: Tensor | None, guesses: int) -> Tensor:
-    """The `"last"` query rows, bool (B, T).
-
-    Assisted decoding puts guesses after the prompt, and asks for logits from its last token on.
-    """
-    known = torch.ones_like(blank) if real is None else real
-    if labels is None:
-        order = torch.arange(1, blank.shape[1] + 1, device=blank.device)
-        last = (known * order).argmax(1, keepdim=True)
-        return order - 1 == (last - guesses).clamp_min(0)
-    labelled = labels != -100
-    return ~labelled & nn.functional.pad(labelled, (0, 1))[:, 1:] & known
-
-
-def _check_inputs(
-    settings: Settings, inputs: Mapping[str, Any], turns_back: bool, padded: bool, offset: int
-) -> None:
+def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, offset: int) -> None:
     """Refuses what cannot be honoured in a pass that prunes."""
     if settings.anatomy.attention not in ATTENTIONS:
         raise unsupported_attention(settings.anatomy)
-    if isinstance(inputs.get("logits_to_keep"), Tensor):
+    if isinstance(inputs.get("logits_to_keep"), Tensor) and not settings.full:
         raise ValueError(
-            "prune: expected an integer logits_to_keep, got a tensor. "
-            "Its indices would point into the unpruned sequence."
+            "prune: expected an integer logits_to_keep, got a tensor, whose indices point into the "
+            'unpruned sequence. Use logits="full".'
         )
-    if settings.asks_router(inputs) and padded and inputs.get("labels") is not None:
+    if not rows.ends_real and not rows.starts_real:
+        raise ValueError(
+            "prune: expected rows padded on one side, got some that start with pads and some that "
+            "end in them: which column is a row's last is not the same for all. Pad the batch on "
+            "the left, or on the right."
+        )
+    if settings.asks_router(inputs) and rows.padded and rows.labelled:
         raise ValueError(
             "prune: expected a batch without padding for a loss with router terms, got a "
             "padded one. Use batches of one, or output_router_logits=False."
@@ -406,7 +305,7 @@ def _check_inputs(
             'sequences. Use attn_implementation="sdpa".'
         )
     first = layers_that_add_features(inputs)
-    if getattr(inputs.get("past_key_values"), "is_compileable", False) and offset > 0:
+    if records.is_fixed(inputs.get("past_key_values")) and offset > 0:
         raise ValueError(
             "prune: expected a cache that grows, for images of a later turn, got "
             f"{type(inputs['past_key_values']).__name__}. Leave cache_implementation out."
@@ -422,33 +321,14 @@ def _check_inputs(
             'prune: expected one-dimensional positions with positions="renumbered", got '
             f'{position_ids.shape[0]}-dimensional ones. Use positions="original".'
         )
-    if turns_back:
-        raise ValueError(
-            "prune: expected position_ids that rise along each row, got a row that starts "
-            "anew: several sequences packed into one. Pass them as rows of a batch."
-        )
+    if rows.goes_back:
+        raise packed("position_ids that start anew within one")
 
 
 def _place_finder(
-    settings: Settings, inputs: Mapping[str, Any], visual: Tensor, num_visual: list[int]
+    settings: Settings, inputs: Mapping[str, Any], rows: Rows
 ) -> Callable[[], list[Tensor]]:
     # A trace must keep neither pixels nor the model alive.
     small, layout, config = facts(inputs), settings.anatomy.adapter.layout, settings.anatomy.config
-    return lambda: places(layout, config, small, visual, num_visual)
-
-
-def unsupported_attention(anatomy: Anatomy) -> ValueError:
-    """The error for an attention implementation that the engine cannot make masks for."""
-    return ValueError(
-        f"prune: expected attn_implementation to be one of {list(ATTENTIONS)}, got "
-        f"{anatomy.attention!r}. Load the model with another one."
-    )
-
-
-def _turns_back(inputs: Mapping[str, Any], real: Tensor) -> Tensor:
-    """Where given positions do not rise from one real token to the next: bool (B, T - 1)."""
-    given = inputs.get("position_ids")
-    if given is None or given.dim() > 2:
-        return real.new_zeros(real.shape[0], 1)
-    back = given[:, 1:] <= given[:, :-1]
-    return cast(Tensor, back & real[:, 1:] & real[:, :-1])
+    visual, num_visual = rows.visual, rows.num_visual
+    return lambda: places(layout, config, small, torch.from_numpy(visual), num_visual)

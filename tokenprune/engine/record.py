@@ -1,7 +1,10 @@
 """What a key-value cache holds when its layers hold different tokens.
 
-The record of a run is an attribute of the cache object: two generations in flight never mix, and a
-deep copy of a cache keeps its record.
+A cache that a pruned run has written becomes a `PrunedCache`: still the object that it was, of a
+class that keeps a record of which tokens each layer holds, and tells whoever asks for its length
+that of the conversation. What is done to the cache is done to the record: rows that are reordered,
+selected or repeated, tokens that are cropped, a reset. A deep copy keeps its record; two
+generations in flight never mix.
 
 Shape suffixes: B batch rows, N tokens held.
 """
@@ -9,15 +12,15 @@ Shape suffixes: B batch rows, N tokens held.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.engine.levels import Level
-from tokenprune.tensors import known_keys
+from tokenprune.tensors import take
 
 _ATTRIBUTE = "_tokenprune_record"
 
@@ -35,18 +38,21 @@ class Policy:
     positions: str
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Held:
     """Tokens that the layers of one level hold, but for the record's tail.
 
     Attributes:
-        columns: int64 (B, N), their columns in the unpruned conversation.
-        real: Bool (B, N), or None if none is a pad.
+        length: How many, pads included.
+        columns: int64 (B, N), their columns in the unpruned conversation, -1 for pads; None for
+            all of them.
+        ragged: Whether there are pads.
         shift: int64 (B, 1), the model's position minus the layers', or None if they agree.
     """
 
-    columns: Tensor
-    real: Tensor | None
+    length: int
+    columns: Tensor | None
+    ragged: bool
     shift: Tensor | None
 
 
@@ -58,99 +64,200 @@ class Record:
         policy: Cuts and positions it was written with.
         num_columns: Columns of the conversation so far.
         num_visual: Visual tokens so far, per row.
+        ends_visual: Whether each row ends in a visual token.
+        real: Bool (B, num_columns - tail), which columns the caller's mask did not hide, or None.
         held: One entry per level. Levels that hold the same share one entry.
-        ends_visual: Whether each row ends in a visual token, 0 or 1.
         tail: Latest columns, text without pads, that every level holds besides.
+        in_call: Whether the model is being called: transformers sizes masks by some layer, and
+            must not be told of one that holds less than the conversation.
     """
 
     policy: Policy
     num_columns: int
     num_visual: list[int]
+    ends_visual: list[bool]
+    real: Tensor | None
     held: list[Held]
-    ends_visual: list[int]
     tail: int = 0
+    in_call: bool = False
 
     def length(self, level: int) -> int:
         """Tokens that a layer of this level holds, pads included."""
-        return self.held[level].columns.shape[1] + self.tail
+        return self.held[level].length + self.tail
 
-    def columns(self, level: int) -> Tensor:
-        """Their columns in the unpruned conversation, int64 (B, length)."""
-        columns = self.held[level].columns
-        new = torch.arange(self.num_columns - self.tail, self.num_columns, device=columns.device)
-        return torch.cat([columns, new.expand(columns.shape[0], -1)], 1)
+    def columns(self, level: int, device: torch.device) -> Tensor:
+        """Their columns in the unpruned conversation, int64 (B, length), 0 for pads."""
+        held = self.held[level]
+        if held.columns is None:
+            every = torch.arange(self.num_columns, device=device)
+            return every.expand(len(self.num_visual), -1)
+        new = torch.arange(self.num_columns - self.tail, self.num_columns, device=device)
+        known = held.columns.to(device)
+        known = known.clamp_min(0) if held.ragged else known
+        return torch.cat([known, new.expand(known.shape[0], -1)], 1)
 
-    def real(self, level: int) -> Tensor | None:
+    def known(self, level: int, device: torch.device) -> Tensor | None:
         """Which of them are no pads, bool (B, length), or None if all are real."""
-        real = self.held[level].real
-        return None if real is None else nn.functional.pad(real, (0, self.tail), value=True)
+        known = None if self.real is None else self.real.to(device)
+        held = self.held[level]
+        if held.columns is not None and (known is not None or held.ragged):
+            columns = held.columns.to(device)
+            known = None if known is None else take(known, columns.clamp_min(0))
+            if held.ragged:
+                known = columns >= 0 if known is None else known & (columns >= 0)
+        if known is None:
+            return None
+        return nn.functional.pad(known, (0, self.tail), value=True)
 
     def differs(self, level: int) -> bool:
         """Whether layers of this level hold something else than an unpruned layer would."""
-        return self.held[level] is not self.held[0]
+        return self.held[level].columns is not None
+
+    def shifts(self, level: int) -> Tensor | None:
+        """The model's position minus the layers', int64 (B, 1), or None if they agree."""
+        return self.held[level].shift
 
     def crop(self, num_columns: int) -> None:
         """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
         dropped = self.num_columns - num_columns
         further = dropped - self.tail
         if further > 0:
-            self.held = _cropped(self.held, further, self.num_columns - self.tail)
+            end = self.num_columns - self.tail
+            self._each(lambda held: _cropped(held, further, end, self.real))
+            self.real = None if self.real is None else self.real[:, :-further]
         self.tail = max(0, -further)
         self.num_columns = num_columns
 
+    def select(self, rows: Tensor) -> None:
+        """Rows take other rows' places, as in the cache (beams)."""
+        if len(set(self.num_visual)) == 1 and len(set(self.ends_visual)) == 1:
+            self.num_visual = self.num_visual[:1] * len(rows)
+            self.ends_visual = self.ends_visual[:1] * len(rows)
+        else:
+            order = rows.tolist()
+            self.num_visual = [self.num_visual[row] for row in order]
+            self.ends_visual = [self.ends_visual[row] for row in order]
 
-def _cropped(held: Sequence[Held], dropped: int, num_columns: int) -> list[Held]:
-    """What levels hold without their latest columns, which must be text in every row."""
-    new: dict[int, Held] = {}
-    for one in held:
-        latest = torch.arange(num_columns - dropped, num_columns, device=one.columns.device)
-        fits = one.columns.shape[1] >= dropped and (one.columns[:, -dropped:] == latest).all()
-        if not fits or (one.real is not None and not one.real[:, -dropped:].all()):
-            raise ValueError(
-                "prune: expected a cache cropped by text after the pruned prompt, got "
-                f"{dropped} columns that end in it. Start from a copy of the cache instead."
-            )
-        real = None if one.real is None else one.real[:, :-dropped]
-        new[id(one)] = Held(one.columns[:, :-dropped], real, one.shift)
-    return [new[id(one)] for one in held]
+        def picked(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table[rows.to(table.device)]
 
+        self.real = picked(self.real)
+        self._each(
+            lambda held: replace(held, columns=picked(held.columns), shift=picked(held.shift))
+        )
 
-def has_record(cache: Any) -> bool:
-    """Whether a pruned run has written this cache, and no unpruned view of it is in use."""
-    return hasattr(cache, _ATTRIBUTE) and not is_unpruned(cache)
-
-
-def is_unpruned(cache: Any) -> bool:
-    """Whether this is a view made by `unpruned`."""
-    return getattr(cache, "is_unpruned", False)
+    def _each(self, change: Callable[[Held], Held]) -> None:
+        made = {id(held): change(held) for held in self.held}
+        self.held = [made[id(held)] for held in self.held]
 
 
-def unpruned(cache: Any, record: Record) -> Any:
-    """The same cache, but as long as the conversation, for who sizes masks and positions by it."""
-    setattr(cache, _ATTRIBUTE, record)
-    kind: Any = type(cache)
-    view: Any = object.__new__(_unpruned_class(kind))
-    view.__dict__ = cache.__dict__
-    return view
+def _cropped(held: Held, dropped: int, end: int, real: Tensor | None) -> Held:
+    """What a level holds without its latest columns, which must be text in every row."""
+    fits = held.length >= dropped
+    if fits and held.columns is not None:
+        latest = torch.arange(end - dropped, end, device=held.columns.device)
+        fits = bool((held.columns[:, -dropped:] == latest).all())
+    if not fits or (real is not None and not real[:, -dropped:].all()):
+        raise ValueError(
+            "prune: expected a cache cropped by text after the pruned prompt, got "
+            f"{dropped} columns that end in it. Start from a copy of the cache instead."
+        )
+    columns = None if held.columns is None else held.columns[:, :-dropped]
+    return replace(held, length=held.length - dropped, columns=columns)
+
+
+# ------------------------------------------------------------------------- the cache and its record
+
+
+class PrunedCache:
+    """Mixed into the class of a cache that a pruned run has written."""
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Of the conversation; with an index, and between calls, what that layer holds."""
+        record = record_of(self)
+        own: Any = super()
+        if record is None or (layer_idx is not None and not record.in_call):
+            return own.get_seq_length(layer_idx or 0)
+        if is_fixed(self):
+            return record.num_columns
+        first = int(0 in record.policy.cuts)  # the level of layer 0
+        return record.num_columns + own.get_seq_length(0) - record.length(first)
+
+    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> Any:
+        own: Any = super()
+        if record_of(self) is None or is_fixed(self):
+            return own.get_mask_sizes(query_length, *args, **kwargs)
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        own: Any = super()
+        own.reset()
+        vars(self).pop(_ATTRIBUTE, None)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        own: Any = super()
+        own.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        own: Any = super()
+        own.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        own: Any = super()
+        own.batch_repeat_interleave(repeats)
+        record = record_of(self)
+        if record is not None:
+            self._select(torch.arange(len(record.num_visual)).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        record = record_of(self)
+        if record is not None:
+            rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+            record.select(rows)
+
+    def __reduce__(self) -> Any:
+        # The class is made on the way: copies and pickles name the one that it was made of.
+        return _empty, (type(self).__mro__[2],), dict(vars(self))
+
+
+def _empty(kind: Any) -> Any:
+    return object.__new__(_pruned_class(kind))
 
 
 @functools.cache
-def _unpruned_class(kind: type) -> type:
-    def get_seq_length(self: Any, *args: Any, **kwargs: Any) -> int:
-        return int(getattr(self, _ATTRIBUTE).num_columns)
-
-    def get_mask_sizes(self: Any, query_length: int, *args: Any, **kwargs: Any) -> Any:
-        if self.is_compileable:  # of a fixed size
-            return kind.get_mask_sizes(self, query_length, *args, **kwargs)  # type: ignore[attr-defined]
-        return getattr(self, _ATTRIBUTE).num_columns + query_length, 0
-
-    members = {"get_seq_length": get_seq_length, "get_mask_sizes": get_mask_sizes}
-    return type(f"Unpruned{kind.__name__}", (kind,), members | {"is_unpruned": True})
+def _pruned_class(kind: Any) -> type:
+    return type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
 
 
-def read(
-    cache: Any, policy: Policy, num_layers: int, num_rows: int, padding: Tensor | None
-) -> Record | None:
+def record_of(cache: Any) -> Record | None:
+    """The record of a cache that a pruned run has written, or None."""
+    record: Record | None = getattr(cache, _ATTRIBUTE, None)
+    return record
+
+
+def is_fixed(cache: Any) -> bool:
+    """Whether a cache has a fixed size, and shows entries that are not filled yet."""
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def in_call(cache: Any, begins: bool) -> None:
+    """Notes that a call with a cache begins or ends."""
+    record = record_of(cache)
+    if record is not None:
+        record.in_call = begins
+
+
+def keep(cache: Any, record: Record) -> None:
+    """Notes on a cache what it holds."""
+    setattr(cache, _ATTRIBUTE, record)
+    if not isinstance(cache, PrunedCache):
+        kind: Any = type(cache)
+        cache.__class__ = _pruned_class(kind)
+
+
+def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record | None:
     """The record of a cache; None for no cache or an empty one.
 
     Args:
@@ -158,34 +265,31 @@ def read(
         policy: Cuts and positions of the present run.
         num_layers: Layers of the decoder.
         num_rows: Rows of the batch.
-        padding: 2-D attention mask over the whole conversation, if any.
 
     Raises:
         ValueError: If the cache cannot be continued under this schedule.
     """
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None
-    if int(cache.get_seq_length(0)) == 0:
-        return None
-    record: Record | None = getattr(cache, _ATTRIBUTE, None)
-    # A fixed cache holds its lengths on the device, and cannot be cropped.
-    fixed = record is not None and getattr(cache, "is_compileable", False)
-    held = [] if fixed else _lengths(cache, num_layers)
+    record = record_of(cache)
     if record is None:
-        return _of_unpruned(cache, held, policy, num_rows, padding)
+        if int(cache.get_seq_length()) == 0:
+            return None
+        return _of_unpruned(_lengths(cache, num_layers), policy, num_rows)
     if record.policy != policy:
         raise ValueError(
             f"prune: expected a cache pruned at layers {list(policy.cuts)} with {policy.positions} "
             f"positions, got one pruned at {list(record.policy.cuts)} with "
             f"{record.policy.positions} ones. Continue a conversation the way it began."
         )
-    if record.held[0].columns.shape[0] != num_rows:
+    if len(record.num_visual) != num_rows:
         raise ValueError(
             f"prune: expected a cache of {num_rows} rows, got one recorded with "
-            f"{record.held[0].columns.shape[0]}. Repeat the prompt's rows, not the cache's."
+            f"{len(record.num_visual)}. Repeat the prompt's rows, not the cache's."
         )
-    if fixed:
+    if is_fixed(cache):  # it holds its lengths on the device, and cannot be cropped
         return record
+    held = _lengths(cache, num_layers)
     expected = [record.length(sum(cut <= i for cut in policy.cuts)) for i in range(num_layers)]
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
     if len(shorter) > 1 or min(shorter) < 0:
@@ -201,28 +305,28 @@ def read(
 
 def _lengths(cache: Any, num_layers: int) -> list[int]:
     """Tokens that each layer holds."""
-    lengths = [cache.get_seq_length(layer) for layer in range(num_layers)]
+    layers = cache.layers[:num_layers]
+    lengths = [layer.get_seq_length() for layer in layers]
     if any(isinstance(length, Tensor) for length in lengths):  # of a fixed size
         lengths = torch.stack([torch.as_tensor(length).cpu() for length in lengths]).tolist()
-    return [int(length) for length in lengths]
+    return [int(length) for length in lengths] + [0] * (num_layers - len(layers))
 
 
-def _of_unpruned(
-    cache: Any, held: list[int], policy: Policy, num_rows: int, padding: Tensor | None
-) -> Record:
+def _of_unpruned(held: list[int], policy: Policy, num_rows: int) -> Record:
     if len(set(held)) > 1:
         raise ValueError(
             f"prune: expected a cache that this engine filled, got one whose layers hold "
             f"{sorted(set(held), reverse=True)} tokens and no record of which. "
             "Start again from an empty cache."
         )
-    device = cache.layers[0].keys.device
-    real = None if padding is None else padding[:, : held[0]].to(device=device, dtype=torch.bool)
-    if real is not None and real.all():
-        real = None
-    columns = torch.arange(held[0], device=device).expand(num_rows, -1)
-    everything = [Held(columns, real, None)] * (len(policy.cuts) + 1)
-    return Record(policy, held[0], [0] * num_rows, everything, ends_visual=[0] * num_rows)
+    if 0 in policy.cuts:
+        raise ValueError(
+            f"prune: expected a cache that this engine filled, for a cut at layer 0, got one of "
+            f"{held[0]} tokens without a record: whether an image was cut out of it cannot be "
+            "seen. Fill it under the same prune(...), and copy it with copy.deepcopy."
+        )
+    everything = [Held(held[0], None, False, None)] * (len(policy.cuts) + 1)
+    return Record(policy, held[0], [0] * num_rows, [False] * num_rows, None, everything)
 
 
 def write(
@@ -231,15 +335,26 @@ def write(
     before: Record | None,
     levels: Sequence[Level],
     pruned: bool,
-    ends_visual: list[int],
+    real_BT: Tensor | None,
+    ends_visual: list[bool],
 ) -> None:
-    """Notes on the cache what it holds after a pass over `levels`."""
-    length = levels[0].columns.shape[1]
-    if before is not None and not pruned and levels[0].real is None:
+    """Notes on the cache what it holds after a pass over `levels`.
+
+    Args:
+        cache: The cache.
+        policy: What it must be continued with.
+        before: What it held before the pass.
+        levels: One per cut, and level 0.
+        pruned: Whether the pass had visual tokens.
+        real_BT: Which tokens of the call are no pads, or None if none is one.
+        ends_visual: Whether each row ends in a visual token.
+    """
+    length = levels[0].length
+    if before is not None and not pruned and real_BT is None:
         before.num_columns += length
         before.ends_visual = ends_visual
         before.tail += length
-        setattr(cache, _ATTRIBUTE, before)
+        keep(cache, before)
         return
     held: list[Held] = []
     for number, level in enumerate(levels):
@@ -251,20 +366,51 @@ def write(
             and (before is None or before.held[number] is before.held[number - 1])
         ):
             held.append(held[-1])
-            continue
-        columns, real = level.columns, level.real
-        if before is not None:
-            old = before.real(number)
-            if real is not None or old is not None:
-                real = known_keys(columns, real, before.length(number), old)
-            columns = torch.cat([before.columns(number), columns], 1)
-        held.append(Held(columns, real, level.shift))
+        else:
+            held.append(_held(before, number, level))
     seen = before.num_visual if before is not None else [0] * len(levels[0].num_visual)
+    offset = 0 if before is None else before.num_columns
+    real = real_BT
+    if before is not None and (real is not None or before.real is not None):
+        device = (before.real if real is None else real).device  # type: ignore[union-attr]
+        ones = torch.ones(len(seen), offset, dtype=torch.bool, device=device)
+        old = ones if before.real is None else nn.functional.pad(
+            before.real.to(device), (0, before.tail), value=True)  # fmt: skip
+        new = torch.ones(len(seen), length, dtype=torch.bool, device=device)
+        real = torch.cat([old, new if real is None else real], 1)
     record = Record(
         policy=policy,
-        num_columns=(before.num_columns if before is not None else 0) + length,
+        num_columns=offset + length,
         num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
-        held=held,
         ends_visual=ends_visual,
+        real=real,
+        held=held,
     )
-    setattr(cache, _ATTRIBUTE, record)
+    keep(cache, record)
+
+
+def _held(before: Record | None, number: int, level: Level) -> Held:
+    """What the layers of a level hold after a pass."""
+    old = None if before is None else before.held[number]
+    length = level.length + (0 if before is None else before.length(number))
+    if level.columns is None and (old is None or old.columns is None):
+        return Held(length, None, False, level.shift)
+    offset = 0 if before is None else before.num_columns
+    device = (level.columns if level.columns is not None else old.columns).device  # type: ignore[union-attr]
+    columns = level.columns
+    if columns is None:
+        columns = torch.arange(level.length, device=device).expand(len(level.num_real), -1)
+    columns = columns + offset if offset else columns
+    ragged = level.columns is not None and level.real is not None
+    if ragged:
+        assert level.real is not None
+        columns = columns.masked_fill(~level.real, -1)
+    if before is not None and old is not None:
+        known = before.columns(number, device)
+        if old.ragged:
+            assert old.columns is not None
+            pads = nn.functional.pad(old.columns < 0, (0, before.tail))
+            known = known.masked_fill(pads.to(device), -1)
+        columns = torch.cat([known, columns], 1)
+        ragged = ragged or old.ragged
+    return Held(length, columns, ragged, level.shift)

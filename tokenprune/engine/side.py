@@ -1,6 +1,6 @@
 """A layer's other arguments, for the tokens that are left: mask, rotary embeddings, positions.
 
-Shape suffixes: B batch rows, N positions at a level.
+Shape suffixes: B batch rows, N positions at a level, Q query rows, K keys.
 """
 
 from __future__ import annotations
@@ -16,23 +16,47 @@ from torch.utils.weak import TensorWeakRef
 
 from tokenprune.engine import masks
 from tokenprune.engine.levels import Level
-from tokenprune.engine.passes import Pass
-from tokenprune.tensors import causal, hide_pads, known_keys, take, to_device
+from tokenprune.engine.passes import Pass, Rotation
+from tokenprune.engine.record import is_fixed
+from tokenprune.tensors import causal, hide_pads, take, to_device
 
 #: Arguments that are replaced here by name.
 _OWN_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids", "hidden_states")
 
 
-def replace_side_tensors(
-    run: Pass,
-    number: int,
-    module: nn.Module,
-    hidden: Tensor,
-    named: dict[str, Any],
+def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device) -> None:
+    """Notes the model's positions, as the first hooked layer shows them."""
+    given = named.get("position_ids")
+    num_rows, length = run.rows.real.shape
+    if given is None:
+        given = torch.arange(run.offset, run.offset + length, device=device)[None]
+    given = given[0] if given.dim() > 2 else given
+    given = given.expand(num_rows, -1)
+    # A view would keep alive the tensor by which a recomputed layer finds its pass.
+    run.positions = given if "position_embeddings" in named else given.clone()
+
+
+def renumber(run: Pass, number: int, device: torch.device) -> None:
+    """Counts the positions of a level anew, if its layers do not use the model's."""
+    level, shift = run.levels[number], None
+    if not run.settings.renumbers or level.moved is not None:
+        return
+    if run.record is not None:
+        shift = to_device(run.record.shifts(number), device)
+    if shift is None and level.columns is None:
+        return
+    assert run.positions is not None
+    positions, first = to_device(run.positions, device), run.at(0, device)
+    level.renumber(first, positions, shift, start=run.record is None)
+
+
+def follow(
+    run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
 ) -> None:
-    """Puts the layer's other arguments in place of those of tokens that are gone."""
+    """Puts a layer's other arguments in place of those of tokens that are gone."""
+    renumber(run, number, hidden.device)
     level = run.at(number, hidden.device)
-    cut = run.levels[number].columns is not run.levels[0].columns
+    cut = level.columns is not None
     if cut or (run.record is not None and run.record.differs(number)):
         named["attention_mask"] = _once(
             level,
@@ -42,35 +66,47 @@ def replace_side_tensors(
         )
     if not cut and level.moved is None:
         return
-    index = level.columns - run.offset
     if named.get("position_embeddings") is not None:
         named["position_embeddings"] = _once(
             level,
             "position_embeddings",
             named["position_embeddings"],
-            lambda pair: _embeddings(run, level, hidden, pair, index),
+            lambda pair: _embeddings(run, level, hidden, pair),
         )
     if named.get("position_ids") is not None:
-        given = level.positions if level.moved is None else level.moved
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
         gaps = run.settings.anatomy.attention.startswith("flash")
-        named["position_ids"] = None if gaps and "position_embeddings" in named else given
+        named["position_ids"] = (
+            None
+            if gaps and "position_embeddings" in named
+            else _once(
+                level, "position_ids", named["position_ids"], partial(_positions, run, level)
+            )
+        )
     if cut:
-        length = run.levels[0].columns.shape[1]
-        for name, dim in _token_arguments(run, module, named, length).items():
+        assert level.columns is not None
+        for name, dim in _token_arguments(run, module, named).items():
             value = to_device(named[name], hidden.device)
-            named[name] = _once(level, name, value, partial(take, index_BN=index, dim=dim))
+            index = partial(take, index_BN=level.columns, dim=dim)
+            named[name] = _once(level, name, value, index)
 
 
-def _token_arguments(
-    run: Pass, module: nn.Module, named: Mapping[str, Any], length: int
-) -> dict[str, int]:
+def _positions(run: Pass, level: Level, given: Tensor) -> Tensor:
+    """Position ids of a level, int64 (B, N)."""
+    if level.moved is not None:
+        return level.moved
+    assert level.columns is not None
+    given = to_device(given[0] if given.dim() > 2 else given, level.columns.device)
+    return take(given, level.columns)
+
+
+def _token_arguments(run: Pass, module: nn.Module, named: Mapping[str, Any]) -> dict[str, int]:
     """The layer's arguments with an entry per token, and in which dimension."""
-    known = run.settings.anatomy.adapter.token_arguments
+    known, length = run.settings.anatomy.adapter.token_arguments, run.levels[0].length
     kind: Any = type(module)
     for name in _parameters(kind):  # others pass through unread
         value = named.get(name)
-        if name in _OWN_ARGUMENTS or name in known or not isinstance(value, Tensor):
+        if name in known or not isinstance(value, Tensor):
             continue
         if length > 1 and length in value.shape:
             raise ValueError(
@@ -83,7 +119,8 @@ def _token_arguments(
 
 @cache
 def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)
+    return tuple(name for name in inspect.signature(kind.forward).parameters
+                 if name not in _OWN_ARGUMENTS)  # fmt: skip
 
 
 def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
@@ -100,63 +137,83 @@ def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) ->
     return made
 
 
-def visible(
-    run: Pass, number: int, holding: int, mask: Any, rows_BQ: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Which keys the asked rows of a level may attend to, as far as the layer's own mask tells.
+# ------------------------------------------------------------------------------------------- masks
+
+
+def known_keys(run: Pass, number: int, holding: int, device: torch.device) -> Tensor | None:
+    """Which keys are real, bool (B, K): those held from before, then the level's; None if all."""
+    level = run.at(number, device)
+    held = None if run.record is None else run.record.known(holding, device)
+    if level.real is None and held is None:
+        return None
+    num_rows, before = len(level.num_real), run.held(holding)
+    parts = [
+        torch.ones(num_rows, size, dtype=torch.bool, device=device) if part is None else part
+        for part, size in ((held, before), (level.real, level.length))
+    ]
+    return torch.cat(parts, 1)
+
+
+def allowed_keys(
+    run: Pass, number: int, holding: int, mask: Any, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Which keys rows of a level may attend to, as far as the layer's own mask tells.
 
     Args:
         run: The pass.
         number: Level of the rows.
         holding: Level of the layer's cache.
         mask: What the layer was given, for the whole conversation.
-        rows_BQ: int64, positions at the level.
+        device: The layer's.
 
     Returns:
-        Bool or additive (B, 1, Q, K), over what the cache holds and then the level's tokens; and
-        which of these are no pads, bool (B, K), or None if all are.
+        Of rows, int64 (B, Q), positions at the level: bool or additive (B, 1, Q, K), over what
+        the cache holds and then the level's tokens.
     """
-    device = rows_BQ.device
-    level = run.at(number, device)
-    before, held_real = run.held(holding)
-    known = None
-    if level.real is not None or held_real is not None:
-        known = known_keys(level.columns, level.real, before, to_device(held_real, device))
-    given = to_device(masks.dense(mask, len(rows_BQ)), device)
-    if given is None or (run.is_fixed and run.record is not None):
+    level, num_rows, before = run.at(number, device), len(run.rows.num_real), run.held(holding)
+    given = to_device(masks.dense(mask, num_rows), device)
+    if given is None or (run.record is not None and is_fixed(run.cache)):
         # A fixed cache's mask was made by `generate`, by the length of a layer that may be pruned.
-        allowed = causal(rows_BQ, before + level.columns.shape[1], before, None)
-        return allowed.expand(len(rows_BQ), -1, -1, -1), known
+        num_keys = before + level.length
+        return lambda rows_BQ: causal(rows_BQ, num_keys, before).expand(num_rows, -1, -1, -1)
     columns = level.columns
+    if columns is None:
+        columns = torch.arange(level.length, device=device).expand(num_rows, -1)
+    keys = columns
     if run.record is not None:
-        columns = torch.cat([run.record.columns(holding).to(device), columns], 1)
-    rows = take(given, take(level.columns, rows_BQ) - run.offset, dim=2)
-    return take(rows, columns, dim=3), known
+        keys = torch.cat([run.record.columns(holding, device), columns + run.offset], 1)
+
+    def allowed(rows_BQ: Tensor) -> Tensor:
+        return take(take(given, take(columns, rows_BQ), dim=2), keys, dim=3)
+
+    return allowed
 
 
 def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     """The attention mask of a level, in the form that the attention implementation reads."""
-    level, attention = run.at(number, hidden.device), run.settings.anatomy.attention
-    num_rows, length = level.columns.shape
-    before, held_real = run.held(number)
-    padded = level.real is not None or held_real is not None
+    device, attention = hidden.device, run.settings.anatomy.attention
+    level, before = run.at(number, device), run.held(number)
+    known = known_keys(run, number, number, device)
     if attention.startswith("flash"):
-        if not padded:
-            return None  # keeps the fast kernel
-        return known_keys(level.columns, level.real, before, to_device(held_real, hidden.device))
+        return known  # None keeps the fast kernel
+    fixed = is_fixed(run.cache)
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-    one_by_one = length == 1 and not run.is_fixed
-    if attention == "sdpa" and not padded and not given and (before == 0 or one_by_one):
+    one_by_one = level.length == 1 and not fixed
+    if attention == "sdpa" and known is None and not given and (before == 0 or one_by_one):
         return None  # keeps the fast kernel
-    rows_BQ = torch.arange(length, device=hidden.device).expand(num_rows, -1)
-    allowed, known = visible(run, number, number, mask, rows_BQ)
+    num_rows = len(level.num_real)
+    every_BQ = torch.arange(level.length, device=device).expand(num_rows, -1)
+    allowed = allowed_keys(run, number, number, mask, device)(every_BQ)
     if known is not None:
         allowed = hide_pads(allowed, known, level.real)
     size = 0
-    if run.is_fixed:  # it shows entries not yet filled
+    if fixed:  # it shows entries not yet filled
         whole = isinstance(mask, Tensor) and mask.dim() == 4
         size = mask.shape[-1] if whole else run.cache.layers[0].max_cache_len
     return masks.form(allowed, attention, hidden.dtype, size)
+
+
+# ----------------------------------------------------------------------------- rotary embeddings
 
 
 def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -173,28 +230,58 @@ def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: 
         return module(*[filled[n] for n in range(len(args))], **named)
 
     first = output[0] if isinstance(output, tuple) else output
-    run.rotations.append((TensorWeakRef(first), again))
+    kind = str(getattr(module, "rope_type", ""))
+    by_longest = any(name in kind for name in ("dynamic", "longrope"))
+    run.rotations.append(Rotation(TensorWeakRef(first), again, by_longest))
 
 
-def _embeddings(run: Pass, level: Level, hidden: Tensor, pair: Any, index: Tensor) -> Any:
+def _embeddings(run: Pass, level: Level, hidden: Tensor, pair: Any) -> Any:
     """Rotary embeddings of a level: gathered, or made for its own positions."""
     parts = pair if isinstance(pair, tuple) else (pair,)
     if level.moved is not None:
-        for made, again in run.rotations:
-            if made() is parts[0]:
-                return again(hidden, level.moved)
-        raise ValueError(
-            "prune: expected rotary embeddings that a module of the decoder makes, with "
-            'positions="renumbered", got others. Use positions="original".'
-        )
+        return _rotated(run, level, hidden, pair, parts[0])
+    assert level.columns is not None
     # Most have a batch first; several position axes may stand before it.
     taken = tuple(
         take(
             to_device(part, hidden.device),
-            index,
+            level.columns,
             batch=max(0, part.dim() - 3),
             dim=max(0, part.dim() - 3) + 1,
         )
         for part in parts
     )
     return taken if isinstance(pair, tuple) else taken[0]
+
+
+def _rotated(run: Pass, level: Level, hidden: Tensor, pair: Any, first: Tensor) -> Any:
+    """Rotary embeddings for a level's own positions."""
+    known = next((known for known in run.rotations if known.made() is first), None)
+    if known is None:
+        raise ValueError(
+            "prune: expected rotary embeddings that a module of the decoder makes, with "
+            'positions="renumbered", got others. Use positions="original".'
+        )
+    assert level.moved is not None
+    if run.prunes or known.by_longest:
+        return known.again(hidden, level.moved)
+    # Nothing is cut: the positions of all levels are known, and are turned at once.
+    moved = {id(level): level.moved}
+    for number, other in enumerate(run.levels):
+        shift = None if run.record is None else run.record.shifts(number)
+        if shift is not None and shift.device == hidden.device:
+            renumber(run, number, hidden.device)
+            assert other.moved is not None
+            moved[id(other)] = other.moved
+    made = known.again(hidden, torch.cat([*moved.values()]))
+    parts = made if isinstance(made, tuple) else (made,)
+    num_rows = len(level.num_real)
+    if any(part.shape[0] != num_rows * len(moved) for part in parts):
+        return known.again(hidden, level.moved)
+    by_level = zip(*(part.split(num_rows) for part in parts), strict=True)
+    turned = dict(zip(moved, by_level, strict=True))
+    for other in run.levels:
+        if id(other) in turned:
+            own = turned[id(other)] if isinstance(made, tuple) else turned[id(other)][0]
+            other.side["position_embeddings", id(first)] = (TensorWeakRef(first), own)
+    return turned[id(level)] if isinstance(made, tuple) else turned[id(level)][0]

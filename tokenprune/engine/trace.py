@@ -1,9 +1,12 @@
-"""What a pruned run did: which tokens survived each cut, and how many each layer processed."""
+"""What a pruned run did: which tokens survived each cut, and how many each layer processed.
+
+A run notes what it has anyway; lists and tensors for people are made when somebody looks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +31,6 @@ class TracedStage:
     scores: list[Tensor] | None
 
 
-@dataclass(eq=False)
 class Trace:
     """What a run did.
 
@@ -36,17 +38,50 @@ class Trace:
         stages: One entry per cut of the latest call that had visual tokens.
         lengths: int64 (num_layers, B): real tokens, without pads, that each layer processed.
         visual_lengths: int64 (num_layers, B): visual tokens among them.
+        places: Per row, int64 (V, 4): image, grid, row, column of the call's visual tokens, or -1.
     """
 
-    stages: list[TracedStage] = field(default_factory=list)
-    lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    visual_lengths: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    _find_places: Callable[[], list[Tensor]] = field(default=list, repr=False)
+    def __init__(self, stages: Sequence[TracedStage] = ()) -> None:
+        self._stages: list[TracedStage] | Callable[[], list[TracedStage]] = list(stages)
+        self._lengths: list[list[int]] = []
+        self._visual_lengths: list[list[int]] = []
+        self._find_places: Callable[[], list[Tensor]] = list
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_find_places": partial(list, self.places)}
+    def renew(
+        self,
+        stages: Callable[[], list[TracedStage]],
+        lengths: list[list[int]],
+        visual_lengths: list[list[int]],
+        places: Callable[[], list[Tensor]],
+    ) -> None:
+        """Notes a call: what makes its stages and places, and tokens by layer and row."""
+        self._stages, self._find_places = stages, places
+        self._lengths, self._visual_lengths = lengths, visual_lengths
+
+    @property
+    def stages(self) -> list[TracedStage]:
+        if callable(self._stages):
+            self._stages = self._stages()
+        return self._stages
+
+    @property
+    def lengths(self) -> Tensor:
+        return _table(self._lengths)
+
+    @property
+    def visual_lengths(self) -> Tensor:
+        return _table(self._visual_lengths)
 
     @property
     def places(self) -> list[Tensor]:
-        """Per row, int64 (V, 4): image, grid, row, column of the call's visual tokens, or -1."""
         return self._find_places()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {
+            "_stages": self.stages,
+            "_find_places": partial(list, self.places),
+        }
+
+
+def _table(rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows) if rows else torch.empty(0, 0, dtype=torch.int64)

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.families.projection import Projected, project
+from tokenprune.families.projection import Positions, Projected, project
 
 #: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
 Places = Tensor
 #: (model config, call arguments, visual tokens per row) -> places per row, or None if unknown.
 Layout = Callable[[Any, Mapping[str, Any], Sequence[int]], "list[Places] | None"]
-#: (layer, hidden (B, T, D), asked rows (B, Q), the layer's other arguments) -> queries and keys.
-Project = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Projected]
+#: (layer, hidden (B, T, D), asked rows, the layer's other arguments) -> queries and keys.
+Project = Callable[[nn.Module, Tensor, Positions, Mapping[str, Any]], Projected]
 
 
 @dataclass(frozen=True)

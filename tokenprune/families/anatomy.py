@@ -135,14 +135,17 @@ def window(anatomy: Anatomy) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """What makes a decoder's rotary embeddings, by transformers' names for it."""
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
 def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer runs: models spread over devices move what a layer is given only inside it."""
-    hook = getattr(layer, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        device = hook.execution_device  # type: ignore[union-attr]
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    own = next((parameter.device for parameter in layer.parameters()), hidden.device)
-    return hidden.device if own.type == "meta" else own
+    device = getattr(vars(layer).get("_hf_hook"), "execution_device", None)
+    if device is None:
+        return hidden.device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:

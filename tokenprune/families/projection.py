@@ -26,6 +26,8 @@ from transformers import AttentionInterface
 from tokenprune.tensors import take
 
 _CAPTURE = "tokenprune_capture"
+#: Rows of a layer's input: int64 (B, Q), or a slice that is the same for all batch rows.
+Positions = Tensor | slice
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ _is_ordinary: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary
 
 
 def project(
-    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+    layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
 ) -> Projected:
     """Queries of the asked rows and keys of all, as the layer's own attention makes them.
 
     Args:
         layer: A decoder layer.
         hidden: (B, T, D), what enters it.
-        rows_BQ: int64, asked rows.
+        rows: Asked rows.
         named: The layer's other arguments.
 
     Raises:
@@ -80,19 +82,19 @@ def project(
     is_ordinary, seen = _is_ordinary.get(layer, (True, 0))
     # Some scale queries by position, which only long prompts show.
     if is_ordinary and hidden.shape[1] > 2 * seen:
-        whole = captured(layer, hidden, rows_BQ, named)
+        whole = captured(layer, hidden, rows, named)
         is_ordinary = not scales_by_position(layer.self_attn) and _agrees(
-            layer, hidden, rows_BQ, named, whole
+            layer, hidden, rows, named, whole
         )
         _is_ordinary[layer] = is_ordinary, hidden.shape[1]
         if not is_ordinary:
             return whole
     way = ordinary if is_ordinary else captured
-    return way(layer, hidden, rows_BQ, named)
+    return way(layer, hidden, rows, named)
 
 
 def ordinary(
-    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+    layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
 ) -> Projected:
     """As in LLaMA: norm, linear maps, a norm per head where there is one, rotation.
 
@@ -108,19 +110,19 @@ def ordinary(
             split = getattr(attention, norm)(split)
         return split.transpose(1, 2)
 
-    queries = heads(attention.q_proj(take(normed, rows_BQ)), "q_norm")
+    queries = heads(attention.q_proj(pick(normed, rows)), "q_norm")
     keys = heads(attention.k_proj(normed), "k_norm")
     if named.get("position_embeddings") is not None:
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         cos, sin = named["position_embeddings"]
         # It rotates two tensors: the one that is not needed is a single head.
         _, keys = rotate(keys[:, :1], keys, cos, sin)
-        queries, _ = rotate(queries, queries[:, :1], take(cos, rows_BQ), take(sin, rows_BQ))
+        queries, _ = rotate(queries, queries[:, :1], pick(cos, rows), pick(sin, rows))
     return Projected(queries, keys, getattr(attention, "scaling", width**-0.5))
 
 
 def captured(
-    layer: nn.Module, hidden: Tensor, rows_BQ: Tensor, named: Mapping[str, Any]
+    layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
 ) -> Projected:
     """What the layer hands to its attention kernel, which is not run; nothing is cached."""
     attention: Any = getattr(layer, "self_attn", None)
@@ -146,7 +148,14 @@ def captured(
             "Choose a strategy that reads no attention."
         )
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    return Projected(take(queries, rows_BQ, dim=2), keys, scaling, softcap)
+    return Projected(pick(queries, rows, dim=2), keys, scaling, softcap)
+
+
+def pick(values: Tensor, rows: Positions, dim: int = 1) -> Tensor:
+    """The asked rows along a dimension."""
+    if isinstance(rows, slice):
+        return values[(slice(None),) * dim + (rows,)]
+    return take(values, rows, dim=dim)
 
 
 def scales_by_position(attention: Any) -> bool:
@@ -166,12 +175,12 @@ def _shallow(module: nn.Module) -> Any:
 def _agrees(
     layer: nn.Module,
     hidden: Tensor,
-    rows_BQ: Tensor,
+    rows: Positions,
     named: Mapping[str, Any],
     whole: Projected,
 ) -> bool:
     try:
-        ours = ordinary(layer, hidden, rows_BQ, named)
+        ours = ordinary(layer, hidden, rows, named)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
     if whole.softcap is not None or ours.scaling != whole.scaling:

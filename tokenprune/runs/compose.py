@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage, fixed_positions
+from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
 from tokenprune.runs import budgets
+
+#: In configs: the strategy's published policy where the model takes it, else `original`.
+AUTO = "auto"
+_DEPTH = 32  # of the papers' models; no policy depends on it
 
 
 def config_dir() -> Path:
@@ -44,12 +50,15 @@ class Pruning:
         schedule: Says how many.
         positions: `"original"` or `"renumbered"`.
         solution: How the schedule meets a budget, if there is one.
+        published: Whether `positions` is the published policy, which gives way to the model, and
+            not one that was asked for.
     """
 
     strategy: PruningStrategy
     schedule: Schedule
     positions: str
     solution: Solution | None = None
+    published: bool = False
 
 
 def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
@@ -124,6 +133,8 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
 def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
     """Strategy, schedule and position policy of a run; None for the unpruned model.
 
+    Where the model is at hand, `fit_pruning` is to be asked: it may take other positions.
+
     Args:
         config: Has the keys `strategy`, `schedule` and `positions`; `budget` may decide what the
             schedule leaves open.
@@ -135,10 +146,10 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
     """
     from hydra.utils import instantiate
 
-    if config.positions not in POSITIONS:
+    if config.positions not in (AUTO, *POSITIONS):
         raise ValueError(
-            f"positions: expected one of {list(POSITIONS)}, got {config.positions!r}. "
-            "original leaves gaps, renumbered counts anew at each cut."
+            f"positions: expected one of {[AUTO, *POSITIONS]}, got {config.positions!r}. "
+            "original leaves gaps, renumbered counts anew at each cut, auto is as published."
         )
     if config.get("strategy") is None:
         return None
@@ -153,7 +164,43 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
         schedule = build_schedule(config.schedule, num_layers)
     else:
         schedule = solution.schedule
+    if config.positions == AUTO:
+        return Pruning(strategy, schedule, published_positions(strategy), solution, published=True)
     return Pruning(strategy, schedule, config.positions, solution)
+
+
+def published_positions(strategy: PruningStrategy) -> str:
+    """The position policy of a strategy's published run; `original` for one that has none."""
+    try:
+        return strategy.published(_DEPTH).positions
+    except ValueError:
+        return "original"
+
+
+def fit_pruning(config: DictConfig, model: Any) -> Pruning | None:
+    """As `build_pruning`, for a model: where it cannot be as published, that is said in a line.
+
+    Args:
+        config: As for `build_pruning`.
+        model: A Hugging Face model.
+
+    Raises:
+        ValueError: As `build_pruning`, or the model cannot be pruned at all.
+        KeyError: If the strategy is unknown.
+    """
+    pruning = build_pruning(config, DecoderShape.from_config(model.config).num_layers)
+    if pruning is None or not pruning.published or pruning.positions == "original":
+        return pruning
+    reason = fixed_positions(model)
+    if reason is None:
+        return pruning
+    _say(f"positions: original, not {pruning.positions} as published: this model has {reason}")
+    return replace(pruning, positions="original")
+
+
+@lru_cache  # a sweep says it once
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

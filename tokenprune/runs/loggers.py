@@ -33,7 +33,7 @@ def build_logger(config: Any) -> Any:
             raise
         raise ValueError(
             f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
-            "got none. Install it (TensorBoard: pip install 'tokenprune[train]'), or choose "
+            "got none. Install it (TensorBoard: pip install 'tokenprune-vlm[train]'), or choose "
             "logger=csv."
         ) from error
 

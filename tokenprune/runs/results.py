@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from tokenprune import __version__
 from tokenprune.runs import tables
 from tokenprune.runs.models import TINY, load_config
 
@@ -36,19 +37,26 @@ COLUMNS = (
     *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
     *("num_visual", "model", "data", "run"),
 )
-#: Packages whose version decides what comes out.
-_DECISIVE = ("tokenprune", "torch", "transformers")
+#: Our own version, from the code that runs: an installed package of this name is somebody else's.
+_OWN = {"tokenprune": __version__}
+#: Other packages whose version decides what comes out.
+_DECISIVE = ("torch", "transformers")
 _PACKAGES = (*_DECISIVE, "pytorch-lightning", "hydra-core", "pillow")
 _WHOLE = 2**26  # up to 64 MB a folder's files are read in full, beyond that their ends
 _END = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file that is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     os.replace(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text that is never seen half-written."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_run(
@@ -86,7 +94,7 @@ def write_run(
 def write_versions(folder: Path, versions: Mapping[str, str]) -> None:
     """Writes versions.json: Python, the machine, packages, and what is given."""
     machine = {"python": platform.python_version(), "platform": platform.platform()}
-    packages = {package: _version(package) for package in _PACKAGES}
+    packages = _OWN | {package: _version(package) for package in _PACKAGES}
     write_text(folder / VERSIONS, json.dumps(machine | packages | dict(versions), indent=2))
 
 
@@ -109,7 +117,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: If a model on the Hub cannot be found.
     """
-    marks = {package: _version(package) for package in _DECISIVE}
+    marks = _OWN | {package: _version(package) for package in _DECISIVE}
     for key, value in _paths(config.get("model"), "model"):
         if value == "tiny" or Path(value).expanduser().exists():
             marks[key] = _digest(TINY if value == "tiny" else Path(value).expanduser())
@@ -173,7 +181,25 @@ def changes(
     assert isinstance(old, dict)
     keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
+    if "positions" in differing and old.get("positions") == _published(config):
+        differing.remove("positions")
     return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    """The policy that positions=auto stands for; None where another is asked for.
+
+    A complete run that was asked for just that one shows that the model takes it.
+    """
+    from hydra.utils import instantiate
+
+    from tokenprune.runs import compose
+
+    if config.get("positions") != compose.AUTO:
+        return None
+    if config.get("strategy") is None:
+        return "original"  # nothing is removed, so nothing moves
+    return compose.published_positions(instantiate(config["strategy"]))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -33,4 +33,5 @@ class PyramidDrop(AttentionStrategy):
         # The released 13B scripts keep the 7B cuts: 40 layers fall into stages of 8, 8, 8 and 16.
         where = {"layers": (8, 16, 24)} if num_layers == 40 else {"num_stages": 4}
         options = {"num_layers": num_layers, "lam": 0.5, **where}
+        # The released code counts positions anew at each cut.
         return Published("pyramid", options, positions="renumbered")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenprune.training.run import SUMMARY, train
+    from tokenprune.training.run import train
+    from tokenprune.training.summary import SUMMARY
 
 __all__ = ["SUMMARY", "train"]
 
@@ -16,6 +17,6 @@ if not TYPE_CHECKING:  # as in tokenprune/__init__.py
         """A name that was not used before: a config is checked without torch and Lightning."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from tokenprune.training import run
+        from tokenprune.training import run, summary
 
-        return getattr(run, name)
+        return getattr(run if name == "train" else summary, name)

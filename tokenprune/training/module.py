@@ -1,14 +1,13 @@
 """The module that is trained: losses per supervised token, pruning that follows its schedule.
 
-Shape suffixes: B batch rows, T positions, V vocabulary.
+Shape suffixes: B batch rows, T positions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,15 +16,17 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.cost import DecoderShape, flops
+from tokenprune.cost import DecoderShape
 from tokenprune.data.collate import IGNORED
-from tokenprune.data.sample import Sample
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
 from tokenprune.training.check import Lora, check_rates
 from tokenprune.training.quiet import quiet_if_started
 from tokenprune.training.sharding import shard
+from tokenprune.training.throughput import forward_flops
 from tokenprune.training.tuning import build_optimizer, cosine, parts_of, tune
+from tokenprune.training.validation import Tally, guesses
+from tokenprune.training.window import Window
 
 
 class FineTune(pl.LightningModule):
@@ -93,11 +94,10 @@ class FineTune(pl.LightningModule):
         self._recomputes = gradient_checkpointing
         self._handle: tp.Handle | None = None
         self._schedule: tp.Schedule | None = None
-        self._window: _Window | None = None
+        self._window: Window | None = None
         #: Batches without a supervised token so far, on all processes.
         self.num_unsupervised: Tensor | float = 0.0
-        self._tally: dict[str, list[int]] = {}
-        self._loss = [0.0, 0]
+        self._tally = Tally()
         self._num_samples, self._started = 0, 0.0
         self._num_own = self._num_left = 0
 
@@ -143,6 +143,11 @@ class FineTune(pl.LightningModule):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    @property
+    def trace(self) -> tp.Trace | None:
+        """What the latest call kept; None while the model is not pruned."""
+        return None if self._handle is None else self._handle.trace
 
     def schedule_at(self, step: int) -> tp.Schedule | None:
         """What training prunes by at a step: `keep` falls linearly from 1 to the target's."""
@@ -207,13 +212,14 @@ class FineTune(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         inputs, num_supervised = batch["inputs"], batch["num_supervised"]
         loss = self.model(**inputs, use_cache=False).loss.float() * num_supervised
-        self._count_flops(batch, passes=3 if self._decoder_trained_whole() else 2)
-        if self._handle is not None:
-            visual = self._handle.trace.visual_lengths.float().mean()
+        passes = 3 if self._decoder_trained_whole() else 2
+        self.flops_per_batch = passes * forward_flops(self._shape, batch["lengths"], self.trace)
+        if self.trace is not None:
+            visual = self.trace.visual_lengths.float().mean()
             self.log("avg_tokens", visual, batch_size=len(batch["samples"]))
         num_batches = self.trainer.accumulate_grad_batches
         if self._window is None:
-            self._window = _Window.open(self._over_processes, num_supervised * num_batches, loss)
+            self._window = Window.open(self._over_processes, num_supervised * num_batches, loss)
         self._window.add(loss.detach(), num_supervised)
         loss = loss + self._zero(inputs)
         # The trainer takes the mean over processes and accumulated batches: undone here.
@@ -257,20 +263,6 @@ class FineTune(pl.LightningModule):
     def _decoder_trained_whole(self) -> bool:
         return "decoder" in self._trained_parts and self.adapters is None
 
-    def _count_flops(self, batch: Mapping[str, Any], passes: int) -> None:
-        """Notes what a batch cost in the decoder's layers; see `tokenprune.cost.flops`.
-
-        Args:
-            batch: With the rows' lengths.
-            passes: Forward passes that it is worth: a backward pass is two, or one where only what
-                flows through the weights is needed (PaLM, arXiv 2204.02311, appendix B).
-        """
-        rows = [[length] * self._shape.num_layers for length in batch["lengths"]]
-        if self._handle is not None and self._handle.trace.lengths.shape[1] == len(rows):
-            rows = self._handle.trace.lengths.T.tolist()
-        # Papers count multiply-accumulates; each is two operations.
-        self.flops_per_batch = 2 * passes * sum(flops(self._shape, row) for row in rows)
-
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         self._num_samples += len(batch["samples"]) * self.trainer.world_size
         seconds = time.perf_counter() - self._started
@@ -312,7 +304,7 @@ class FineTune(pl.LightningModule):
         self.attach("all")
 
     def on_validation_epoch_start(self) -> None:
-        self._tally, self._loss = defaultdict(lambda: [0, 0]), [0.0, 0]
+        self._tally = Tally()
         # A sharded layer runs only where it runs on all processes: they agree on a number.
         trainer = self.trainer
         sanity = trainer.sanity_checking
@@ -323,56 +315,22 @@ class FineTune(pl.LightningModule):
             self._num_left = int(trainer.strategy.reduce(most, reduce_op="max"))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        inputs, samples = batch["inputs"], batch["samples"]
+        inputs = batch["inputs"]
         output = self.model(**inputs, use_cache=False)
-        self._count_flops(batch, passes=1)
+        self.flops_per_batch = forward_flops(self._shape, batch["lengths"], self.trace)
         labels_BT = inputs["labels"]
         if (num_labels := batch["num_supervised"]) > 0:
-            self._loss[0] += float(output.loss) * num_labels
-            self._loss[1] += num_labels
-        right_BT = self._guesses(inputs, output.logits) == labels_BT
-        for row, sample in enumerate(samples):
-            for kind, right in _turns(sample, labels_BT[row], right_BT[row]):
-                self._tally[kind][0] += right
-                self._tally[kind][1] += 1
+            self._tally.add_loss(float(output.loss), num_labels)
+        right_BT = guesses(self.model, inputs, output.logits, self.trace) == labels_BT
+        self._tally.add_answers(batch["samples"], labels_BT, right_BT)
         self._num_left -= 1
         ends = batch_idx + 1 == self._num_own
         while ends and self.device_mesh is not None and self._num_left > 0:
             self.model(**inputs, use_cache=False)  # for the others
             self._num_left -= 1
 
-    def _guesses(self, inputs: Mapping[str, Any], logits_BTV: Tensor) -> Tensor:
-        """The most likely token at each position of the unpruned rows, int64 (B, T).
-
-        A token is guessed at the survivor before it; what is guessed at dropped ones is no matter.
-        """
-        alive_BT = inputs["attention_mask"].bool()
-        if self._handle is not None and self._handle.trace.stages:
-            alive_BT = alive_BT.clone()
-            visual_BT = tp.visual_mask(self.model, inputs["input_ids"])
-            for row, kept in enumerate(self._handle.trace.stages[-1].kept):
-                places = visual_BT[row].nonzero()[:, 0]
-                alive_BT[row, places] = False
-                alive_BT[row, places[kept.to(places.device)]] = True
-        before_BT = (alive_BT.cumsum(1) - 2).clamp_min(0)
-        return logits_BTV.argmax(-1).gather(1, before_BT)
-
     def on_validation_epoch_end(self) -> None:
-        parts: list[Any] = [(dict(self._tally), self._loss)]
-        if self.trainer.world_size > 1:
-            mine, parts = parts[0], [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, mine)
-        tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for own, _ in parts:
-            for kind, counts in own.items():
-                tally[kind] = [a + b for a, b in zip(tally[kind], counts, strict=True)]
-        num_labels = sum(loss[1] for _, loss in parts)
-        right, total = (sum(counts[i] for counts in tally.values()) for i in (0, 1))
-        numbers = {
-            "val_loss": sum(loss[0] for _, loss in parts) / max(1, num_labels),
-            "val_accuracy": right / max(1, total),
-        }
-        numbers |= {f"val_accuracy_{kind}": tally[kind][0] / tally[kind][1] for kind in tally}
+        numbers = self._tally.numbers(self.trainer.world_size)
         # All processes have the same numbers; sync_dist only tells the trainer so.
         for name, value in sorted(numbers.items()):
             self.log(name, value, prog_bar=name in ("val_loss", "val_accuracy"), sync_dist=True)
@@ -387,31 +345,6 @@ class FineTune(pl.LightningModule):
             self.attach("supervised", self.schedule_at(self.global_step))
 
 
-class _Window:
-    """What is known of the batches of one step of the optimiser.
-
-    Args:
-        reference: Losses are divided by it until the step's number of supervised tokens is known:
-            any number does, but float16 wants one of that size.
-        loss: Any tensor of the device that counts.
-    """
-
-    def __init__(self, reference: Tensor, loss: Tensor) -> None:
-        self.reference = reference
-        #: Loss over all supervised tokens, their number, batches without any.
-        self.sums = torch.zeros(3, device=loss.device)
-
-    @classmethod
-    def open(cls, over_processes: Callable[[Tensor], Tensor], guess: int, loss: Tensor) -> _Window:
-        """A window at its first batch; `guess` is this process's share of the tokens."""
-        guesses = torch.tensor([float(guess)], device=loss.device)
-        return cls(over_processes(guesses)[0].clamp_min(1), loss)
-
-    def add(self, loss: Tensor, num_supervised: int) -> None:
-        numbers = [float(num_supervised), float(num_supervised == 0)]
-        self.sums += torch.cat([loss.reshape(1), torch.tensor(numbers, device=loss.device)])
-
-
 class _Detach(pl.Callback):
     """Takes the pruning off when a loop ends by an exception: modules are not told."""
 
@@ -420,21 +353,3 @@ class _Detach(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, FineTune)
         pl_module.detach()
-
-
-def _turns(sample: Sample, labels_T: Tensor, right_T: Tensor) -> list[tuple[str, bool]]:
-    """Kind of each turn, and whether all tokens of its answer are right; answers lie apart.
-
-    None where nothing is labelled.
-    """
-    answers: list[tuple[int, list[int]]] = []
-    for place in (labels_T != IGNORED).nonzero()[:, 0].tolist():
-        if not answers or answers[-1][1][-1] != place - 1:
-            answers.append((place, []))
-        answers[-1][1].append(place)
-    if not answers:
-        return []
-    return [
-        (turn.kind, bool(right_T[places].all()))
-        for turn, (_, places) in zip(sample.turns, answers, strict=True)
-    ]

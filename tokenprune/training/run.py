@@ -1,14 +1,13 @@
 """Supervised fine-tuning of a vision-language model, with its visual tokens pruned or whole.
 
 A model trained under the schedule that it will run with loses less than one that was never pruned.
-What is trained is in `tuning.py`, how a step's loss comes about in `module.py`, how a training is
-interrupted and goes on in `checkpoints.py`.
+What is trained is in `tuning.py`, how a step's loss comes about in `module.py` and `window.py`, how
+a training is interrupted and goes on in `checkpoints.py` and `resume.py`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,53 +15,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import EarlyStopping, ThroughputMonitor
+from pytorch_lightning.callbacks import EarlyStopping
 
-import tokenprune as tp
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import check_training
-from tokenprune.runs.loggers import CSVCurve, build_logger
+from tokenprune.runs.loggers import build_logger
+from tokenprune.training import resume
 from tokenprune.training.check import MONITORS, Lora, check_saving
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
-
-#: What a finished training says about itself; `metrics.json` would make it a run of a sweep.
-SUMMARY = "training.json"
-
-
-class _Begin(pl.Callback):
-    """Notes what is trained once there is something to train: not when a checkpoint has it all.
-
-    A training that starts anew takes the place of what was in its folder.
-    """
-
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], anew: bool
-    ) -> None:
-        self.folder, self.config, self.marks, self.anew = folder, config, marks, anew
-        self._begun = False
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._begun:
-            return
-        self._begun = True
-        if trainer.is_global_zero:
-            for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
-                (self.folder / name).unlink(missing_ok=True)
-            text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
-            results.write_text(self.folder / results.CONFIG, text)
-            results.write_versions(self.folder, self.marks)
-
-
-class _Throughput(ThroughputMonitor):
-    """Rows of the curve at the step that they are about."""
-
-    def _compute(self, trainer: pl.Trainer, iter_num: int | None = None) -> None:
-        super()._compute(trainer, trainer.global_step)
+from tokenprune.training.summary import SUMMARY, sentence, summarise
+from tokenprune.training.throughput import Throughput, length, size
 
 
 def train(config: DictConfig, output_dir: Path) -> None:
@@ -90,7 +55,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     resolved = compose.plain(config)
     options = dict(resolved["trainer"])
     check_training(options)
-    start = _checkpoint(config.ckpt_path, output_dir)
+    start = resume.find_checkpoint(config.ckpt_path, output_dir)
     marks = results.fingerprint(resolved)
     changes = results.changes(output_dir, resolved, marks, LAST) if start is not None else None
     if changes:
@@ -99,8 +64,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     recipe = dict(resolved["model"])
     tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
     loaded = instantiate(recipe)
-    shape = tp.cost.DecoderShape.from_config(loaded.model.config)
-    pruning = compose.build_pruning(config, shape.num_layers)
+    pruning = compose.fit_pruning(config, loaded.model)
     torch.manual_seed(config.seed)  # adapters start at random
     module = FineTune(
         loaded,
@@ -117,7 +81,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     )
     _check_precision(loaded.model, options)
     if start is not None:
-        _check_weights(start, module)
+        resume.check_weights(start, module)
     module.attach("supervised")  # refuses here, before any data is read, what is not supported
     module.detach()
     data = instantiate(config.data, processor=loaded.processor)
@@ -137,7 +101,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
         enable_model_summary=False,
     )
     signals.tell(trainer)
-    _cut_curves(trainer, start)
+    resume.cut_curves(trainer, start)
     with quiet():
         try:
             with signals:
@@ -182,51 +146,10 @@ def train(config: DictConfig, output_dir: Path) -> None:
     if trainer.is_global_zero:
         numbers.setdefault("unsupervised_batches", float(module.num_unsupervised))
         numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
-        summary = _summary(numbers) | counts
+        used = {"positions": pruning.positions if pruning is not None else "original"}
+        summary = summarise(numbers) | used | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
-        print(_sentence(summary, output_dir / "model"), flush=True)
-
-
-def _checkpoint(choice: str | None, folder: Path) -> str | None:
-    """The checkpoint to go on from."""
-    if choice is None:
-        return None
-    path = folder / LAST if choice == "last" else Path(choice).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"ckpt_path: expected a checkpoint, got {str(path)!r}, which does not exist. Set "
-            "hydra.run.dir to the folder of the interrupted run, or ckpt_path=null to start anew."
-        )
-    try:
-        # Mapped, not read; pickled code does not run.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        reason = "" if isinstance(content, dict) and "loops" in content else "it has no loops"
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-    if reason:
-        raise ValueError(
-            f"ckpt_path: expected a checkpoint that `tokenprune train` wrote, got {str(path)!r}: "
-            f"{reason}. Choose another one, or ckpt_path=null to start anew."
-        )
-    return str(path)
-
-
-def _check_weights(path: str, module: FineTune) -> None:
-    """Refuses a checkpoint whose weights are not those that this training trains."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    state = {name: state[name] for name in state.keys() - dict(module.named_buffers()).keys()}
-    own = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    whose = f"the weights that are trained here, of {type(module.model).__name__}"
-    for name in sorted(own.keys() | state.keys()):
-        shapes = [tuple(held[name].shape) if name in held else None for held in (own, state)]
-        if shapes[0] == shapes[1]:
-            continue
-        found = "lacks it" if shapes[1] is None else f"has it as {shapes[1]}"
-        wanted = "not trained" if shapes[0] is None else f"{shapes[0]}"
-        raise ValueError(
-            f"ckpt_path: expected {whose}, with {name} {wanted}, got {path!r}, which {found}. "
-            "Use the model, parts, model.tuning and model.lora of the interrupted run."
-        )
+        print(sentence(summary, output_dir / "model"), flush=True)
 
 
 def _check_precision(model: Any, options: Mapping[str, Any]) -> None:
@@ -240,6 +163,32 @@ def _check_precision(model: Any, options: Mapping[str, Any]) -> None:
             f"trainer.precision={'null' if precision is None else precision}. "
             f"Set model.dtype=float32, or model.tuning=lora and trainer.precision={mixed}."
         )
+
+
+class _Begin(pl.Callback):
+    """Notes what is trained once there is something to train: not when a checkpoint has it all.
+
+    A training that starts anew takes the place of what was in its folder.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], anew: bool
+    ) -> None:
+        self.folder, self.config, self.marks, self.anew = folder, config, marks, anew
+        self._begun = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        if trainer.is_global_zero:
+            for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
+                (self.folder / name).unlink(missing_ok=True)
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
+            results.write_text(self.folder / results.CONFIG, text)
+            results.write_versions(self.folder, self.marks)
 
 
 def _callbacks(
@@ -265,64 +214,6 @@ def _callbacks(
     if config.get("logger"):
         # Rates from one row to the next; Lightning gives none until its window is full.
         window = max(2, config.trainer.get("log_every_n_steps") or 2)
-        callbacks.append(_Throughput(size, length, window_size=window))
+        callbacks.append(Throughput(size, length, window_size=window))
     # After what may end the training.
     return [*callbacks, Checkpoints(folder, every, signals, config.monitor, mode)]
-
-
-def size(batch: Mapping[str, Any]) -> int:
-    """Samples of a batch."""
-    return len(batch["samples"])
-
-
-def length(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch before any is pruned, without pads."""
-    return sum(batch["lengths"])
-
-
-def _cut_curves(trainer: pl.Trainer, start: str | None) -> None:
-    """Leaves of the curves what the checkpoint to start from knows."""
-    step = -1
-    if start is not None:
-        step = torch.load(start, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVCurve):
-            logger.cut(step)
-
-
-def _summary(numbers: Mapping[str, float]) -> dict[str, Any]:
-    """What training.json says."""
-    validation: dict[str, Any] = {}
-    if "val_loss" in numbers:
-        start = "val_accuracy_"
-        validation = {
-            "loss": numbers["val_loss"],
-            "accuracy": numbers["val_accuracy"],
-            "kinds": {
-                name.removeprefix(start): value
-                for name, value in sorted(numbers.items())
-                if name.startswith(start)
-            },
-        }
-    return {
-        "steps": int(numbers["step"]),
-        # None where all steps were done before this call.
-        "train_loss": numbers.get("train_loss"),
-        "validation": validation,
-        "samples_per_second": numbers.get("samples_per_second"),
-        "avg_tokens": numbers.get("avg_tokens"),
-        # Batches without a supervised token: they taught nothing.
-        "unsupervised_batches": int(numbers.get("unsupervised_batches", 0)),
-    }
-
-
-def _sentence(summary: Mapping[str, Any], folder: Path) -> str:
-    """The summary for people."""
-    parts = [f"{summary['steps']} steps"]
-    if summary["train_loss"] is not None:
-        parts.append(f"{summary['samples_per_second']:.1f} samples/s")
-        parts.append(f"training loss {summary['train_loss']:.3f}")
-    if summary["validation"]:
-        own = summary["validation"]
-        parts.append(f"validation loss {own['loss']:.3f}, accuracy {100 * own['accuracy']:.1f} %")
-    return f"{', '.join(parts)}: {folder}"

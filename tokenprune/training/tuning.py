@@ -46,7 +46,7 @@ class Adapters:
         except ImportError as error:
             raise ValueError(
                 "model.tuning: expected the peft package for lora, got none. "
-                "Install it: pip install 'tokenprune[train]'."
+                "Install it: pip install 'tokenprune-vlm[train]'."
             ) from error
         decoder = examine(model).decoder
         path = next(name for name, module in model.named_modules() if module is decoder)

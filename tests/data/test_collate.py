@@ -1,0 +1,143 @@
+"""Samples as inputs of a processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processors import BLUE, CHATML, LLAVA, RED, SAMPLES, TEMPLATES, build_processor
+from tokenizers import AddedToken
+
+from tokenprune.data import ConversationCollator, PromptCollator, Sample, Turn
+from tokenprune.data.collate import IGNORED
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_conversations_are_labelled_on_answers_and_nowhere_else(family, template):
+    processor = build_processor(family, TEMPLATES[template])
+    tokenizer = processor.tokenizer
+    inputs = ConversationCollator(processor)(SAMPLES)["inputs"]
+    assert inputs["attention_mask"][:, 0].all()  # padded on the right
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    for row, sample in enumerate(SAMPLES):
+        labelled = inputs["labels"][row] != IGNORED
+        assert (inputs["labels"][row] == inputs["input_ids"][row])[labelled].all()
+        text = tokenizer.decode(inputs["labels"][row][labelled])
+        parts = [part.strip() for part in text.split(end)]
+        assert parts == [turn.answer for turn in sample.turns] + [""]
+        assert int((inputs["input_ids"][row] == processor.image_token_id).sum()) > 1
+        assert not (labelled & (inputs["attention_mask"][row] == 0)).any()
+    assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_a_prompt_is_a_conversation_up_to_its_last_answer(family, template):
+    """What training has the model write is what generation asks it for."""
+    processor = build_processor(family, TEMPLATES[template])
+    whole = ConversationCollator(processor)(SAMPLES)["inputs"]
+    prompts = PromptCollator(processor)(SAMPLES)
+    assert [sample.id for sample in prompts["samples"]] == ["a", "b", "c"]
+    for row in range(len(SAMPLES)):
+        labelled = whole["labels"][row] != IGNORED
+        last = int((labelled[1:] & ~labelled[:-1]).nonzero()[-1, 0]) + 1
+        mask = prompts["inputs"]["attention_mask"][row].bool()
+        assert mask[-1]  # padded on the left
+        torch.testing.assert_close(
+            prompts["inputs"]["input_ids"][row][mask], whole["input_ids"][row, :last]
+        )
+    torch.testing.assert_close(prompts["inputs"]["pixel_values"], whole["pixel_values"])
+
+
+MIXED = [
+    Sample("none", (), (Turn("Which colour is it?", "red"),)),
+    Sample("two", (RED, BLUE), (Turn("<image>\nis it red?\n<image>", "no"), Turn("it?", "7"))),
+    Sample("front", (BLUE, RED), (Turn("Which?", "blue"),)),
+    Sample("later", (RED, BLUE), (Turn("it <image>", "red"), Turn("<image>\nit?", "red"))),
+    Sample("third", (RED,), (Turn("q", "no"), Turn("q", "no"), Turn("is <image> it?", "yes"))),
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_images_are_where_questions_say(family, template):
+    processor = build_processor(family, TEMPLATES[template])
+    tokenizer = processor.tokenizer
+    inputs = ConversationCollator(processor)(MIXED)["inputs"]
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    for row, sample in enumerate(MIXED):
+        labelled = inputs["labels"][row] != IGNORED
+        told = tokenizer.decode(inputs["labels"][row][labelled])
+        assert [part.strip() for part in told.split(end)] == [t.answer for t in sample.turns] + [""]
+        assert (inputs["labels"][row] == inputs["input_ids"][row])[labelled].all()
+        ids = inputs["input_ids"][row]
+        if family == "llava":  # LLaVA-NeXT cuts large images into tiles
+            assert int((ids == processor.image_token_id).sum()) == 16 * len(sample.images)
+        first_answer = int(labelled.nonzero()[0, 0])
+        before = bool((ids[:first_answer] == processor.image_token_id).any())
+        assert before == (sample.id in ("two", "front", "later"))
+        after = bool((ids[first_answer:] == processor.image_token_id).any())
+        assert after == (sample.id in ("later", "third"))
+    assert "pixel_values" not in ConversationCollator(processor)(MIXED[:1])["inputs"]
+
+
+def test_a_place_in_a_question_is_where_the_template_puts_it():
+    collate = ConversationCollator(build_processor("llava", CHATML))
+    shown = collate._writer.conversation(MIXED[1])
+    assert shown.startswith("<|im_start|>user\n<image>is it red?<image><|im_end|>\n")
+
+
+def test_a_template_that_marks_answers_agrees_with_its_prompts():
+    collate = ConversationCollator(build_processor("llava", LLAVA))
+    expected = collate(SAMPLES)["inputs"]["labels"]
+    collate._writer._by_prompts = lambda sample, text: None
+    torch.testing.assert_close(collate(SAMPLES)["inputs"]["labels"], expected)
+
+
+def test_an_end_of_turn_that_has_no_name_ends_answers():
+    """As in Gemma 3, whose <end_of_turn> is special and not among the named special tokens."""
+    processor = build_processor("llava", CHATML.replace("<|im_end|>", "<turn>"))
+    processor.tokenizer.add_tokens(AddedToken("<turn>", special=True))
+    assert "<turn>" not in processor.tokenizer.all_special_tokens
+    labels = ConversationCollator(processor)(SAMPLES[:1])["inputs"]["labels"][0]
+    text = processor.tokenizer.decode(labels[labels != IGNORED])
+    assert text.replace(" ", "") == "red<turn>"
+
+
+def test_a_template_with_neither_is_refused():
+    rigid = CHATML.replace("assistant\\n", "assistant\\nWell:").replace(
+        "assistant\n", "assistant: "
+    )
+    with pytest.raises(
+        ValueError, match=r"sample 'a': expected a chat template that .*got neither"
+    ):
+        ConversationCollator(build_processor("llava", rigid))(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (Turn("<image>\nWhich <image>?", "red"), "expected one <image> per image .* got 2 for 1"),
+        (Turn("Which?", "<image>"), "expected plain text, got the image placeholder '<image>'"),
+        (Turn("Which <|im_start|>?", "red"), "expected plain text, .* '<|im_start|>' in 'Which"),
+    ],
+)
+def test_placeholders_elsewhere_are_refused(turn, message):
+    processor = build_processor("llava", LLAVA)
+    if "im_start" in turn.question:
+        processor.image_token = "<|im_start|>"
+    for collator in (PromptCollator, ConversationCollator):
+        with pytest.raises(ValueError, match=f"sample 'z': {message}"):
+            collator(processor)([Sample("z", (RED,), (turn,))])
+
+
+@pytest.mark.parametrize("name", ["video_token", "audio_token"])
+def test_e5_placeholders_of_what_is_not_read_are_refused(name):
+    processor = build_processor("llava", LLAVA)
+    setattr(processor, name, "<clip>")
+    for turn in (Turn("<clip>\nWhich?", "red"), Turn("Which?", "a <clip>")):
+        for collator in (PromptCollator, ConversationCollator):
+            with pytest.raises(
+                ValueError, match=r"sample 'z': expected text and images, .*'<clip>'"
+            ):
+                collator(processor)([Sample("z", (RED,), (turn,))])

@@ -1,0 +1,167 @@
+"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for.
+
+Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, Q query rows, K keys,
+H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine.passes import Asked, Pass
+from tokenprune.engine.side import allowed_keys, known_keys
+from tokenprune.families.projection import Positions
+from tokenprune.strategy import AttentionRows
+from tokenprune.tensors import attention_rows, hide_pads, take, to_device
+
+#: Bytes of float32 attention weights that one chunk of query rows may take.
+CHUNK_BYTES = 2**27
+
+
+@torch.no_grad()
+def attend(run: Pass, number: int, asked: Asked, request: AttentionRows) -> Tensor:
+    """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows.
+
+    Args:
+        run: The pass.
+        number: Level of the tokens.
+        asked: The layer.
+        request: Which rows.
+    """
+    hidden, device = asked.hidden, asked.hidden.device
+    level = run.at(number, device)
+    rows, weights_BQ = _rows(run, number, request, device)
+    named = {name: to_device(value, device) for name, value in asked.named.items()}
+    with _without_dropout(asked.module):
+        projected = run.settings.anatomy.adapter.project(asked.module, hidden, rows, named)
+    keys = projected.keys
+    holding = run.settings.level_of[asked.layer]  # at a cut, the cache is one level further
+    before = run.held(holding)
+    if before:
+        keys = torch.cat([_held_keys(run, asked.layer, before, keys), keys], 2)
+    seats_BV = level.seats()
+    with single_precision(device):
+        if weights_BQ is None and _sees_all(run, number, holding, asked):
+            part = attention_rows(projected.queries, keys, None, projected.scaling,
+                                  projected.softcap)[:, :, 0]  # fmt: skip
+            return take(part, seats_BV + before if before else seats_BV, dim=2)
+        rows_BQ = rows if isinstance(rows, Tensor) else _last(level.length, run, device)
+        allowed_of = allowed_keys(run, number, holding, asked.mask, device)
+        known = known_keys(run, number, holding, device)
+        total: Tensor | None = None
+        num_rows, num_heads = projected.queries.shape[:2]
+        chunk = max(1, CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))
+        for start in range(0, rows_BQ.shape[1], chunk):
+            allowed = allowed_of(rows_BQ[:, start : start + chunk])
+            if known is not None:
+                allowed = hide_pads(allowed, known, None)
+            attention = attention_rows(
+                projected.queries[:, :, start : start + chunk],
+                keys,
+                allowed,
+                projected.scaling,
+                projected.softcap,
+            )
+            if weights_BQ is None:
+                total = attention[:, :, 0]
+                continue
+            weights = weights_BQ[:, start : start + chunk]
+            part = torch.einsum("bhqk,bq->bhk", attention, weights)
+            total = part if total is None else total + part
+        assert total is not None
+        return take(total, seats_BV + before if before else seats_BV, dim=2)
+
+
+def _rows(
+    run: Pass, number: int, request: AttentionRows, device: torch.device
+) -> tuple[Positions, Tensor | None]:
+    """Positions that ask, at a level, and their weights (B, Q); None where one asks in each row."""
+    level, plan = run.at(number, device), run.plan_on(device)
+    num_rows = len(level.num_real)
+    if request.queries == "all":
+        every_BQ = torch.arange(level.length, device=device).expand(num_rows, -1)
+        if level.real is None:
+            return every_BQ, torch.full((num_rows, level.length), 1 / level.length, device=device)
+        weights = level.real.float()
+        return every_BQ, weights / weights.sum(1, keepdim=True).clamp_min(1)
+    if run.rows.asks_at_its_end:
+        return slice(-1, None), None
+    if max(run.rows.num_asking) == 0:
+        return slice(-1, None), torch.zeros(num_rows, 1, device=device)
+    asking_BQ = plan.asking
+    exists_BQ = torch.arange(asking_BQ.shape[1], device=device) < plan.num_asking
+    weights = exists_BQ / plan.num_asking.clamp_min(1)
+    rows_BQ = level.find(asking_BQ)
+    if not run.rows.visual_asks or level.columns is None:
+        return rows_BQ, weights
+    # A row that asks may be a visual token, and go: the others count on, or else the last token.
+    rows_BQ = rows_BQ.clamp(0, level.length - 1)
+    weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
+    total_B1 = weights.sum(1, keepdim=True)
+    first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0
+    last_B1 = _last(level.length, run, device, number)
+    rows_BQ = torch.where((total_B1 == 0) & first_BQ, last_B1, rows_BQ)
+    weights = torch.where(total_B1 > 0, weights / total_B1.clamp_min(1e-9), first_BQ.float())
+    return rows_BQ, weights
+
+
+def _last(length: int, run: Pass, device: torch.device, number: int | None = None) -> Tensor:
+    """Position of the last token of each row at a level, int64 (B, 1)."""
+    level = None if number is None else run.at(number, device)
+    if level is None or level.real is None or level.pads_left:
+        return torch.full((len(run.rows.num_real), 1), length - 1, device=device)
+    return level.real.sum(1, keepdim=True) - 1
+
+
+def _sees_all(run: Pass, number: int, holding: int, asked: Asked) -> bool:
+    """Whether the last position of each row attends to all keys, as far as the host can tell."""
+    level = run.levels[number]
+    mask = asked.mask
+    given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+    record = run.record
+    padded = level.real is not None or (
+        record is not None and (record.real is not None or record.held[holding].ragged)
+    )
+    return not given and not padded
+
+
+def _held_keys(run: Pass, layer: int, before: int, keys: Tensor) -> Tensor:
+    """Keys that a layer's cache holds from before the pass, (B, G, before, E)."""
+    held: Tensor = run.cache.layers[layer].keys
+    held = held[:, :, :before] if held.dim() == 4 else held
+    if held.shape[1:] != (keys.shape[1], before, keys.shape[3]):
+        raise ValueError(
+            "prune: expected a cache of keys as they are attended to, for attention in a "
+            f"later turn, got {type(run.cache.layers[layer]).__name__} with entries of "
+            f"shape {tuple(held.shape)}. Choose another cache, or a strategy that reads no "
+            "attention."
+        )
+    return held.to(keys.dtype)
+
+
+def single_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Scores are made in float32, under autocast as well."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """A choice is no place for chance, and draws nothing from the global generator."""
+    if not module.training:
+        yield
+        return
+    dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.training = True

@@ -1,0 +1,136 @@
+"""A cut: the strategy is shown the visual tokens alive and marks those that stay.
+
+Shape suffixes: B batch rows, V visual tokens alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine import side
+from tokenprune.engine.attention import attend, single_precision
+from tokenprune.engine.levels import Level
+from tokenprune.engine.passes import Asked, Pass
+from tokenprune.engine.trace import TracedStage
+from tokenprune.engine.views import make_view
+from tokenprune.strategy import Selection
+from tokenprune.tensors import ascending, take
+
+
+def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]) -> None:
+    """Adds the level after cut `number`: asks the strategy, keeps what it chose.
+
+    Args:
+        run: The pass.
+        number: The cut's, from 1.
+        module: The layer before which it happens.
+        hidden: (B, N, D), what would enter the layer.
+        named: Its other arguments, for the whole call.
+    """
+    settings, device = run.settings, hidden.device
+    layer = settings.cuts[number - 1]
+    level, plan = run.at(number - 1, device), run.plan_on(device)
+    late = [request for request in settings.requests if request.source == "next"]
+    if late:
+        listen(run, number - 1, module, hidden, named, late, layer, layer)
+    attended = {
+        request: run.attended.pop((layer, request)).to(device) for request in settings.requests
+    }
+    view = make_view(run, number, hidden, attended)
+    with torch.no_grad(), single_precision(device):
+        selection = settings.strategy.select(view, plan.counts[number])
+    kept_BV, num_kept = _checked(run, number, selection, level)
+    run.levels.append(level.after(kept_BV, num_kept, plan))
+    seen = [0] * len(num_kept) if run.record is None else run.record.num_visual
+    run.stages.append(  # it must keep alive neither the model nor the call
+        partial(
+            _traced,
+            layer,
+            kept_BV,
+            num_kept,
+            level.numbers(run.at(0, device)),
+            seen,
+            selection.scores,
+            level.num_visual,
+        )
+    )
+
+
+def listen(
+    run: Pass,
+    number: int,
+    module: nn.Module,
+    hidden: Tensor,
+    named: dict[str, Any],
+    requests: list[Any],
+    layer: int,
+    cut_layer: int,
+) -> None:
+    """Computes what a cut's strategy asks of a layer that runs on level `number`."""
+    own = dict(named)
+    side.follow(run, number, module, hidden, own)
+    asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
+    for request in requests:
+        run.attended[cut_layer, request] = attend(run, number, asked, request)
+
+
+def _checked(
+    run: Pass, number: int, selection: Selection, level: Level
+) -> tuple[Tensor, list[int]]:
+    """The survivors that a strategy chose, and how many per row."""
+    kept, strategy, budget = selection.kept, run.settings.strategy, run.budgets[number - 1]
+    expected = (len(level.num_visual), max(level.num_visual))
+    if kept.dtype != torch.bool or kept.shape != expected:
+        raise ValueError(
+            f"{type(strategy).__name__}.select: expected a bool mask of shape "
+            f"{expected}, got {kept.dtype} of shape {tuple(kept.shape)}. "
+            "Return Selection(kept=mask)."
+        )
+    most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
+    if strategy.keeps_exactly:
+        return kept, most
+    if level.ragged:
+        kept = kept & level.valid(run.plan_on(kept.device))
+    counts: list[int] = kept.sum(1).tolist()
+    if any(count > keep for count, keep in zip(counts, most, strict=True)):
+        raise ValueError(
+            f"{type(strategy).__name__}.select: expected at most {most} "
+            f"tokens per row, got {counts}. Respect `keep`."
+        )
+    return kept, counts
+
+
+def _traced(
+    layer: int,
+    kept_BV: Tensor,
+    num_kept: list[int],
+    numbers: Callable[[], Tensor],
+    seen: list[int],
+    scores_BV: Tensor | None,
+    num_visual: list[int],
+) -> TracedStage:
+    """The trace of a cut, for people.
+
+    Args:
+        layer: The cut's.
+        kept_BV: What the strategy marked.
+        num_kept: How many per row.
+        numbers: Makes the tokens' numbers within the call.
+        seen: Visual tokens of each row before the call.
+        scores_BV: The strategy's scores, or None.
+        num_visual: Visual tokens alive before the cut, per row.
+    """
+    kept = take(numbers(), ascending(kept_BV, max(num_kept)))
+    rows = zip(kept, num_kept, seen, strict=True)
+    return TracedStage(
+        layer=layer,
+        kept=[row[:count] + before for row, count, before in rows],
+        scores=None
+        if scores_BV is None
+        else [row[:count] for row, count in zip(scores_BV, num_visual, strict=True)],
+    )

@@ -1,0 +1,310 @@
+"""What the rows of a call hold: which tokens exist, which are visual, which ask.
+
+Decided here once, for everything else, on the host: what a call says of its tokens is fetched from
+the device in one transfer, before the first layer.
+
+Shape suffixes: B batch rows, T columns of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine import masks
+from tokenprune.engine.settings import Settings
+from tokenprune.families.inputs import shows_images
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokens of a call, on the host.
+
+    Attributes:
+        real: Bool (B, T), no pads.
+        visual: Bool (B, T).
+        asking: Bool (B, T), the `"last"` query rows.
+        ids: int64 (B, T), or None where the call has none or nothing needs them.
+        labelled: Whether the call has labels.
+        mute: Whether some row has labels and an image, but no token that asks.
+        goes_back: Whether given positions fall between two neighbours of a row.
+    """
+
+    real: Bools
+    visual: Bools
+    asking: Bools
+    ids: Ints | None = None
+    labelled: bool = False
+    mute: bool = False
+    goes_back: bool = False
+
+    @cached_property
+    def num_real(self) -> list[int]:
+        return counts(self.real)
+
+    @cached_property
+    def num_visual(self) -> list[int]:
+        return counts(self.visual)
+
+    @cached_property
+    def num_asking(self) -> list[int]:
+        return counts(self.asking)
+
+    @cached_property
+    def padded(self) -> bool:
+        return not self.real.all()
+
+    @cached_property
+    def ends_real(self) -> bool:
+        """Whether every row ends in a token; a row of pads alone is no matter."""
+        return bool(self.real[self.real.any(1), -1].all())
+
+    @cached_property
+    def starts_real(self) -> bool:
+        """Whether every row starts with a token; a row of pads alone is no matter."""
+        return bool(self.real[self.real.any(1), 0].all())
+
+    @cached_property
+    def asks_at_its_end(self) -> bool:
+        """Whether in every row the last column asks, it alone, and is text: it stays the last."""
+        return bool(
+            self.asking[:, -1].all()
+            and not self.visual[:, -1].any()
+            and max(self.num_asking, default=0) == 1
+        )
+
+    @cached_property
+    def visual_asks(self) -> bool:
+        """Whether a token that asks may be dropped."""
+        return bool((self.asking & self.visual).any())
+
+
+def counts(marked: Bools) -> list[int]:
+    """True entries of each row."""
+    return [int(count) for count in marked.sum(1)]
+
+
+def columns(marked: Bools, pad: int) -> Ints:
+    """Columns of the True entries of each row, ascending, int64 (B, most), filled with `pad`."""
+    numbers = counts(marked)
+    found = np.nonzero(marked)[1].astype(np.int64)
+    if len(set(numbers)) == 1:
+        return found.reshape(len(numbers), -1)
+    table = np.full((len(numbers), max(numbers)), pad, dtype=np.int64)
+    table[np.arange(table.shape[1]) < np.array(numbers)[:, None]] = found
+    return table
+
+
+def read_rows(
+    settings: Settings, inputs: Mapping[str, Any], tokens: Tensor, past: Any, offset: int
+) -> Rows:
+    """Reads the rows of a call.
+
+    Args:
+        settings: What `attach` was asked for.
+        inputs: Arguments of the decoder and of the modules above it.
+        tokens: Ids (B, T) or embeddings (B, T, D).
+        past: The cache, or None.
+        offset: Columns of the conversation before the call.
+
+    Raises:
+        ValueError: If the call does not say where its visual tokens are, or its mask is too short.
+    """
+    num_rows, length = tokens.shape[:2]
+    marks = _visual_mask(settings, inputs, num_rows, length, offset)
+    by_ids = marks is None and _shows_ids(settings, inputs, offset)
+    padding = masks.padding(inputs.get("attention_mask"))
+    nothing = np.zeros((num_rows, length), dtype=np.bool_)
+    if marks is None and not by_ids and (length == 1 or padding is None):
+        # A decoding step asks the device nothing: what the caller hides, its mask goes on hiding.
+        return Rows(~nothing, nothing, nothing)
+    if padding is not None and padding.shape[1] < offset + length:
+        raise ValueError(
+            f"prune: expected an attention_mask of {offset + length} columns, all of the "
+            f"conversation, got {padding.shape[1]}. Lengthen it turn by turn."
+        )
+    sights = None
+    if padding is None and length > 1:
+        sights = masks.sights(inputs.get("attention_mask"), num_rows, length, offset)
+    shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+    _check_lengths(inputs, length, by_ids)
+    positions = inputs.get("position_ids")
+    fetched = fetch(
+        {
+            "visual": marks,
+            "ids": _of_length(inputs.get("input_ids"), length),
+            "real": None if padding is None else padding[:, offset : offset + length],
+            "sights": sights,
+            "labels": labels if shifted is None else shifted,
+            "positions": _of_length(positions, length),
+        },
+        tokens.device,
+    )
+    real = fetched["real"] != 0 if "real" in fetched else ~nothing
+    if "sights" in fetched:
+        real = _by_sight(fetched["sights"])
+    ids = fetched.get("ids")
+    visual = nothing
+    if by_ids:
+        visual = np.isin(fetched["ids"], settings.anatomy.visual_ids) & real
+    elif marks is not None:
+        times = num_rows // marks.shape[0]
+        visual = (fetched["visual"] != 0).repeat(times, 0) & real
+    labelled: Bools | None = None
+    if "labels" in fetched:
+        labelled = fetched["labels"] != IGNORED
+        if shifted is not None:  # then these are what the loss reads
+            labelled = np.pad(labelled, ((0, 0), (1, 0)))[:, :-1]
+    # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
+    to_keep = inputs.get("logits_to_keep")
+    guesses = to_keep - 1 if past is not None and isinstance(to_keep, int) and to_keep > 1 else 0
+    asking = _asking(real, labelled, guesses) if visual.any() else nothing
+    mute = labelled is not None and labelled.any(1) & visual.any(1) & ~asking.any(1)
+    return Rows(
+        real=real,
+        visual=visual,
+        asking=asking,
+        ids=ids,
+        mute=bool(np.any(mute)),
+        labelled=labelled is not None,
+        goes_back="positions" in fetched and _goes_back(fetched["positions"], real),
+    )
+
+
+def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Ints]:
+    """Integer tensors (B, n) on the host, by name, in one transfer; absent ones are left out."""
+    given = {name: part for name, part in parts.items() if part is not None}
+    if not given:
+        return {}
+    if len(given) == 1:
+        ((name, part),) = given.items()
+        return {name: part.detach().numpy(force=True)}
+    most = max(part.shape[0] for part in given.values())
+    flat = [part.to(device=device, dtype=torch.int64) for part in given.values()]
+    joined = torch.cat([part.repeat(most // part.shape[0], 1) if part.shape[0] < most else part
+                        for part in flat], 1).numpy(force=True)  # fmt: skip
+    ends = np.cumsum([part.shape[1] for part in flat])[:-1]
+    found = dict(zip(given, np.split(joined, ends, 1), strict=True))
+    return {name: part[: given[name].shape[0]] for name, part in found.items()}
+
+
+def _visual_mask(
+    settings: Settings, inputs: Mapping[str, Any], num_rows: int, length: int, offset: int
+) -> Tensor | None:
+    """The call's part of a mask that says which tokens are visual, or None without one."""
+    mask = inputs.get("visual_mask", settings.visual_mask)
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.dtype != torch.bool or num_rows % mask.shape[0]:
+        raise ValueError(
+            f"prune: expected visual_mask of dtype bool and shape ({num_rows}, T), got "
+            f"{mask.dtype} and {tuple(mask.shape)}. Mark the visual columns with True."
+        )
+    part: Tensor = mask[:, offset : offset + length]
+    if part.shape[1] == 0:
+        return None
+    missing = length - part.shape[1]
+    return nn.functional.pad(part, (0, missing)) if missing else part
+
+
+def _shows_ids(settings: Settings, inputs: Mapping[str, Any], offset: int) -> bool:
+    """Whether the call's ids say which tokens are visual; False where there can be none."""
+    if inputs.get("visual_mask", settings.visual_mask) is not None:
+        return False
+    # A generated id is text, whatever its number: later calls show images only with pixels.
+    if offset > 0 and not shows_images(inputs):
+        return False
+    if not settings.anatomy.visual_ids:
+        raise ValueError(
+            "prune: expected visual_mask, bool (B, T), or placeholder ids of visual tokens in "
+            f"the config, got neither for {type(settings.anatomy.config).__name__}. Pass the mask "
+            "to prune or to the call."
+        )
+    if inputs.get("input_ids") is None:
+        raise ValueError(
+            "prune: expected input_ids or visual_mask, got inputs_embeds alone. Pass "
+            "visual_mask, bool (B, T), to say which columns are visual."
+        )
+    return True
+
+
+def _asking(real: Bools, labelled: Bools | None, guesses: int) -> Bools:
+    """The `"last"` query rows. Assisted decoding puts guesses after the prompt."""
+    if labelled is not None:
+        followed = np.pad(labelled, ((0, 0), (0, 1)))[:, 1:]
+        asking: Bools = ~labelled & followed & real
+        return asking
+    order = np.arange(real.shape[1])
+    last = np.where(real, order, -1).max(1, keepdims=True)
+    lone: Bools = (order == np.maximum(last - guesses, 0)) & (last >= 0)
+    return lone
+
+
+def _by_sight(sights: Ints) -> Bools:
+    """Which tokens are real, by who sees whom (see `masks.sights`).
+
+    Pads on the left are seen by nobody. At the end of a row nobody sees the last token either: what
+    follows it there is a pad, whether it sees the row or only itself.
+
+    Raises:
+        ValueError: If a token that sees nothing but itself follows others: a row packs several.
+    """
+    itself, sees, seen = (sights & bit != 0 for bit in (1, 2, 4))
+    real: Bools = seen.copy()
+    for row in range(len(sights)):
+        ends = np.flatnonzero(seen[row])
+        end = int(ends[-1]) + 1 if len(ends) else 0
+        starts = itself[row, :end] & ~sees[row, :end] & (np.cumsum(seen[row, :end]) > 0)
+        starts[: int(ends[0]) + 1 if len(ends) else 0] = False
+        if starts.any():
+            raise packed("an attention_mask under which a token sees nothing before it")
+        if end < sights.shape[1]:
+            # A later pad that sees the row, but not this token, says that it is a pad as well.
+            skipped = sees[row, end + 1 :].any()
+            real[row, end] = itself[row, end] & (sees[row, end] | (end == 0)) & ~skipped
+    return real
+
+
+def packed(what: str) -> ValueError:
+    """The error for rows that hold several sequences."""
+    return ValueError(
+        f"prune: expected one sequence a row, got {what}: several sequences packed into one, whose "
+        "images would share a budget. Pass them as rows of a batch (padding instead of packing)."
+    )
+
+
+def _of_length(values: Tensor | None, length: int) -> Tensor | None:
+    """Values (B, T) with an entry per token of the call; None for others."""
+    fits = values is not None and values.dim() == 2 and values.shape[1] == length
+    return values if fits else None
+
+
+def _check_lengths(inputs: Mapping[str, Any], length: int, by_ids: bool) -> None:
+    """Refuses ids and labels of other lengths than what the decoder is given."""
+    for name in ("input_ids", "labels", "shift_labels"):
+        values = inputs.get(name)
+        if values is None or values.shape[1] == length or (name == "input_ids" and not by_ids):
+            continue
+        raise ValueError(
+            f"prune: expected {name} with an entry for each of the {length} tokens that the "
+            f"decoder is given, got {values.shape[1]}: something puts tokens of its own into the "
+            "prompt (prompt tuning, p-tuning). Pass visual_mask, bool (B, T), over all of them, "
+            "and no labels."
+        )
+
+
+def _goes_back(positions: Ints, real: Bools) -> bool:
+    """Whether given positions do not rise from one real token to the next."""
+    back = positions[:, 1:] <= positions[:, :-1]
+    return bool((back & real[:, 1:] & real[:, :-1]).any())

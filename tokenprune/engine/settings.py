@@ -1,0 +1,129 @@
+"""What `attach` was asked for, checked against the model and looked up once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.engine.record import Policy
+from tokenprune.families.anatomy import Anatomy, window
+from tokenprune.families.positions import why_fixed
+from tokenprune.schedule import Schedule
+from tokenprune.strategy import POSITIONS, AttentionRows, PruningStrategy
+
+LOGITS = ("all", "supervised", "full")
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What `attach` was asked for.
+
+    Attributes:
+        anatomy: The model's parts.
+        strategy: Says which tokens survive a cut.
+        schedule: Says how many.
+        positions: `"original"` or `"renumbered"`.
+        logits: `"all"`, `"supervised"` or `"full"`.
+        visual_mask: Bool (B, T), or None.
+    """
+
+    anatomy: Anatomy
+    strategy: PruningStrategy
+    schedule: Schedule
+    positions: str
+    logits: str
+    visual_mask: Tensor | None
+
+    @cached_property
+    def renumbers(self) -> bool:
+        return self.positions == "renumbered"
+
+    @cached_property
+    def supervised(self) -> bool:
+        return self.logits == "supervised"
+
+    @cached_property
+    def full(self) -> bool:
+        return self.logits == "full"
+
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """Layers of the cuts."""
+        return tuple(stage.layer for stage in self.schedule.stages)
+
+    @cached_property
+    def level_of(self) -> list[int]:
+        """Level that each layer runs on."""
+        return [sum(cut <= i for cut in self.cuts) for i in range(len(self.anatomy.layers))]
+
+    @cached_property
+    def policy(self) -> Policy:
+        """What a cache must be continued with."""
+        return Policy(self.cuts, self.positions)
+
+    @cached_property
+    def window(self) -> int | None:
+        """Tokens up to which every layer attends to all."""
+        return window(self.anatomy)
+
+    @cached_property
+    def requests(self) -> tuple[AttentionRows, ...]:
+        """Attention that the strategy asks for at each cut."""
+        return tuple(self.strategy.attention_rows())
+
+    @cached_property
+    def asks_last(self) -> bool:
+        """Whether the last prompt token's attention chooses."""
+        return any(request.queries == "last" for request in self.requests)
+
+    def asks_router(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call's loss has terms of a mixture's router."""
+        asked = inputs.get("output_router_logits")
+        if asked is None:
+            asked = getattr(self.anatomy.text_config, "output_router_logits", False)
+        return bool(asked)
+
+    def check(self, name: str) -> None:
+        """Refuses what this model cannot give; `name` is its class.
+
+        Raises:
+            ValueError: If an option, the schedule or the strategy cannot be honoured.
+        """
+        for option, value, choices in (
+            ("positions", self.positions, POSITIONS),
+            ("logits", self.logits, LOGITS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"prune: expected {option} to be one of {list(choices)}, got {value!r}. "
+                    "See the docstring of tokenprune.attach."
+                )
+        self.schedule.check_depth(len(self.anatomy.layers))
+        if self.anatomy.attention not in ATTENTIONS:
+            raise unsupported_attention(self.anatomy)
+        if self.renumbers and (reason := why_fixed(self.anatomy.decoder)) is not None:
+            raise ValueError(
+                'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
+                f'got {reason}. Use positions="original".'
+            )
+        reads_previous = any(request.source == "previous" for request in self.requests)
+        first = max(self.anatomy.adapter.first_layer, int(reads_previous))
+        early = [cut for cut in self.cuts if cut < first]
+        if early:
+            raise ValueError(
+                f"prune: expected cuts at layer {first} or later for "
+                f"{type(self.strategy).__name__} on {name}, got {early}. Move the first cut."
+            )
+
+
+def unsupported_attention(anatomy: Anatomy) -> ValueError:
+    """The error for an attention implementation that the engine cannot make masks for."""
+    return ValueError(
+        f"prune: expected attn_implementation to be one of {list(ATTENTIONS)}, got "
+        f"{anatomy.attention!r}. Load the model with another one."
+    )

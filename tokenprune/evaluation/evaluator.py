@@ -1,0 +1,181 @@
+"""The module that Lightning's predict loop runs: answers, what each cost, the run's files.
+
+Shape suffixes: B batch rows, T prompt positions, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from transformers import BatchFeature
+
+import tokenprune as tp
+from tokenprune.evaluation.generation import FirstToken, generate, now, pruned
+from tokenprune.evaluation.kept import kept_tokens
+from tokenprune.evaluation.metrics import build_metric
+from tokenprune.evaluation.summary import summarise
+from tokenprune.runs import results
+from tokenprune.runs.compose import Pruning
+from tokenprune.runs.models import LoadedModel
+
+_PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
+
+
+class Evaluator(pl.LightningModule):
+    """Answers the questions of a data set under pruning, and writes what came of it.
+
+    Runs in Lightning's predict loop, which gives every sample to exactly one process.
+
+    Args:
+        load: Gives model and processor. Every process calls it for itself: a transformers model
+            that was sent to another process has lost the hooks by which it collects vision states.
+        pruning: Strategy, schedule and positions; None for the unpruned model.
+        folder: Where the run's files go.
+        config: The run's resolved config.
+        marks: Its `results.fingerprint`.
+        names: Entries of metrics.json that name the run.
+        max_new_tokens: Longest answer.
+        num_pictures: First so many samples whose kept tokens are stored.
+        metric: Scores an answer, see `tokenprune.evaluation.metrics`.
+
+    Raises:
+        KeyError: There is no such metric.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        pruning: Pruning | None,
+        folder: Path,
+        config: Mapping[str, Any],
+        marks: Mapping[str, str],
+        names: Mapping[str, Any],
+        max_new_tokens: int,
+        num_pictures: int,
+        metric: str = "exact",
+    ) -> None:
+        super().__init__()
+        self.score = build_metric(metric)
+        self.load = load
+        self.pruning = pruning
+        self.folder = folder
+        self.config = dict(config)
+        self.marks = dict(marks)
+        self.names = dict(names)
+        self.max_new_tokens = max_new_tokens
+        self.num_pictures = num_pictures
+        self.records: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+
+    def configure_model(self) -> None:
+        """Loads the model, in the process that runs it."""
+        self.loaded = self.load()
+        self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
+        if getattr(self.loaded.model, "hf_device_map", None) is None:
+            self.model = self.loaded.model  # registered: the trainer moves it to its device
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        # Samples hold pictures, which stay where they are; Lightning would copy them.
+        model = self.loaded.model
+        # `to` changes what it is called on, and the batch may be seen again.
+        own = BatchFeature(dict(batch["inputs"]))
+        return batch | {"inputs": own.to(model.device, dtype=model.dtype)}
+
+    def on_predict_start(self) -> None:
+        self.records, self.seconds = [], []
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Answers a batch and keeps what the metrics need."""
+        inputs, samples = batch["inputs"], batch["samples"]
+        clock = FirstToken()
+        with pruned(self.loaded, self.pruning) as trace:
+            start = now(self.loaded.model.device)
+            answers = generate(self.loaded, inputs, self.max_new_tokens, clock)
+        assert clock.time is not None
+        self.seconds.append((clock.time - start) / len(samples))
+        visual_BL, real_BL = self._lengths(inputs, trace)
+        original_B = tp.visual_mask(self.loaded.model, inputs["input_ids"]).sum(1).tolist()
+        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            turn = sample.turns[-1]
+            score = self.score(answer, turn.accepted or (turn.answer,))
+            record: dict[str, Any] = {
+                "id": sample.id,
+                "kind": turn.kind,
+                "question": turn.question,
+                "answer": turn.answer,
+                "prediction": answer,
+                "score": score,
+                "correct": score >= 0.5,
+                "num_visual": original_B[index],
+                "visual": visual_BL[index],
+                "real": real_BL[index],
+            }
+            if len(self.records) < self.num_pictures:
+                record["kept"] = kept_tokens(trace, index, original_B[index])
+                record["image"] = sample.image
+            self.records.append(record)
+
+    def _lengths(
+        self, inputs: Mapping[str, Any], trace: tp.Trace | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Visual and real tokens that each layer processed, per row."""
+        if trace is not None:
+            return trace.visual_lengths.T.tolist(), trace.lengths.T.tolist()
+        ids_BT = inputs["input_ids"]
+        visual_B = tp.visual_mask(self.loaded.model, ids_BT).sum(1).tolist()
+        mask_BT = inputs.get("attention_mask")
+        real_B = (torch.ones_like(ids_BT) if mask_BT is None else mask_BT).sum(1).tolist()
+        layers = self.shape.num_layers
+        return [[count] * layers for count in visual_B], [[count] * layers for count in real_B]
+
+    def on_predict_epoch_end(self) -> None:
+        """Gathers all processes' answers; the first process writes the run's files."""
+        parts: list[Any] = [(self.records, self.seconds)]
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, (self.records, self.seconds))
+        if not self.trainer.is_global_zero:
+            return
+        # Process r answered samples r, r + n, r + 2n, ...
+        numbered = [
+            (number * len(parts) + rank, record)
+            for rank, (records, _) in enumerate(parts)
+            for number, record in enumerate(records)
+        ]
+        records = [record for _, record in sorted(numbered, key=lambda pair: pair[0])]
+        seconds = [value for _, values in parts for value in values]
+        metrics = self.names | summarise(
+            records, seconds, self.shape, self.loaded.model.dtype.itemsize
+        )
+        device = self.loaded.model.device
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        pictured = records[: self.num_pictures]
+        pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
+        results.write_run(
+            folder=self.folder,
+            config=self.config,
+            metrics=metrics,
+            predictions=[{key: record[key] for key in _PREDICTION} for record in records],
+            kept=[
+                {key: record[key] for key in _PREDICTION if key not in ("score", "correct")}
+                | {"image": picture}
+                | record["kept"]
+                for picture, record in zip(pictures, pictured, strict=True)
+            ],
+            images={
+                picture: record["image"] for picture, record in zip(pictures, pictured, strict=True)
+            },
+            versions=self.marks | {"device": on},
+        )
+        if self.trainer.loggers:
+            row = results.row(metrics, self.folder.name)
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers)
+                logger.save()

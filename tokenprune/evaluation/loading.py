@@ -1,0 +1,99 @@
+"""Model and data of a run, kept in memory for the next one of a sweep, one of each a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from tokenprune.runs.compose import plain
+from tokenprune.runs.models import LoadedModel
+
+
+class RememberedBatches:
+    """A loader whose batches stay in memory if they are small: a sweep prepares them once.
+
+    Args:
+        loader: Gives batches with tensors under `inputs`.
+        limit: Bytes of tensors and pictures that may stay.
+    """
+
+    def __init__(self, loader: Any, limit: int = 2**29) -> None:
+        self.loader, self.limit = loader, limit
+        self.batches: list[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.batches is not None:
+            yield from self.batches
+            return
+        seen: list[dict[str, Any]] = []
+        size = 0
+        for batch in self.loader:
+            size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
+            images = [image for sample in batch["samples"] for image in sample.images]
+            size += sum(image.width * image.height * len(image.getbands()) for image in images)
+            if size <= self.limit:
+                seen.append(batch)
+            else:
+                seen.clear()
+            yield batch
+        if size <= self.limit:
+            self.batches = seen
+
+
+def load_model(config: DictConfig, marks: Mapping[str, str] | None = None) -> LoadedModel:
+    """The model of a run, from memory if the run before had the same.
+
+    Args:
+        config: As `configs/eval.yaml` composes it.
+        marks: What its files are, see `results.fingerprint`: those that changed are read again.
+    """
+    return cached_model(key_of(config.model, marks))
+
+
+def key_of(config: DictConfig, marks: Mapping[str, str] | None) -> str:
+    """Names what is in memory, in a text that another process can load it by."""
+    return json.dumps([plain(config), marks])
+
+
+@lru_cache(maxsize=1)
+def cached_model(key: str) -> LoadedModel:
+    """The model of a key."""
+    from hydra.utils import instantiate
+
+    loaded = instantiate(_config(key))
+    assert isinstance(loaded, LoadedModel)
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def cached_data(key: str, model: str) -> pl.LightningDataModule:
+    """The data of a key, for the model of another."""
+    from hydra.utils import instantiate
+
+    data = instantiate(_config(key), processor=cached_model(model).processor)
+    assert isinstance(data, pl.LightningDataModule)
+    return data
+
+
+@lru_cache(maxsize=1)
+def cached_batches(key: str, model: str) -> RememberedBatches:
+    """The data of a key in batches, for the model of another."""
+    data = cached_data(key, model)
+    data.prepare_data()
+    data.setup("predict")
+    return RememberedBatches(data.predict_dataloader())
+
+
+def _config(key: str) -> DictConfig:
+    config = OmegaConf.create(json.loads(key)[0])
+    assert isinstance(config, DictConfig)
+    return config
