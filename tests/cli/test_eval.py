@@ -168,6 +168,6 @@ def test_a_signal_ends_an_evaluation(checkpoint: Path) -> None:
     own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:test_eval.Kill}]"]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     run = subprocess.run(
-        [*COMMAND, "eval", *own], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=False
+        [*COMMAND, "eval", *own], env=os.environ | {"PYTHONPATH": path}, timeout=300, check=False
     )
     assert run.returncode == -signal.SIGTERM

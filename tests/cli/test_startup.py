@@ -42,7 +42,7 @@ def loaded(commands: Sequence[str]) -> list[list[object]]:
         input=json.dumps([commands, HEAVY]),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     found: list[list[object]] = json.loads(run.stdout)
