@@ -269,10 +269,11 @@ def _by_sight(sights: Ints) -> Bools:
         starts[: int(ends[0]) + 1 if len(ends) else 0] = False
         if starts.any():
             raise packed("an attention_mask under which a token sees nothing before it")
-        if end < sights.shape[1]:
-            # A later pad that sees the row, but not this token, says that it is a pad as well.
-            skipped = sees[row, end + 1 :].any()
-            real[row, end] = itself[row, end] & (sees[row, end] | (end == 0)) & ~skipped
+        # Of several that nobody sees all are pads that see the row; a row of tokens that see only
+        # themselves is any of them.
+        last = end + np.flatnonzero(itself[row, end:] & (sees[row, end:] | (end == 0)))
+        if end == 0 or len(last) == 1:
+            real[row, last] = True
     return real
 
 
