@@ -38,7 +38,7 @@ class Rows:
         ids: int64 (B, T), or None where the call has none or nothing needs them.
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
-        goes_back: Whether given positions fall between two neighbours of a row.
+        goes_back: Whether given positions fall between two neighbours of a row with an image.
     """
 
     real: Bools
@@ -178,7 +178,8 @@ def read_rows(
         ids=ids,
         mute=bool(np.any(mute)),
         labelled=labelled is not None,
-        goes_back="positions" in fetched and _goes_back(fetched["positions"], real),
+        goes_back="positions" in fetched
+        and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
     )
 
 
