@@ -520,7 +520,9 @@ class Conversation:
             self._reorder(torch.arange(len(self.order)).repeat_interleave(2))
         elif turn.after == "select":
             picked = torch.arange(len(self.order) - 1, -1, -1)
-            if len(picked) > 2:
+            left = [self.order[row] for row in picked[:2].tolist()]
+            spoken = all(any(turn.rows[row] for row in left) for turn in self.case.turns)
+            if len(picked) > 2 and spoken:
                 self.cache.batch_select_indices(picked[:2])
                 picked = picked[:2]
             else:
