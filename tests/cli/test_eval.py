@@ -19,6 +19,7 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
+from tokenprune.runs.compose import build_pruning
 
 
 def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,9 +100,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
 
 def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
     assert cli.main(["eval", "-m", "experiment=ablation"]) == 0
+    places = [pruning and pruning.positions for pruning in (build_pruning(c, 8) for c in seen)]
     runs = [
-        (config.strategy and config.strategy.name, dict(config.schedule), config.positions)
-        for config in seen
+        (config.strategy and config.strategy.name, dict(config.schedule), place)
+        for config, place in zip(seen, places, strict=True)
     ]
     assert len(runs) == 42
     assert runs[0][0] is None
