@@ -17,11 +17,11 @@ from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_evaluation
 from tokenprune.runs.loggers import CSVCurve, build_logger
+from tokenprune.runs.trainers import build_trainer
 
 # Lightning's advice on what is meant to be so, and one line that its own code causes.
 _HARMLESS = (
     ".*does not have many workers.*",
-    ".*GPU available but not used.*",
     ".*overridden `transfer_batch_to_device`.*",
     ".*predict returned None.*",
     ".*isinstance.treespec, LeafSpec.*",
@@ -46,15 +46,13 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     Raises:
         ValueError: If something in the config cannot be honoured.
     """
-    from hydra.utils import instantiate
-
     resolved = compose.plain(config)
     marks = results.fingerprint(resolved)
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     check_evaluation(resolved["trainer"])
     logger = build_logger(config.get("logger"))
-    trainer = instantiate(
+    trainer: Any = build_trainer(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )
     for own in trainer.loggers:
