@@ -1,0 +1,112 @@
+"""How many kernels pruning launches: on a GPU at batch 1, a layer's time is the time to launch it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tokenprune as tp
+
+LAYERS, BEFORE, VISUAL, TEXT = 8, 8, 64, 16
+SCHEDULE = tp.Schedule.pyramid(num_layers=LAYERS, num_stages=4, lam=0.5)
+CUTS = len(SCHEDULE.stages)
+#: Operations that only look at a tensor in another way.
+VIEWS = (
+    *("view", "expand", "slice", "select.int", "unsqueeze", "transpose", "permute", "detach"),
+    *("t.default", "alias", "reshape", "squeeze", "as_strided", "split", "unbind", "lift_fresh"),
+)
+#: At most so many a cut, by rows of the batch: original positions, renumbered.
+PER_CUT = {
+    "pyramiddrop": {1: (34, 44), 8: (41, 49)},
+    "fastv": {1: (34, 44), 8: (41, 49)},
+    "random": {1: (8, 18), 8: (19, 27)},
+    "uniform": {1: (176, 186), 8: (220, 228)},
+}
+#: At most so many in a decoding step beyond the unpruned model's.
+PER_STEP = {"original": 0, "renumbered": 9}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch a kernel or allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not any(name in str(function) for name in VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+
+
+def inputs(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    own = torch.Generator().manual_seed(0)
+    embeds = torch.randn(num_rows, VISUAL + TEXT, 64, generator=own) * 0.02
+    mask = torch.zeros(num_rows, VISUAL + TEXT, dtype=torch.bool)
+    mask[:, BEFORE : BEFORE + VISUAL] = True
+    return embeds, mask
+
+
+@torch.no_grad()
+def prefill(model, embeds):
+    return model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.no_grad()
+def step(model, cache):
+    ids = torch.zeros(cache.layers[0].keys.shape[0], 1, dtype=torch.long)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def launches(work) -> int:
+    with Launches() as counter:
+        work()
+    return counter.count
+
+
+def test_every_strategy_has_a_count() -> None:
+    assert sorted(PER_CUT) == tp.available()
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+@pytest.mark.parametrize("name", PER_CUT)
+def test_launches_of_a_cut(model, name, positions, num_rows) -> None:
+    embeds, mask = inputs(num_rows)
+    prefill(model, embeds)
+    plain = launches(lambda: prefill(model, embeds))
+    with tp.prune(model, tp.build_strategy(name), SCHEDULE, positions, visual_mask=mask):
+        prefill(model, embeds)  # the first call compares two ways to the same queries and keys
+        pruned = launches(lambda: prefill(model, embeds))
+    assert (pruned - plain) / CUTS <= PER_CUT[name][num_rows][positions == "renumbered"]
+
+
+@pytest.mark.parametrize("positions", PER_STEP)
+def test_launches_of_a_decoding_step(model, positions) -> None:
+    embeds, mask = inputs(1)
+    plain_cache = prefill(model, embeds)
+    plain = launches(lambda: step(model, plain_cache))
+    strategy = tp.build_strategy("pyramiddrop")
+    with tp.prune(model, strategy, SCHEDULE, positions, visual_mask=mask):
+        cache = prefill(model, embeds)
+        step(model, cache)
+        pruned = launches(lambda: step(model, cache))
+    assert pruned - plain <= PER_STEP[positions]
