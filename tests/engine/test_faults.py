@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build, text_config
+from models import NUM_LAYERS, ROWS, batch, build, text_config
 from test_oracles import Frozen
-from torch import Tensor, nn
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+)
 
 import tokenprune as tp
 
@@ -140,3 +147,77 @@ def test_a_choice_takes_no_part_in_gradients() -> None:
         model(**batch(model, ROWS)).logits.sum().backward()
     assert not any(score.requires_grad for stage in trace.stages for score in stage.scores)
     assert direction.grad is None
+
+
+# ------------------------------------------------------------------------------------------ caches
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_of_fixed_size_gives_what_a_growing_one_gives(attention, layer) -> None:
+    """Its mask has to hide what is not filled yet, in the form that each kernel reads."""
+    model = build("llava", attention)
+    prompt = batch(model, ROWS[:1])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with tp.prune(model, Frozen(), tp.Schedule.one_shot(layer, 0.5)):
+        growing = model.generate(**prompt, **options)
+        fixed = model.generate(
+            **prompt, **options, cache_implementation="static", disable_compile=True
+        )
+    assert torch.equal(fixed, growing)
+
+
+class Terse(LlamaForCausalLM):
+    """A model that gives all logits, whatever number is asked for."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+def test_guesses_are_refused_where_a_model_cannot_say_which_they_are() -> None:
+    torch.manual_seed(0)
+    model = Terse(text_config()).eval()
+    prompt, visual = torch.arange(1, 25)[None], torch.zeros(1, 24, dtype=torch.bool)
+    visual[:, 2:18] = True
+    guess = {"max_new_tokens": 3, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    with (
+        tp.prune(model, PDROP, SCHEDULE, visual_mask=visual),
+        pytest.raises(ValueError, match="expected a model that takes logits_to_keep"),
+    ):
+        model.generate(prompt, **guess)
+    with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no attention
+        model.generate(prompt, **guess)
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def test_a_rotary_module_keeps_its_other_arguments_when_positions_are_counted_anew() -> None:
+    """Gemma 3 tells its rotary module which kind of layer it turns for."""
+    shape = text_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = Gemma3TextConfig(
+        **{name: shape[name] for name in names},
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        head_dim=8,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config).eval()
+    ids, visual = torch.randint(1, 90, (1, 20)), torch.zeros(1, 20, dtype=torch.bool)
+    visual[:, 5:13] = True
+    without = ids[:, ~visual[0]]
+    nothing = tp.Schedule.one_shot(0, 0.0)
+    with torch.no_grad():
+        expected = model(input_ids=without).logits
+        with tp.prune(model, Frozen(), nothing, "renumbered", visual_mask=visual):
+            got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, **CLOSE)
