@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -140,10 +141,8 @@ def attempt(copy: Path, tests: list[str], limit: float) -> dict[str, object]:
             break
         else:
             time.sleep(0.02)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and whatever it started
-    except ProcessLookupError:
-        pass
     if status is None:
         os.waitpid(child, 0)
     code = "late" if status is None else os.waitstatus_to_exitcode(status)
