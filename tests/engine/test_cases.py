@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from models import ROWS, Row, batch, build
-from test_oracles import SCHEDULE, all_visual, masked, split
+from oracles import SCHEDULE, all_visual, masked, split
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments

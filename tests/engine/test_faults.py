@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import NUM_LAYERS, ROWS, batch, build, text_config
-from test_oracles import Frozen
+from oracles import Frozen
 from torch import Tensor
 from transformers import (
     DynamicCache,
