@@ -468,9 +468,7 @@ def test_j2_prompt_tuning_is_refused_or_takes_a_visual_mask(kind) -> None:
     model = peft.get_peft_model(build("llava"), config).eval()
     one = batch(model, [ROWS[0]])
     with (
-        pytest.raises(
-            ValueError, match=r"got 24: .* \(prompt tuning, p-tuning\)\. Pass visual_"
-        ),
+        pytest.raises(ValueError, match=r"got 24: .* \(prompt tuning, p-tuning\)\. Pass visual_"),
         tp.prune(model, PDROP, SCHEDULE),
     ):
         model(**one)

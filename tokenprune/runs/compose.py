@@ -188,8 +188,6 @@ def fit_pruning(config: DictConfig, model: Any) -> Pruning | None:
         ValueError: As `build_pruning`, or the model cannot be pruned at all.
         KeyError: If the strategy is unknown.
     """
-    from tokenprune import fixed_positions  # with torch, which takes a second to load
-
     pruning = build_pruning(config, DecoderShape.from_config(model.config).num_layers)
     if pruning is None or not pruning.published or pruning.positions == "original":
         return pruning
