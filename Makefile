@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: install demo paper test test-all test-oldest check format wheel clean
+# As many processes as there are cores, one thread each; in random order, whose seed is printed.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 16 --dist worksteal
+
+.PHONY: install demo paper test test-all test-matrix test-oldest check format wheel clean
 
 install: $(STAMP)
 
@@ -37,14 +40,15 @@ paper: $(STAMP)
 	done
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-# Two processes: the matrix is many small models.
-test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "matrix or not matrix" --numprocesses 2
+test-all: test test-matrix
+
+test-matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest tests/engine/test_golden.py tests/engine/test_oracles.py tests/engine/test_engine.py tests/families/test_adapters.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) tests/engine/test_golden.py tests/engine/test_oracles.py tests/engine/test_engine.py tests/families/test_adapters.py
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

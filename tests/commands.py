@@ -1,14 +1,11 @@
-"""Commands: ones that must fail, ones that are stopped, and ones in a process of their own."""
+"""Commands: ones that must fail, and ones in a process of their own."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 
 from tokenprune.cli import main as cli
 
@@ -33,10 +30,3 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in error
     assert list(Path().iterdir()) == []
     return error
-
-
-class Kill(pl.Callback):
-    """Ends the process of an evaluation as a scheduler does."""
-
-    def on_predict_batch_end(self, *arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -114,21 +114,26 @@ def started(
 
 
 def run(
-    command: Sequence[str], limit: float = LIMIT, expected: int = 0, **environment: str
+    command: Sequence[str],
+    code: int | None = 0,
+    limit: float = LIMIT,
+    text: str | None = None,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end.
 
     Args:
         command: Program and arguments.
+        code: The exit code that it must have; None takes any.
         limit: Seconds after which it is killed.
-        expected: The exit code that it must have.
-        environment: Variables to set besides.
+        text: What it is given to read.
+        options: Further ones of `subprocess.Popen`.
     """
-    pipe = subprocess.PIPE
-    own = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
-    with started(command, limit, env=os.environ | environment, **own) as process:
-        output, error = process.communicate(timeout=limit + 10)
-    assert process.returncode == expected, f"{output}\n{error}"
+    given = subprocess.DEVNULL if text is None else subprocess.PIPE
+    streams = {"stdin": given, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(command, limit, **streams | options) as process:
+        output, error = process.communicate(text, timeout=limit + 10)
+    assert code in (None, process.returncode), f"{process.returncode}\n{output}\n{error}"
     return subprocess.CompletedProcess(command, process.returncode, output, error)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from benches import TINY, made
+from oracles import assert_same_choice
 from torch import nn
 
+import tokenprune as tp
 from tokenprune import cost
 from tokenprune.bench import ways
 from tokenprune.bench.memory import cache_bytes
@@ -22,12 +24,11 @@ from tokenprune.cli import main as cli
 PREVIOUS = ["schedule=pyramid", "schedule.num_stages=4", "strategy.source=previous"]
 
 
-def answer(one: Bench, way: str | None) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """Logits of the first new token, survivors of each cut, bytes in the cache."""
+def answer(one: Bench, way: str | None) -> tuple[torch.Tensor, list[tp.TracedStage], int]:
+    """Logits of the first new token, the cuts, bytes in the cache."""
     with one.pruned(way) as trace, torch.no_grad():
         output = one.model(inputs_embeds=one.embeds, use_cache=True, logits_to_keep=1)
-    kept = [row for stage in trace.stages for row in stage.kept]
-    return output.logits, kept, cache_bytes(output.past_key_values)
+    return output.logits, list(trace.stages), cache_bytes(output.past_key_values)
 
 
 @pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv"])
@@ -41,18 +42,19 @@ def test_a_way_keeps_what_the_product_keeps(way: str, strategy: str) -> None:
         for own, scores in zip(stage.kept, stage.scores, strict=True):
             ranked = scores.sort(descending=True).values
             assert ranked[len(own) - 1] > (1 + 1e-5) * ranked[len(own)]
-    logits, kept, held = answer(one, None)
-    own_logits, own_kept, own_held = answer(one, way)
-    assert len(kept) == 2 * 3
-    assert all(torch.equal(a, b) for a, b in zip(kept, own_kept, strict=True))
-    assert not torch.equal(kept[0], kept[1])
+    logits, stages, held = answer(one, None)
+    own_logits, own_stages, own_held = answer(one, way)
+    assert [len(stage.kept) for stage in stages] == [2] * 3
+    assert_same_choice(own_stages, stages)
+    assert not torch.equal(*stages[0].kept)
     torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-5)
     # Before the three cuts 112, 64 and 40 tokens; a layer holds two tensors of 2 heads of 16.
     twice = 2 * (112 + 64 + 40) * 2 * 2 * 16 * 4 if way == "cached_twice" else 0
     assert own_held == held + twice
-    again_logits, again_kept, again_held = answer(one, None)
+    again_logits, again_stages, again_held = answer(one, None)
     torch.testing.assert_close(again_logits, logits, rtol=0, atol=0)  # and nothing is left behind
-    assert all(torch.equal(a, b) for a, b in zip(kept, again_kept, strict=True))
+    for first, again in zip(stages, again_stages, strict=True):
+        assert all(map(torch.equal, first.kept, again.kept))
     assert again_held == held
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint import NUM_LAYERS
 from commands import TINY, random_llava, refused
 from PIL import Image
@@ -101,6 +102,7 @@ def test_a_decoder_that_reads_images_by_cross_attention(
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_global_layers": 1, "attention_heads": 4, "image_size": 32, "patch_size": 8}
     vision |= {"intermediate_layers_indices": [1], "vision_output_dim": 64}
+    torch.manual_seed(0)
     model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
     folder = Path(shutil.copytree(checkpoint, tmp_path / "mllama"))
     model.save_pretrained(folder)

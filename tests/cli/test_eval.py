@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 from commands import COMMAND, TINY, random_llava
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from PIL import Image
+from processes import run
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
@@ -159,17 +156,6 @@ def test_keys_that_fit_the_swept_choices_only(seen: list[DictConfig]) -> None:
     assert [config.schedule.keep for config in seen] == [0.3, 0.4, 0.3, 0.4]
 
 
-class Kill(pl.Callback):
-    """Ends the process as a scheduler does."""
-
-    def on_predict_batch_end(self, *arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_signal_ends_an_evaluation(checkpoint: Path) -> None:
-    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:test_eval.Kill}]"]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run = subprocess.run(
-        [*COMMAND, "eval", *own], env=os.environ | {"PYTHONPATH": path}, timeout=300, check=False
-    )
-    assert run.returncode == -signal.SIGTERM
+    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:stops.Terminate}]"]
+    run([*COMMAND, "eval", *own], -signal.SIGTERM)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
-import pytorch_lightning as pl
 from commands import COMMAND, TINY, random_llava
+from processes import run, started
 
 STOPPED = "tokenprune: stopped"
 
@@ -23,49 +23,24 @@ STOPPED = "tokenprune: stopped"
 def test_ctrl_c_while_it_imports(module: str) -> None:
     """The signal comes as soon as the module is there, in the middle of the next import."""
     code = COMMAND[-1]
-    with subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-c", code, "eval"],
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        try:
-            assert child.stderr is not None
-            said = []
-            for line in child.stderr:
-                if not line.startswith("import time:"):
-                    said.append(line.strip())
-                elif line.split("|")[-1].strip() == module:
-                    child.send_signal(signal.SIGINT)
-            assert child.wait(120) == 130
-        finally:
-            child.kill()
+    command = [sys.executable, "-X", "importtime", "-c", code, "eval"]
+    with started(command, stderr=PIPE) as child:
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            if not line.startswith("import time:"):
+                said.append(line.strip())
+            elif line.split("|")[-1].strip() == module:
+                child.send_signal(signal.SIGINT)
+        assert child.wait() == 130
     assert said == [STOPPED]
     assert list(Path().iterdir()) == []
 
 
-class Interrupt(pl.Callback):
-    """Ends a run as Ctrl-C does."""
-
-    def on_predict_batch_end(self, *arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_ctrl_c_in_a_run_leaves_nothing(checkpoint: Path) -> None:
-    own = [
-        *random_llava(checkpoint),
-        *TINY,
-        "trainer.callbacks=[{_target_:test_process.Interrupt}]",
-    ]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run = subprocess.run(
-        [*COMMAND, "eval", *own],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (run.returncode, run.stderr.splitlines()) == (130, [STOPPED])
+    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:stops.Interrupt}]"]
+    done = run([*COMMAND, "eval", *own], 130)
+    assert done.stderr.splitlines() == [STOPPED]
     assert list(Path().iterdir()) == []
 
 
@@ -80,10 +55,7 @@ def test_ctrl_c_is_told_by_the_first_process_only(tmp_path: Path) -> None:
         "    child = multiprocessing.get_context('spawn').Process(target=tell)\n"
         "    child.start(), child.join(60), tell()\n"
     )
-    run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert run.stdout.split() == ["True", "False"]
+    assert run([sys.executable, str(script)]).stdout.split() == ["True", "False"]
 
 
 def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
@@ -94,7 +66,7 @@ def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
         "with process.Interruptible(): signal.raise_signal(signal.SIGINT)\n"
         "signal.raise_signal(signal.SIGINT)\n"
     )
-    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+    run([sys.executable, "-c", code])
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -114,50 +86,30 @@ def unread() -> Iterator[int]:
     "command", ["", "--help", "--version", "list", "eval --cfg job", "eval --help", "flops --csv"]
 )
 def test_a_reader_that_goes_away_is_no_error(command: str, unbuffered: str, unread: int) -> None:
-    run = subprocess.run(
-        [*COMMAND, *command.split()],
-        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
-        stdout=unread,
-        stderr=subprocess.PIPE,
-        timeout=120,
-        check=False,
-    )
-    assert run.stderr == b""
-    assert run.returncode == (0 if command else 2)
+    own = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = run([*COMMAND, *command.split()], 0 if command else 2, env=own, stdout=unread)
+    assert done.stderr == ""
 
 
 def test_nor_is_one_of_errors(unread: int) -> None:
-    run = subprocess.run([*COMMAND, "evla"], stderr=unread, timeout=120, check=False)
-    assert run.returncode == 2
+    run([*COMMAND, "evla"], 2, stderr=unread)
 
 
 def test_nor_is_one_that_was_never_there() -> None:
     """`tokenprune list >&-`."""
-    run = subprocess.run(
-        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "flops", "model=tiny"],
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert (run.returncode, run.stderr) == (0, b"")
+    done = run(["sh", "-c", '"$@" >&-', "sh", *COMMAND, "flops", "model=tiny"])
+    assert done.stderr == ""
 
 
 def test_a_run_goes_on_without_its_reader(checkpoint: Path, unread: int) -> None:
     own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
-    run = subprocess.run(
-        [*COMMAND, "eval", *own], stdout=unread, stderr=subprocess.PIPE, timeout=300, check=False
-    )
-    assert (run.returncode, run.stderr) == (0, b"")
+    assert run([*COMMAND, "eval", *own], stdout=unread).stderr == ""
     assert json.loads(Path("run/metrics.json").read_text())["num_samples"] == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_told() -> None:
     with open("/dev/full", "w") as full:
-        run = subprocess.run(
-            [*COMMAND, "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
-            check=False,
-        )  # fmt: skip
-    assert run.returncode == 2
-    assert run.stderr.startswith("tokenprune: output: expected to write it, got: [Errno 28]")
-    assert run.stderr.count("\n") == 1
+        done = run([*COMMAND, "list"], 2, stdout=full)
+    assert done.stderr.startswith("tokenprune: output: expected to write it, got: [Errno 28]")
+    assert done.stderr.count("\n") == 1

@@ -6,11 +6,11 @@ docs/performance.md has the times.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import pytest
+from processes import run
 
 import tokenprune as tp
 
@@ -37,15 +37,8 @@ print(json.dumps(found))
 
 def loaded(commands: Sequence[str]) -> list[list[object]]:
     """Runs commands in a new process: each, its exit code, and what of the heavy is loaded then."""
-    run = subprocess.run(
-        [sys.executable, "-c", CODE],
-        input=json.dumps([commands, HEAVY]),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    found: list[list[object]] = json.loads(run.stdout)
+    done = run([sys.executable, "-c", CODE], text=json.dumps([commands, HEAVY]))
+    found: list[list[object]] = json.loads(done.stdout)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -37,5 +38,5 @@ print("same")
 
 @pytest.mark.matrix
 def test_a_compiled_decoding_step() -> None:
-    done = run([sys.executable, "-c", CODE], TORCHDYNAMO_DISABLE="0")
+    done = run([sys.executable, "-c", CODE], env=os.environ | {"TORCHDYNAMO_DISABLE": "0"})
     assert done.stdout.strip() == "same", done.stderr[-3000:]

@@ -7,11 +7,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 
 import pytest
+from processes import run
 
 from tokenprune.runs.tables import print_table
 
@@ -47,8 +47,7 @@ def test_in_a_terminal_texts_wrap_and_numbers_do_not(columns: int, term: str) ->
     fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     own = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR", "LINES")}
     own |= {"TERM": term, "NO_COLOR": "1"}
-    run = [sys.executable, "-c", CODE]
-    subprocess.run(run, env=own, stdin=child_end, stdout=child_end, timeout=60, check=True)
+    run([sys.executable, "-c", CODE], env=own, stdin=child_end, stdout=child_end)
     os.close(child_end)
     printed = re.sub(r"\x1b\[[0-9;]*m", "", os.read(terminal, 100_000).decode())
     os.close(terminal)

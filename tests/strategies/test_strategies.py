@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run
 from torch import Tensor
 
 import tokenprune as tp
@@ -266,10 +266,7 @@ def test_strategies_are_listed_and_priced_without_torch() -> None:
         "    assert 'torch' not in sys.modules, f'strategies/{name}.py loads torch: import types '"
         "        'under TYPE_CHECKING, and torch in the method that uses it'"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    run([sys.executable, "-c", code])
 
 
 @pytest.mark.parametrize("name", tp.available())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,10 @@ from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_evaluation
 from tokenprune.runs.loggers import CSVCurve, build_logger
+from tokenprune.runs.trainers import build_trainer, quiet
 
-# Lightning's advice on what is meant to be so, and one line that its own code causes.
-_HARMLESS = (
-    ".*does not have many workers.*",
-    ".*GPU available but not used.*",
-    ".*overridden `transfer_batch_to_device`.*",
-    ".*predict returned None.*",
-    ".*isinstance.treespec, LeafSpec.*",
-)
+# Lightning's advice on what is meant to be so.
+_HARMLESS = (".*predict returned None",)
 
 
 def _leave_signals() -> None:
@@ -46,15 +40,13 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     Raises:
         ValueError: If something in the config cannot be honoured.
     """
-    from hydra.utils import instantiate
-
     resolved = compose.plain(config)
     marks = results.fingerprint(resolved)
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     check_evaluation(resolved["trainer"])
     logger = build_logger(config.get("logger"))
-    trainer = instantiate(
+    trainer: Any = build_trainer(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )
     for own in trainer.loggers:
@@ -85,9 +77,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         num_pictures=config.num_pictures,
         metric=config.metric,
     )
-    with warnings.catch_warnings():
-        for message in _HARMLESS:
-            warnings.filterwarnings("ignore", message=message)
+    with quiet(_HARMLESS):
         trainer.predict(evaluator, **source, return_predictions=False)
     return results.read_metrics(folder)
 

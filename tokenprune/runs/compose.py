@@ -191,7 +191,7 @@ def fit_pruning(config: DictConfig, model: Any) -> Pruning | None:
     pruning = build_pruning(config, DecoderShape.from_config(model.config).num_layers)
     if pruning is None or not pruning.published or pruning.positions == "original":
         return pruning
-    from tokenprune import fixed_positions
+    from tokenprune import fixed_positions  # with torch, which takes a second to load
 
     reason = fixed_positions(model)
     if reason is None:

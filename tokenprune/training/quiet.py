@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tokenprune.runs.trainers import MEANT
+
 _MESSAGES = (
+    *MEANT,
     ".*in eval mode at the start of training",  # what is frozen has no dropout
-    ".*overridden `transfer_batch_to_device`",  # pictures stay where they are
-    ".*does not have many workers",
     ".*Using `DistributedSampler` with the dataloaders",  # ours repeats no sample
-    ".*isinstance.treespec, LeafSpec",  # Lightning's own
     ".*is smaller than the logging interval",
     # 16-mixed leaves out steps that overflow, as the first ones do; the schedule counts them.
     r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",

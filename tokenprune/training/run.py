@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.loggers import build_logger
+from tokenprune.runs.trainers import build_trainer
 from tokenprune.training import resume
 from tokenprune.training.check import MONITORS, Lora, check_saving
 from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, StopSignals
@@ -95,7 +96,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
         options["limit_val_batches"] = 0
     logger = build_logger(config.get("logger"))
     begin = _Begin(output_dir, resolved, marks, anew=start is None)
-    trainer = instantiate(options | {"_partial_": True})(
+    trainer = build_trainer(
+        options,
         callbacks=[*given, begin, RandomStates(config.seed), *own],
         logger=logger,
         enable_model_summary=False,
