@@ -22,6 +22,8 @@ def test_pyramid_cuts_where_the_paper_does() -> None:
 def test_powers_of_lam_are_rounded_before_use() -> None:
     schedule = tp.Schedule.pyramid(num_layers=4, num_stages=4, lam=0.6)
     assert schedule.lengths(4, 125) == [125, 75, 45, 27]
+    fine = tp.Schedule.pyramid(layers=[1, 2, 3], lam=0.37)  # to 12 decimals, not to three
+    assert fine.lengths(4, 2880) == [2880, 1065, 394, 145]
 
 
 def test_one_shot_rounds_half_to_even() -> None:

@@ -98,3 +98,26 @@ def test_attention_rows_equal_full_attention() -> None:
     torch.testing.assert_close(got, take(full, asked, dim=2))
     nothing = attention_rows(queries, keys, torch.zeros(2, 1, 6, 6, dtype=torch.bool), 0.3)
     assert not nothing.any()
+
+
+def test_of_many_equal_scores_the_first_stay() -> None:
+    """A sort that is not stable goes unnoticed in short rows."""
+    values = torch.zeros(2, 5000)
+    values[1] = torch.arange(5000) % 2
+    first, odd = top_k(values, None, torch.tensor([7, 7]))
+    assert first.nonzero()[:, 0].tolist() == list(range(7))
+    assert odd.nonzero()[:, 0].tolist() == list(range(1, 14, 2))
+    marked = values.bool()
+    assert ascending(marked, 2500)[1].tolist() == list(range(1, 5000, 2))
+
+
+def test_a_softcap_squeezes_the_logits_before_the_mask() -> None:
+    torch.manual_seed(0)
+    queries, keys = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    order = torch.arange(4)
+    allowed = causal(order[None], 4, 0)
+    logits = ((queries @ keys.transpose(2, 3)) / 0.5).tanh() * 0.5
+    expected = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    torch.testing.assert_close(attention_rows(queries, keys, allowed, 1.0, 0.5), expected)
+    everything = attention_rows(queries, keys, None, 1.0, 0.5)
+    torch.testing.assert_close(everything, logits.softmax(-1))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as typing's, which takes a moment to load
 if TYPE_CHECKING:
-    from typing import Any
-
     from tokenprune import cost, strategies
     from tokenprune.engine.attach import Handle, attach, prune
     from tokenprune.engine.trace import Trace, TracedStage
@@ -82,16 +80,18 @@ _NAMES = {
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    """A public name that was not used before."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # with this function a module has any name, to a type checker
 
-    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
-    value = getattr(home, name) if name in _HOMES else home
-    globals()[name] = value
-    return value
+    def __getattr__(name):
+        """A public name that was not used before."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        value = getattr(home, name) if name in _HOMES else home
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,7 @@ from PIL import Image
         (["schedule.rounding=up"], "Schedule.rounding: expected one of"),
         (["schedule=explicit", "schedule.stages=[{layer:2}]"], "the keys layer and keep"),
         (["schedule=explicit", "schedule.stages=2"], "schedule.stages: expected a list of cuts"),
-        (["positions=moved"], "positions: expected one of ['original', 'renumbered']"),
+        (["positions=moved"], "positions: expected one of ['auto', 'original', 'renumbered']"),
         (["strategy.queries=some"], "queries: expected one of ['last', 'all'], got 'some'"),
         (["strategy.name=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
         (["+strategy.sauce=x"], "expected fields among"),

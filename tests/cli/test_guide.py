@@ -13,7 +13,7 @@ def test_eval_help_lists_choices_config_and_examples(capsys: pytest.CaptureFixtu
     assert cli.main(["eval", "--help"]) == 0
     text = capsys.readouterr().out
     assert "strategy: fastv, none, pyramiddrop, random, uniform" in text
-    assert "positions: renumbered" in text
+    assert "positions: auto" in text
     assert "tokenprune eval -m experiment=ablation" in text
 
 
@@ -21,7 +21,7 @@ def test_eval_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
     """Each stands under the comment on it, in whichever file it is."""
     assert cli.main(["eval", "--help", "strategy=fastv", "schedule=one_shot"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for key in ("positions: original", "keep: 0.5", "attention: sdpa", "batch_size: 32"):
+    for key in ("positions: auto", "keep: 0.5", "attention: sdpa", "batch_size: 32"):
         assert lines[lines.index(key) - 1].startswith("#"), key
 
 
@@ -30,5 +30,5 @@ def test_cfg_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "name: fastv" in printed
     assert "Schedule.pyramid" in printed
-    assert "positions: original" in printed
+    assert "positions: auto" in printed
     assert list(Path().iterdir()) == []

@@ -10,7 +10,6 @@ from commands import TINY, random_llava
 
 from tokenprune.cli import main as cli
 
-
 #: Variables of Slurm's, without `SLURM_`.
 SESSIONS = {
     "login node": {},

@@ -50,7 +50,8 @@ WORDS = [
     *((f"{name} --help", 0) for name in ("report", "list", "show", "verify", "flops")),
     ("show", 2),
 ]
-LISTS = [("list", 0), ("report .", 2), ("report nowhere", 2)]
+LISTS = [("list", 0)]
+REPORTS = [("report .", 2), ("report nowhere", 2)]
 COMPOSED = [
     ("eval --cfg job", 0),
     *((f"{name} --help", 0) for name in ("eval", "train", "bench")),
@@ -99,11 +100,12 @@ COSTS = [
     [
         (WORDS, []),
         (LISTS, ["omegaconf"]),
+        (REPORTS, ["jinja2", "omegaconf"]),
         (COMPOSED, ["hydra", "omegaconf"]),
         ([(command, 2) for command in MISTAKES], ["hydra", "omegaconf"]),
         ([(command, 0) for command in COSTS], ["hydra", "omegaconf", "rich"]),
     ],
-    ids=["words", "lists", "composed", "mistakes", "costs"],
+    ids=["words", "lists", "reports", "composed", "mistakes", "costs"],
 )
 def test_a_command_loads_what_it_needs(
     commands: Sequence[tuple[str, int]], expected: list[str]

@@ -158,6 +158,7 @@ def test_exact_budgets_count_the_scoring() -> None:
             "Choose fewer",
         ),
         (lambda: solver.solve(LLAVA, EVEN, "avg_tokens", "many"), "expected a number, got 'many'"),
+        (lambda: solver.solve(LLAVA, EVEN, "avg_tokens", float("nan")), "a number, got nan"),
         (lambda: solver.solve(LLAVA, EVEN, "avg_token", 1), "Did you mean 'avg_tokens'"),
         (lambda: solver.solve(LLAVA, EVEN, "tflops", 1, "exat"), "Did you mean 'exact'"),
         (lambda: Workload(LLAVA.shape, 0), "budget.num_visual: expected an integer >= 1"),
@@ -265,6 +266,10 @@ def test_the_shipped_model_is_read_without_transformers_as_with_it() -> None:
         ({"model_type": "qwen2_5_vl"}, None),
         ({"model_type": "gemma3"}, 256),
         ({"model_type": "internvl"}, 256),
+        (
+            {"model_type": "idefics3", "vision_config": {"image_size": 364, "patch_size": 14}},
+            169,
+        ),
     ],
 )
 def test_visual_tokens_of_a_config(config: dict, tokens: int | None) -> None:

@@ -1,4 +1,4 @@
-"""How many kernels pruning launches: on a GPU at batch 1, a layer's time is the time to launch it."""
+"""How many kernels pruning launches: on a GPU at batch 1, a layer takes as long as launching it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hydra.types import RunMode
@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune import Schedule
-from tokenprune.cli.configs import check_folder, compose, missing, reject_sweep_values, single
+from tokenprune.cli.configs import compose, missing, reject_sweep_values, single
 from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets
@@ -42,8 +42,6 @@ def check_jobs(
         args: Hydra's options; a sweep without a name of its own gets one.
         own: Checks that the command adds.
     """
-    if args.config_dir is not None:
-        check_folder(args.config_dir)
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
     master = compose(command, leading, args.config_dir, hydra=True)
@@ -61,17 +59,19 @@ def check_jobs(
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
-    check([compose(command, job, args.config_dir) for job in expand(grids, task)], own)
+    check((compose(command, job, args.config_dir) for job in expand(grids, task)), own)
 
 
-def check(configs: Sequence[DictConfig], own: Callable[[DictConfig], None] | None = None) -> None:
+def check(configs: Iterable[DictConfig], own: Callable[[DictConfig], None] | None = None) -> None:
     """Refuses what can be known of runs before their models and data are loaded."""
+    right = []
     for config in configs:
         _check_values(config)
         if own is not None:
             own(config)
         _check_pruning(config)
-    for config in configs:
+        right.append(config)
+    for config in right:
         _check_model(config)
 
 
@@ -86,14 +86,14 @@ def _check_values(config: DictConfig) -> None:
             bound = "" if lowest is None else f" >= {lowest}"
             raise BadInput(f"{key}: expected an integer{bound}, got {value!r}. Set {key}=8.")
     if _has_model(config):
-        check_choices(config.model.dtype, config.model.attention)
+        check_choices(config.model.get("dtype", "auto"), config.model.get("attention", "sdpa"))
 
 
 def _check_pruning(config: DictConfig) -> None:
     """Strategy and schedule, on the decoder where its sizes are at hand, on any one elsewhere."""
     if not _has_model(config):
         return
-    known = budgets.known_model(config.model.path, config.model.revision)
+    known = budgets.known_model(config.model.path, config.model.get("revision"))
     if known is not None:
         build_pruning(config, known[0].num_layers)
         return
@@ -107,8 +107,8 @@ def _check_fractions(schedule: Any) -> None:
     if isinstance(schedule, Schedule):
         return
     if schedule.func == Schedule.pyramid:
-        given = {key: schedule.keywords[key] for key in ("lam", "rounding")}
-        Schedule.pyramid(layers=schedule.keywords["layers"] or (), **given)
+        given = {k: v for k, v in schedule.keywords.items() if k in ("lam", "rounding")}
+        Schedule.pyramid(layers=schedule.keywords.get("layers") or (), **given)
     elif schedule.func in (Schedule.one_shot, explicit_schedule):
         schedule()
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
-from tokenprune.cli.configs import compose
+from tokenprune.cli.configs import check_folder, compose
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
 
 
@@ -49,6 +49,8 @@ class Job:
             raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
         if args.resolve and not args.cfg:
             raise BadInput("--resolve: expected --cfg beside it, got none. Add --cfg job.")
+        if args.config_dir is not None:
+            check_folder(args.config_dir)
         if args.help:
             config = compose(self.command, args.overrides, args.config_dir)
             print("\n".join(guide.lines(self.command, config)))

@@ -30,7 +30,7 @@ tokenprune: visual token pruning for vision-language models
   tokenprune list                                  strategies, models and all other choices
 
 Overrides choose (strategy=fastv, model=tiny) or set (schedule.lam=0.3). `tokenprune COMMAND --help`
-says more. Exit codes: 0 done, 1 a check failed, 2 bad input."""
+says more. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 Ctrl-C."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -73,7 +73,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.append(cause)
         yield cause
-        waiting += [other for other in (cause.__cause__, cause.__context__) if other is not None]
+        context = None if cause.__suppress_context__ else cause.__context__
+        waiting += [other for other in (cause.__cause__, context) if other is not None]
 
 
 def _is_wrapped_by_hydra(error: BaseException) -> bool:

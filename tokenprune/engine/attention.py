@@ -110,11 +110,11 @@ def _rows(
 
 
 def _last(length: int, run: Pass, device: torch.device, number: int | None = None) -> Tensor:
-    """Position of the last token of each row at a level, int64 (B, 1)."""
+    """Position of the last token of each row at a level, int64 (B, 1); 0 in a row of pads."""
     level = None if number is None else run.at(number, device)
     if level is None or level.real is None or level.pads_left:
         return torch.full((len(run.rows.num_real), 1), length - 1, device=device)
-    return level.real.sum(1, keepdim=True) - 1
+    return (level.real.sum(1, keepdim=True) - 1).clamp_min(0)
 
 
 def _sees_all(run: Pass, number: int, holding: int, asked: Asked) -> bool:

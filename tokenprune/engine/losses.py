@@ -62,7 +62,7 @@ def finish(run: Pass, output: Any) -> Any:
 
 
 def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Labels (B, T), and shifted to where they are predicted; those of dropped tokens are none."""
+    """Labels (B, T), and shifted to where they are predicted; what no survivor predicts is none."""
     if not run.call.late_labels:
         return None, None
     labels = run.call.inputs["labels"].to(device)
@@ -72,8 +72,9 @@ def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | No
     shifted = shifted.to(device)
     if run.settings.full and run.levels[-1].columns is not None:
         alive = torch.zeros_like(labels, dtype=torch.bool).scatter(1, _known(run, device), True)
-        labels = labels.masked_fill(~alive, IGNORED)
-        followed = nn.functional.pad(alive, (0, 1), value=True)[:, 1:]
+        predicted = alive & (alive.cumsum(1) > 1)  # nothing stands before a row's first survivor
+        labels = labels.masked_fill(~predicted, IGNORED)
+        followed = nn.functional.pad(predicted, (0, 1), value=True)[:, 1:]
         shifted = shifted.masked_fill(~followed, IGNORED)
     return labels, shifted
 

@@ -37,10 +37,12 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     allowed = allowed[:, :, : offset + length]
     own = allowed[:, :, offset:]
     open_BT1 = own.all(2, keepdim=True)
-    open_BT1 = open_BT1 & (torch.arange(length, device=own.device)[:, None] < length - 1)
+    # A last token sees everything by right, unless it follows such a pad; and where all tokens do,
+    # attention goes both ways, and none is a pad.
+    open_BT1[:, -1] &= open_BT1[:, -2] & ~open_BT1.all(1)
     earlier = own.tril(-1) & ~open_BT1
     sees = earlier.any(2) | (allowed[:, :, :offset] & ~open_BT1).any(2)
-    itself = own.diagonal(dim1=1, dim2=2)
+    itself = own.diagonal(dim1=1, dim2=2) & ~open_BT1[..., 0]
     return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long()
 
 

@@ -173,13 +173,16 @@ class PrunedCache:
     """Mixed into the class of a cache that a pruned run has written."""
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Of the conversation; with an index, and between calls, what that layer holds."""
+        """Of the conversation; with an index, and between calls, what that layer holds.
+
+        But `generate` makes the masks of a cache of fixed size between calls, by some layer.
+        """
         record = record_of(self)
         own: Any = super()
+        if record is not None and is_fixed(self):
+            return record.num_columns
         if record is None or (layer_idx is not None and not record.in_call):
             return own.get_seq_length(layer_idx or 0)
-        if is_fixed(self):
-            return record.num_columns
         first = int(0 in record.policy.cuts)  # the level of layer 0
         return record.num_columns + own.get_seq_length(0) - record.length(first)
 

@@ -38,7 +38,7 @@ class Rows:
         ids: int64 (B, T), or None where the call has none or nothing needs them.
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
-        goes_back: Whether given positions fall between two neighbours of a row.
+        goes_back: Whether given positions fall between two neighbours of a row with an image.
     """
 
     real: Bools
@@ -178,7 +178,8 @@ def read_rows(
         ids=ids,
         mute=bool(np.any(mute)),
         labelled=labelled is not None,
-        goes_back="positions" in fetched and _goes_back(fetched["positions"], real),
+        goes_back="positions" in fetched
+        and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
     )
 
 
@@ -269,10 +270,11 @@ def _by_sight(sights: Ints) -> Bools:
         starts[: int(ends[0]) + 1 if len(ends) else 0] = False
         if starts.any():
             raise packed("an attention_mask under which a token sees nothing before it")
-        if end < sights.shape[1]:
-            # A later pad that sees the row, but not this token, says that it is a pad as well.
-            skipped = sees[row, end + 1 :].any()
-            real[row, end] = itself[row, end] & (sees[row, end] | (end == 0)) & ~skipped
+        # Of several that nobody sees all are pads that see the row; a row of tokens that see only
+        # themselves is any of them.
+        last = end + np.flatnonzero(itself[row, end:] & (sees[row, end:] | (end == 0)))
+        if end == 0 or len(last) == 1:
+            real[row, last] = True
     return real
 
 

@@ -172,8 +172,7 @@ def allowed_keys(
     """
     level, num_rows, before = run.at(number, device), len(run.rows.num_real), run.held(holding)
     given = to_device(masks.dense(mask, num_rows), device)
-    if given is None or (run.record is not None and is_fixed(run.cache)):
-        # A fixed cache's mask was made by `generate`, by the length of a layer that may be pruned.
+    if given is None:
         num_keys = before + level.length
         return lambda rows_BQ: causal(rows_BQ, num_keys, before).expand(num_rows, -1, -1, -1)
     columns = level.columns

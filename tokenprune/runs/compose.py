@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage, fixed_positions
+from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
 from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
 from tokenprune.runs import budgets
@@ -191,6 +191,8 @@ def fit_pruning(config: DictConfig, model: Any) -> Pruning | None:
     pruning = build_pruning(config, DecoderShape.from_config(model.config).num_layers)
     if pruning is None or not pruning.published or pruning.positions == "original":
         return pruning
+    from tokenprune import fixed_positions  # with torch, which takes a second to load
+
     reason = fixed_positions(model)
     if reason is None:
         return pruning

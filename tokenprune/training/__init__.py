@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenprune.training.run import train
@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["SUMMARY", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    """A name that was not used before: a config is checked without torch and Lightning."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from tokenprune.training import run, summary
+if not TYPE_CHECKING:  # as in tokenprune/__init__.py
 
-    return getattr(run if name == "train" else summary, name)
+    def __getattr__(name):
+        """A name that was not used before: a config is checked without torch and Lightning."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from tokenprune.training import run, summary
+
+        return getattr(run if name == "train" else summary, name)

@@ -1,0 +1,495 @@
+"""Kinds of faults that public reports of neighbouring projects describe, each with its right value.
+
+A test's name starts with the kind's: (a) padding and masks, (b) caches, (c) consumers of logits at
+full length, (d) numbers, (j) training libraries, (k) words.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import ROWS, Row, batch, build
+from test_oracles import SCHEDULE, all_visual, masked, split
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+
+import tokenprune as tp
+
+UNIFORM, PDROP = tp.build_strategy("uniform"), tp.build_strategy("pyramiddrop")
+FROM_0 = tp.Schedule.pyramid(layers=[0, 3], lam=0.6)
+FAMILIES = ("llava", "llava_next", "llama")
+POLICIES = ("original", "renumbered")
+SIDES = ("left", "right")
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def answer(model, inputs, **options) -> Tensor:
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+
+
+def over_pairs(mask: Tensor, form: str, pads: str = "eye") -> Tensor:
+    """The mask over pairs of tokens that a 2-D mask stands for."""
+    length = mask.shape[1]
+    allowed = torch.ones(length, length).tril().bool() & mask[:, None].bool()
+    if pads == "eye":
+        allowed = allowed | torch.eye(length).bool()
+    if pads == "open":
+        allowed = allowed | ~mask[:, :, None].bool()
+    allowed = allowed[:, None]
+    if form == "bool":
+        return allowed
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+
+def of_rows(logits: Tensor, alone: Tensor, side: str) -> Tensor:
+    """Of a row's logits in a batch, those that it has alone."""
+    return logits[-len(alone) :] if side == "left" else logits[: len(alone)]
+
+
+# ------------------------------------------------------------------------------- (a) rows and masks
+
+
+@pytest.mark.parametrize("form", ["2d", "bool", "float"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a1_a_row_of_padding_alone_changes_no_other(family, side, policy, form) -> None:
+    model = build(family)
+    inputs, visual = split(batch(model, [ROWS[0], ROWS[2]], side))
+    more = {key: pad(inputs[key], (0, 0, 0, 1)) for key in ("input_ids", "attention_mask")}
+    mask = None if visual is None else pad(visual, (0, 0, 0, 1))
+    if form != "2d":
+        more["attention_mask"] = over_pairs(more["attention_mask"], form)
+    with torch.no_grad():
+        with tp.prune(model, PDROP, SCHEDULE, policy, visual_mask=visual):
+            expected = model(**inputs).logits
+            said = answer(model, inputs) if side == "left" else None
+        with tp.prune(model, PDROP, SCHEDULE, policy, visual_mask=mask) as trace:
+            got = model(**{**inputs, **more}).logits
+            assert [len(stage.kept[2]) for stage in trace.stages] == [0, 0, 0]
+            if said is not None and form == "2d":
+                assert torch.equal(answer(model, {**inputs, **more})[:2], said)
+    torch.testing.assert_close(got[:2], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_a2_a_row_that_hides_its_last_token_is_a_row_without_it(family, policy) -> None:
+    model = build(family)
+    inputs, visual = split(batch(model, [ROWS[0], ROWS[0]]))
+    inputs["attention_mask"][1, -1] = 0
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, policy, visual_mask=visual) as trace:
+        got = model(**inputs).logits
+        kept = [stage.kept[1] for stage in trace.stages]
+        alone = {key: value[:1] for key, value in inputs.items()}
+        torch.testing.assert_close(got[0], model(**alone).logits[0], **CLOSE)
+        alone["input_ids"] = alone["input_ids"][:, :-1]
+        alone["attention_mask"] = alone["attention_mask"][:, :-1]
+        expected = model(**alone).logits[0]
+        assert all(torch.equal(a, b.kept[0]) for a, b in zip(kept, trace.stages, strict=True))
+    torch.testing.assert_close(got[1, : len(expected)], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["2d", "float"])
+def test_a2_pads_on_both_sides_are_refused(form) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[2]])
+    inputs["attention_mask"][1, -3:] = 0
+    if form == "float":
+        inputs["attention_mask"] = over_pairs(inputs["attention_mask"], form, "row")
+    with (
+        pytest.raises(ValueError, match="expected rows padded on one side, got some that start"),
+        tp.prune(model, PDROP, SCHEDULE),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("pads", ["eye", "open", "row"])
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("side", SIDES)
+def test_a3_pads_by_a_mask_over_pairs(side, policy, form, pads) -> None:
+    if form == "bool" and pads == "row":
+        pads = "eye"  # rows that see nothing are no numbers, unpruned too
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[2], ROWS[1]], side)
+    given = {**inputs, "attention_mask": over_pairs(inputs["attention_mask"], form, pads)}
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    for more in ({}, {"position_ids": positions}):
+        with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, policy) as trace:
+            expected = model(**inputs, **more).logits
+            kept = [k.tolist() for stage in trace.stages for k in stage.kept]
+            got = model(**given, **more).logits
+            assert [k.tolist() for stage in trace.stages for k in stage.kept] == kept
+        lengths = trace.lengths[-1].tolist()
+        for row, length in enumerate(lengths):
+            ours, theirs = (
+                of_rows(logits[row], logits[row, :length], side) for logits in (got, expected)
+            )
+            torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("by", ["bool", "float", "position_ids"])
+def test_a4_several_sequences_in_a_row_are_refused(by, labels) -> None:
+    model = build("llava")
+    samples = [batch(model, [ROWS[0]]), batch(model, [ROWS[3]])]
+    ids = torch.cat([sample["input_ids"] for sample in samples], 1)
+    call = {"input_ids": ids, "pixel_values": torch.cat([s["pixel_values"] for s in samples])}
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    block = torch.block_diag(*[torch.ones(n, n).tril() for n in lengths]).bool()[None, None]
+    if by == "position_ids":
+        call["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    elif by == "bool":
+        call["attention_mask"] = block
+    else:
+        call["attention_mask"] = torch.zeros(block.shape).masked_fill(~block, -1e9)
+    if labels:
+        call["labels"] = torch.where(torch.arange(ids.shape[1]) % 9 > 6, ids, -100)
+    with (
+        pytest.raises(ValueError, match=r"expected one sequence a row, got .* packed into one"),
+        tp.prune(model, PDROP, SCHEDULE),
+    ):
+        model(**call)
+
+
+# --------------------------------------------------------------------------------------- (b) caches
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "copied"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+def test_b1_generate_goes_on_from_its_own_cache(schedule, policy, kind) -> None:
+    model = build("llava")
+    one = batch(model, [ROWS[0]])
+    cache = DynamicCache(config=model.config.get_text_config())
+    options = {}
+    if kind == "static":
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
+        options = {"disable_compile": True}
+    with tp.prune(model, UNIFORM, schedule, policy) as trace:
+        ids = answer(model, one, past_key_values=cache, **options)
+        for _ in range(2):  # two more turns
+            ids = torch.cat([ids, torch.tensor([[7, 8, 9]])], 1)
+            cache = copy.deepcopy(cache) if kind == "copied" else cache
+            call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            ids = answer(model, call, past_key_values=cache, **options)
+    prompt = ids[:, : one["input_ids"].shape[1] + 18]
+    whole = {**one, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if policy == "renumbered":  # a run in one piece, which the oracles hold to be right
+        with tp.prune(model, UNIFORM, schedule, policy):
+            expected = answer(model, whole)
+    else:
+        visual = all_visual(model, whole)
+        with masked(model, whole["attention_mask"], visual, trace, extra=7):
+            expected = answer(model, whole)
+    assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_b2_a_cache_rebuilt_from_its_tensors_is_refused(policy, keep) -> None:
+    model = build("llava")
+    with torch.no_grad():
+        for schedule in (tp.Schedule.one_shot(0, keep), SCHEDULE):
+            with tp.prune(model, UNIFORM, schedule, policy):
+                cache = model(**batch(model, [ROWS[0]]), use_cache=True).past_key_values
+                rebuilt = DynamicCache([(one.keys, one.values) for one in cache.layers])
+                with pytest.raises(ValueError, match="expected a cache that this engine filled"):
+                    model(input_ids=torch.tensor([[7]]), past_key_values=rebuilt)
+
+
+@pytest.mark.parametrize("how", ["select", "reorder", "bool", "repeat", "crop", "copy"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[3], ROWS[2]])
+    order = torch.tensor([2, 0, 1])
+    wide = pad(inputs["attention_mask"], (0, 2), value=1)
+
+    def step(cache, mask: Tensor) -> Tensor:
+        ids = torch.tensor([[7, 8]]).expand(len(mask), -1)
+        return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
+        cache = model(**inputs, use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        if how == "select":
+            other.batch_select_indices(order)
+        elif how == "reorder":
+            other.reorder_cache(order)
+        elif how == "bool":
+            order = torch.tensor([0, 2])
+            other.batch_select_indices(torch.tensor([True, False, True]))
+        elif how == "repeat":
+            order = torch.tensor([0, 0, 1, 1, 2, 2])
+            other.batch_repeat_interleave(2)
+        elif how == "crop":
+            order = torch.arange(3)
+            step(other, wide)
+            other.crop(-2)
+        else:
+            order = torch.arange(3)
+            step(copy.deepcopy(other), wide)
+        got, expected = step(other, wide[order]), step(cache, wide)[order]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
+    model = build(family)
+    config = model.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=256)
+    options = {"disable_compile": True}
+    with tp.prune(model, PDROP, schedule, policy):
+        answer(model, batch(model, [ROWS[0], ROWS[2]]), past_key_values=cache, **options)
+        cache.reset()
+        inputs = batch(model, [ROWS[3], ROWS[1]])
+        got = answer(model, inputs, past_key_values=cache, **options)
+        assert torch.equal(got, answer(model, inputs))
+
+
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_b4_a_cache_of_fixed_size_takes_a_padded_later_turn(policy, schedule) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[2]])
+    config = model.config.get_text_config()
+    more = {
+        "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[0, 7, 8], [5, 6, 7]])], 1),
+        "attention_mask": torch.cat(
+            [inputs["attention_mask"], torch.tensor([[0, 1, 1], [1, 1, 1]])], 1
+        ),
+    }
+    said = []
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=96)):
+        with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
+            model(**inputs, past_key_values=cache)
+            said.append(answer(model, more, past_key_values=cache, disable_compile=True))
+    assert torch.equal(*said)
+
+
+# ----------------------------------------------------------------------- (c) logits at full length
+
+
+def answered(model, side: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A ragged batch whose last three tokens are answers; the columns that predict them."""
+    inputs = batch(model, [ROWS[0], ROWS[2], ROWS[1], ROWS[3]], side)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, own in enumerate(inputs["attention_mask"]):
+        columns = own.nonzero()[-3:, 0]
+        labels[row, columns] = inputs["input_ids"][row, columns]
+    return inputs, labels, pad(labels, (0, 1), value=-100)[:, 1:] != -100
+
+
+def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a trainer that shifts labels itself."""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+@pytest.mark.parametrize("given", ["nothing", "labels", "shift_labels"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ["pyramiddrop", "uniform"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_c1_full_logits_stand_where_the_ids_stand(family, name, side, given) -> None:
+    model = build(family)
+    full, labels, predicts = answered(model, side)
+    visual = all_visual(model, full)
+    inputs, mask = split(full)
+    more = {}
+    if given != "nothing":
+        more["labels"] = labels
+    if given == "shift_labels":
+        more["shift_labels"] = pad(labels, (0, 1), value=-100)[:, 1:]
+    strategy = tp.build_strategy(name)
+    with torch.no_grad():
+        with tp.prune(model, strategy, SCHEDULE, logits="full", visual_mask=mask) as trace:
+            got = model(**inputs, **more)
+        with masked(model, inputs["attention_mask"], visual, trace):
+            expected = model(**inputs, **more)
+    assert got.logits.shape == expected.logits.shape
+    assert torch.isfinite(got.logits).all()
+    torch.testing.assert_close(got.logits[predicts], expected.logits[predicts], **CLOSE)
+    if given != "nothing":
+        torch.testing.assert_close(got.loss, expected.loss, **CLOSE)
+    ours, theirs = (shifted_loss(output.logits, labels) for output in (got, expected))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    # Log-likelihood of the answers, sliced by the columns of the prompt.
+    ours, theirs = (
+        output.logits.log_softmax(-1)[:, :-1].gather(2, labels[:, 1:, None].clamp_min(0))[..., 0]
+        for output in (got, expected)
+    )
+    own = predicts[:, :-1]
+    torch.testing.assert_close((ours * own).sum(1), (theirs * own).sum(1), **CLOSE)
+
+
+def test_c1_a_choice_that_is_none_lists_all() -> None:
+    with pytest.raises(ValueError, match=r"one of \['all', 'supervised', 'full'\], got 'whole'"):
+        tp.attach(build("llava"), PDROP, SCHEDULE, logits="whole")
+
+
+def test_c1_a_label_without_a_survivor_before_it_is_predicted_by_none() -> None:
+    """Whatever the logits are: a first survivor cannot predict itself."""
+    model = build("llava")
+    inputs = batch(model, [Row([(30, 60), 6])])
+    labels = inputs["input_ids"].clone()
+    labels[:, :16] = labels[:, 17:19] = -100
+    losses = []
+    for logits in ("all", "full", "supervised"):
+        with torch.no_grad(), tp.prune(model, PDROP, tp.Schedule.one_shot(1, 0), logits=logits):
+            losses.append(model(**inputs, labels=labels).loss)
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+class Samples(torch.utils.data.Dataset):
+    """Rows of a padded batch; the collator puts the batch together again."""
+
+    def __init__(self, inputs: dict[str, Tensor], labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+    def collate(self, rows: list[int]) -> dict[str, Tensor]:
+        assert sorted(rows) == list(range(len(self)))
+        return {**self.inputs, "labels": self.labels}
+
+
+def trained(model, samples: Samples, folder, **options) -> tuple[dict, dict, Trainer]:
+    """What Hugging Face's Trainer measures, before and after a step, and the trainer."""
+
+    def accuracy(prediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = torch.as_tensor(logits[0] if isinstance(logits, tuple) else logits)
+        labels = torch.as_tensor(prediction.label_ids)
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100]
+        return {"accuracy": float(right.float().mean()), "length": logits.shape[1]}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], remove_unused_columns=False,
+        per_device_train_batch_size=len(samples), per_device_eval_batch_size=len(samples),
+        max_steps=1, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+        save_strategy="no", disable_tqdm=True, logging_steps=1, dataloader_pin_memory=False,
+        label_names=["labels"], **options,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, data_collator=samples.collate, train_dataset=samples,
+        eval_dataset=samples, compute_metrics=accuracy,
+    )  # fmt: skip
+    before = trainer.evaluate()
+    return before, trainer.train().metrics, trainer
+
+
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("side", SIDES)
+def test_c1_the_trainer_measures_what_the_masked_model_gives(side, smoothing, tmp_path) -> None:
+    model, reference = build("llava"), build("llava")
+    inputs, labels, _ = answered(model, side)
+    visual, samples = all_visual(model, inputs), Samples(inputs, labels)
+    handle = tp.attach(model, UNIFORM, SCHEDULE, logits="full")
+    ours = trained(model, samples, tmp_path / "a", label_smoothing_factor=smoothing)
+    handle.remove()
+    with masked(reference, inputs["attention_mask"], visual, handle.trace):
+        theirs = trained(reference, samples, tmp_path / "b", label_smoothing_factor=smoothing)
+    for key in ("eval_loss", "eval_accuracy", "eval_length"):
+        assert ours[0][key] == pytest.approx(theirs[0][key], abs=1e-4), key
+    assert ours[1]["train_loss"] == pytest.approx(theirs[1]["train_loss"], abs=1e-4)
+    for own, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own, other, **CLOSE)
+
+
+# ------------------------------------------------------------------------------------- (d) numbers
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llava", "llama"])
+@pytest.mark.parametrize("source", ["next", "previous"])
+@pytest.mark.parametrize("queries", ["last", "all"])
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+def test_d1_scores_under_autocast_are_single(name, queries, source, family, policy) -> None:
+    model = build(family)
+    inputs, mask = split(batch(model, ROWS))
+    strategy = tp.build_strategy(name, queries=queries, source=source)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        tp.prune(model, strategy, SCHEDULE, policy, visual_mask=mask) as trace,
+    ):
+        model(**inputs)
+    for stage in trace.stages:
+        for scores in stage.scores:
+            assert scores.dtype == torch.float32
+            assert len(scores) == 0 or (scores != scores.bfloat16().float()).any()
+
+
+# ---------------------------------------------------------------- (j) training libraries, (k) words
+
+
+@pytest.mark.parametrize("logits", ["all", "supervised", "full"])
+def test_j1_labels_everywhere_are_told_of_once(logits) -> None:
+    model = build("llava")
+    one = batch(model, [ROWS[0]])
+    with (
+        warnings.catch_warnings(record=True) as told,
+        torch.no_grad(),
+        tp.prune(model, PDROP, SCHEDULE, logits=logits) as trace,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss = model(**one, labels=one["input_ids"]).loss
+    assert trace.visual_lengths[-1].tolist() == [16]
+    assert [str(one.message)[:46] for one in told] == [
+        "prune: expected labels on answers alone, got r"
+    ]
+    assert "completion_only_loss=True" in str(told[0].message)
+    with torch.no_grad():
+        torch.testing.assert_close(loss, model(**one, labels=one["input_ids"]).loss, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_j2_prompt_tuning_is_refused_or_takes_a_visual_mask(kind) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(build("llava"), config).eval()
+    one = batch(model, [ROWS[0]])
+    with (
+        pytest.raises(ValueError, match=r"got 24: .* \(prompt tuning, p-tuning\)\. Pass visual_"),
+        tp.prune(model, PDROP, SCHEDULE),
+    ):
+        model(**one)
+
+
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_k1_guidance_keeps_the_trace_of_the_image(scale) -> None:
+    model = build("llava")
+    one = batch(model, [ROWS[0]])
+    with tp.prune(model, PDROP, SCHEDULE) as trace:
+        answer(model, one)
+        expected = [stage.kept[0].tolist() for stage in trace.stages]
+        answer(model, one, guidance_scale=scale)
+        assert [stage.kept[0].tolist() for stage in trace.stages] == expected
+
+
+def test_k2_export_of_a_pruned_model_is_refused() -> None:
+    model = build("llava")
+    one = batch(model, [ROWS[0]])
+    with (
+        pytest.raises(ValueError, match=r"expected a call that runs, got torch\.export"),
+        tp.prune(model, PDROP, SCHEDULE),
+    ):
+        torch.export.export(model, (), kwargs={**one, "use_cache": False}, strict=False)

@@ -1,0 +1,223 @@
+"""Faults that nothing else noticed: each of these tests was written for one, and fails with it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from models import NUM_LAYERS, ROWS, batch, build, text_config
+from test_oracles import Frozen
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+)
+
+import tokenprune as tp
+
+PDROP = tp.build_strategy("pyramiddrop")
+SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("pads", [0, 3])
+def test_scores_are_of_squeezed_attention(pads, attention) -> None:
+    """Gemma 2 squeezes the logits of attention: with a mask, and where none is handed down."""
+    shape = text_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = Gemma2Config(
+        **{name: shape[name] for name in names},
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        head_dim=8,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=1.0,
+        initializer_range=0.5,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    ids, padding = torch.randint(1, 90, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
+    padding[1, :pads] = 0
+    visual = torch.zeros(2, 20, dtype=torch.bool)
+    visual[:, 5:13] = True
+    call = {"input_ids": ids, "attention_mask": padding}
+    with torch.no_grad():
+        weights = model(**call, output_attentions=True).attentions[0]
+        model.set_attn_implementation(attention)
+        strategy = tp.build_strategy("pyramiddrop", source="previous")
+        with tp.prune(model, strategy, tp.Schedule.one_shot(1, 0.5), visual_mask=visual) as trace:
+            model(**call)
+    for row, scores in enumerate(trace.stages[0].scores):
+        torch.testing.assert_close(scores, weights[row, :, -1, 5:13].mean(0), **CLOSE)
+
+
+# -------------------------------------------------------------------------------------------- masks
+
+
+def test_later_tokens_of_one_call_do_not_see_each_others_future() -> None:
+    """Where a decoder hands its layers no mask, the engine's own holds for several new tokens."""
+    model = build("llava", "sdpa")
+
+    def hand_no_mask(module, args, kwargs):
+        return args, kwargs | {"attention_mask": None}
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(hand_no_mask, with_kwargs=True)
+    prompt = batch(model, ROWS[:1])
+    del prompt["attention_mask"]
+    tokens = torch.tensor([[7, 8, 9]])
+    with torch.no_grad(), tp.prune(model, Frozen(), tp.Schedule.one_shot(0, 0.5)):
+        cache = model(**prompt, use_cache=True).past_key_values
+        at_once = model(input_ids=tokens, past_key_values=cache).logits
+        cache = model(**prompt, use_cache=True).past_key_values
+        one_by_one = [
+            model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(3)
+        ]
+    torch.testing.assert_close(at_once, torch.cat(one_by_one, 1), **CLOSE)
+
+
+# ------------------------------------------------------------------------------- calls that break
+
+
+class Broken(Exception):
+    """What a call of these tests ends with."""
+
+
+def break_in(model, layer: int):
+    def hook(*_):
+        raise Broken
+
+    return model.get_decoder().layers[layer].register_forward_pre_hook(hook)
+
+
+def test_a_call_that_breaks_keeps_nothing_alive() -> None:
+    model = build("llava")
+    handle = tp.attach(model, PDROP, SCHEDULE)
+    cache = DynamicCache(config=model.config.get_text_config())
+    alive = weakref.ref(cache)
+    stop = break_in(model, 3)
+    with torch.no_grad(), pytest.raises(Broken):
+        model(**batch(model, ROWS[:1]), past_key_values=cache)
+    stop.remove()
+    del cache
+    gc.collect()
+    assert alive() is None
+    handle.remove()
+
+
+def test_a_cache_tells_what_a_layer_holds_after_a_call_that_broke() -> None:
+    model = build("llava")
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        cache = model(**batch(model, ROWS[:1]), use_cache=True).past_key_values
+        lengths = trace.lengths[:, 0].tolist()
+        stop = break_in(model, 0)
+        with pytest.raises(Broken):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        stop.remove()
+        assert [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)] == lengths
+        assert cache.get_seq_length() == lengths[0]
+
+
+# --------------------------------------------------------------------------------------- gradients
+
+
+def test_a_choice_takes_no_part_in_gradients() -> None:
+    """A strategy may hold weights of its own: the trace keeps no graph of what it made of them."""
+    direction = torch.ones(32, requires_grad=True)
+
+    @dataclass(frozen=True)
+    class Learned(tp.ScoreStrategy):
+        def score(self, view: tp.TokenView) -> Tensor:
+            return view.hidden @ direction
+
+    model = build("llava").train()
+    with tp.prune(model, Learned(), SCHEDULE) as trace:
+        model(**batch(model, ROWS)).logits.sum().backward()
+    assert not any(score.requires_grad for stage in trace.stages for score in stage.scores)
+    assert direction.grad is None
+
+
+# ------------------------------------------------------------------------------------------ caches
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_of_fixed_size_gives_what_a_growing_one_gives(attention, layer) -> None:
+    """Its mask has to hide what is not filled yet, in the form that each kernel reads."""
+    model = build("llava", attention)
+    prompt = batch(model, ROWS[:1])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with tp.prune(model, Frozen(), tp.Schedule.one_shot(layer, 0.5)):
+        growing = model.generate(**prompt, **options)
+        fixed = model.generate(
+            **prompt, **options, cache_implementation="static", disable_compile=True
+        )
+    assert torch.equal(fixed, growing)
+
+
+class Terse(LlamaForCausalLM):
+    """A model that gives all logits, whatever number is asked for."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+def test_guesses_are_refused_where_a_model_cannot_say_which_they_are() -> None:
+    torch.manual_seed(0)
+    model = Terse(text_config()).eval()
+    prompt, visual = torch.arange(1, 25)[None], torch.zeros(1, 24, dtype=torch.bool)
+    visual[:, 2:18] = True
+    guess = {"max_new_tokens": 3, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    with (
+        tp.prune(model, PDROP, SCHEDULE, visual_mask=visual),
+        pytest.raises(ValueError, match="expected a model that takes logits_to_keep"),
+    ):
+        model.generate(prompt, **guess)
+    with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no attention
+        model.generate(prompt, **guess)
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def test_a_rotary_module_keeps_its_other_arguments_when_positions_are_counted_anew() -> None:
+    """Gemma 3 tells its rotary module which kind of layer it turns for."""
+    shape = text_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = Gemma3TextConfig(
+        **{name: shape[name] for name in names},
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        head_dim=8,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(config).eval()
+    ids, visual = torch.randint(1, 90, (1, 20)), torch.zeros(1, 20, dtype=torch.bool)
+    visual[:, 5:13] = True
+    without = ids[:, ~visual[0]]
+    nothing = tp.Schedule.one_shot(0, 0.0)
+    with torch.no_grad():
+        expected = model(input_ids=without).logits
+        with tp.prune(model, Frozen(), nothing, "renumbered", visual_mask=visual):
+            got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, **CLOSE)
