@@ -10,6 +10,7 @@ import site
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,11 @@ _made = _surround()
 sys.path.insert(0, str(TESTS))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
+    # Before the settings of pyproject.toml hold: of a checkout that cannot be written to.
+    warnings.filterwarnings("ignore", category=pytest.PytestCacheWarning)
+
     from hypothesis import HealthCheck, settings
 
     # The same examples everywhere, however slow the machine is. `--hypothesis-profile=search`

@@ -51,7 +51,6 @@ LIGHTNING = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
     pytest.mark.filterwarnings("ignore:.*overridden `transfer_batch_to_device`"),
-    pytest.mark.filterwarnings("ignore:.*srun"),  # where Slurm is installed
 ]
 
 

@@ -33,11 +33,11 @@ def _slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("_slurm")
+@pytest.mark.filterwarnings("error:The .srun. command:UserWarning")
 @pytest.mark.parametrize("command", ["eval", "train"])
 def test_a_run_says_nothing_alarming(
     command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its remarks would be errors here."""
     own = [*random_llava(checkpoint), "hydra.run.dir=run"]
     if command == "eval":
         own += [*TINY, "data.test.num_samples=2"]
