@@ -123,9 +123,7 @@ def _statements(node: ast.AST) -> Iterator[tuple[str, Change]]:
         yield "nothing", lambda n: _put(n, value=ast.Constant(None))
     if isinstance(node, ast.With):
         for i in range(len(node.items)):
-            yield "left out", lambda n, i=i: (
-                _without(n.items, i, n) if len(n.items) > 1 else n.body
-            )
+            yield "left out", lambda n, i=i: _without(n.items, i, n) if len(n.items) > 1 else n.body
     if isinstance(node, ast.FunctionDef):
         for i, decorator in enumerate(node.decorator_list):
             if not ast.unparse(decorator).split(".")[-1].startswith(STRUCTURE):
