@@ -275,7 +275,15 @@ PRESETS = tp.cost.PRESETS
 
 
 def test_presets_are_found_by_name_and_hub_id() -> None:
-    assert tp.cost.find_preset("llava-next-7b").num_visual == 2880
+    counts = {name: preset.num_visual for name, preset in PRESETS.items() if "qwen" not in name}
+    assert counts == {
+        "llava-1.5-7b": 576,
+        "llava-1.5-13b": 576,
+        "llava-next-7b": 2880,
+        "llava-next-13b": 2880,
+        "llava-next-mistral-7b": 2880,
+        "video-llava-7b": 2048,
+    }
     for name, preset in PRESETS.items():
         assert tp.cost.find_preset(name) is preset
         for hub_id in preset.hub_ids:
