@@ -699,7 +699,7 @@ def _check_choice(
             if not asking or not before.any():
                 continue
             if case.policy == "renumbered" and turn and request.source == "next":
-                continue  # XXX
+                continue  # held keys stand where the cut left them, new ones as before it
             view, layer = 0, cut.layer - 1
             if request.source == "next":
                 view, layer = 1 + views.index((stage, turn)), cut.layer
