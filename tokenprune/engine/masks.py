@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 def padding(mask: Any) -> Tensor | None:
     """A mask that says which tokens of the conversation are real, (B, columns), if it is one."""
+    mask = _of_full_attention(mask)
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
@@ -28,9 +29,7 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
         length: Tokens of the call.
         offset: Columns of the conversation before it.
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    given = dense(mask, num_rows)
+    given = dense(_of_full_attention(mask), num_rows)
     if given is None or given.shape[2] != length or given.shape[3] < offset + length:
         return None
     allowed = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
@@ -44,6 +43,13 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     sees = earlier.any(2) | (allowed[:, :, :offset] & ~open_BT1).any(2)
     itself = own.diagonal(dim1=1, dim2=2) & ~open_BT1[..., 0]
     return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long()
+
+
+def _of_full_attention(mask: Any) -> Any:
+    """Of masks for each kind of layer, as `generate` makes for fixed caches, the one of most."""
+    if isinstance(mask, dict):
+        return mask.get("full_attention", next(iter(mask.values()), None))
+    return mask
 
 
 def dense(mask: Any, num_rows: int) -> Tensor | None:
