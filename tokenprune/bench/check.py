@@ -66,7 +66,7 @@ def check(config: DictConfig) -> None:
 
         if not torch.cuda.is_available():
             raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
-    if config.ways:
+    if config.ways is None or config.ways:
         from tokenprune.bench import ways
 
         ways.check(config.ways, pruning.strategy, config.attention)
