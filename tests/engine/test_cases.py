@@ -311,7 +311,7 @@ def test_c1_full_logits_stand_where_the_ids_stand(family, name, side, given) -> 
     if given != "nothing":
         more["labels"] = labels
     if given == "shift_labels":
-        more["shift_labels"] = pad(labels, (0, 1), value=-100)[:, 1:]
+        more["shift_labels"] = pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     strategy = tp.build_strategy(name)
     with torch.no_grad():
         with tp.prune(model, strategy, SCHEDULE, logits="full", visual_mask=mask) as trace:
