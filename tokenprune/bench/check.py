@@ -6,6 +6,7 @@ Neither torch nor transformers is loaded, unless `shape`, `device` or `ways` nee
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -66,7 +67,8 @@ def check(config: DictConfig) -> None:
 
         if not torch.cuda.is_available():
             raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
-    if config.ways is None or config.ways:
+    named: Any = config.ways
+    if named is None or named:
         from tokenprune.bench import ways
 
-        ways.check(config.ways, pruning.strategy, config.attention)
+        ways.check(named, pruning.strategy, config.attention)

@@ -8,11 +8,13 @@ grid, an even stride over the sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import PruningStrategy, Published, Selection, TokenView, register
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _BITS = 10  # grids up to 1024 x 1024
@@ -30,17 +32,18 @@ class Uniform(PruningStrategy):
 
         from tokenprune.tensors import split_budget
 
-        unit_BV = _units(view.places)
+        places, valid_BV = view.places, view.valid
+        unit_BV = _units(places)
         # Entries that do not exist form a last unit of size 0, which gets no budget.
-        unit_BV = unit_BV.masked_fill(~view.valid, view.valid.shape[1])
-        sizes_BU = torch.zeros_like(unit_BV[:, :1]).repeat(1, view.valid.shape[1] + 1)
-        sizes_BU = sizes_BU.scatter_add(1, unit_BV, view.valid.long())
+        unit_BV = unit_BV.masked_fill(~valid_BV, valid_BV.shape[1])
+        sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+        sizes_BU = sizes_BU.scatter_add(1, unit_BV, valid_BV.long())
         quota_BV = split_budget(keep, sizes_BU).gather(1, unit_BV)
         size_BV = sizes_BU.gather(1, unit_BV).clamp_min(1)
         start_BV = (sizes_BU.cumsum(1) - sizes_BU).gather(1, unit_BV)
         # In a grid the emptiest spot comes first; in a sequence the order is its own.
-        threshold_BV = _bayer(view.places[..., 2], view.places[..., 3])
-        in_grid_BV = view.places[..., 2] >= 0
+        threshold_BV = _bayer(places[..., 2], places[..., 3])
+        in_grid_BV = places[..., 2] >= 0
         order_BV = torch.where(
             in_grid_BV, threshold_BV, torch.arange(unit_BV.shape[1], device=keep.device)
         )
@@ -48,7 +51,7 @@ class Uniform(PruningStrategy):
         rank_BV = sorted_BV.argsort(dim=1) - start_BV
         strided_BV = _stride(rank_BV + 1, quota_BV, size_BV) > _stride(rank_BV, quota_BV, size_BV)
         kept_BV = torch.where(in_grid_BV, rank_BV < quota_BV, strided_BV)
-        return Selection(kept=kept_BV & view.valid)
+        return Selection(kept=kept_BV & valid_BV)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
@@ -68,13 +71,18 @@ def _units(places: Tensor) -> Tensor:
 
 def _bayer(row: Tensor, column: Tensor) -> Tensor:
     """Entry of the infinite Bayer matrix, as an integer below 4**_BITS."""
+    spread = _spread(row.device)
+    return 2 * spread[row ^ column] + spread[row]
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """Of each number below 2**_BITS its bits, in turned order, at every second place."""
     import torch
 
-    value = torch.zeros_like(row)
-    for bit in range(_BITS):
-        odd = ((row ^ column) >> bit & 1) * 2 + (row >> bit & 1)
-        value = value + odd * 4 ** (_BITS - 1 - bit)
-    return value
+    number = torch.arange(2**_BITS)
+    bits = [(number >> bit & 1) * 4 ** (_BITS - 1 - bit) for bit in range(_BITS)]
+    return torch.stack(bits).sum(0).to(device)
 
 
 def _stride(rank: Tensor, quota: Tensor, size: Tensor) -> Tensor:
