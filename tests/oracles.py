@@ -139,7 +139,8 @@ def assert_decided(logits: Tensor, share: float = 1e-5) -> None:
     """The most likely token leads by more than the logits of two runs differ."""
     first, second = logits.topk(2).values.unbind(-1)
     lead = (first - second).min().item()
-    assert lead > 4 * share * logits[logits.isfinite()].abs().max().item(), "take another seed"
+    largest = logits[logits.isfinite()].abs().max().item()
+    assert lead > 4 * share * largest, f"a token leads by {lead / largest:.1e}: take another seed"
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FILES = [path for path in sorted(TESTS.rglob("*.py")) if path != Path(__file__)]
-#: `processes.py` alone starts processes; `wheel.py` is no test.
+#: What is run by hand, and is no test.
+SCRIPTS = {TESTS / "wheel.py", *(TESTS / "mutants").glob("*.py")}
+FILES = [path for path in sorted(TESTS.rglob("*.py")) if path not in {*SCRIPTS, Path(__file__)}]
+#: `processes.py` alone starts processes.
 STARTERS = re.compile(r"(subprocess(?!\.(PIPE|DEVNULL)$)|multiprocessing|concurrent\.futures\.pro)")
 FORKS = re.compile(r"\bos\.fork|ddp_(fork|notebook)|start_method\W+fork\b|get_context\(.fork\b")
 
@@ -30,6 +32,6 @@ def imports(path: Path) -> set[str]:
 def test_a_file_stands_alone_and_forks_nothing_that_may_have_run_torch(path: Path) -> None:
     found = imports(path)
     assert not {name for name in found if name.startswith("test_")}
-    if path.name not in ("processes.py", "wheel.py"):
+    if path.name != "processes.py":
         assert not {name for name in found if STARTERS.match(name)}
     assert not FORKS.search(path.read_text(encoding="utf-8"))

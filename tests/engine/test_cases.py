@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from models import ROWS, Row, batch, build
-from oracles import SCHEDULE, all_visual, masked, split
+from oracles import SCHEDULE, all_visual, decided, masked, split
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
@@ -29,6 +29,12 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 def answer(model, inputs, **options) -> Tensor:
     return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+
+
+def sure_answer(model, inputs, **options) -> Tensor:
+    """One whose tokens no rounding chooses."""
+    with decided():
+        return answer(model, inputs, **options)
 
 
 def over_pairs(mask: Tensor, form: str, pads: str = "eye") -> Tensor:
@@ -62,7 +68,7 @@ def test_a1_a_row_of_padding_alone_changes_no_other(family, side, policy, form) 
     with torch.no_grad():
         with tp.prune(model, PDROP, SCHEDULE, policy, visual_mask=visual):
             expected = model(**inputs).logits
-            said = answer(model, inputs) if side == "left" else None
+            said = sure_answer(model, inputs) if side == "left" else None
         with tp.prune(model, PDROP, SCHEDULE, policy, visual_mask=mask) as trace:
             got = model(**{**inputs, **more}).logits
             assert [len(stage.kept[2]) for stage in trace.stages] == [0, 0, 0]
@@ -184,11 +190,11 @@ def test_b1_generate_goes_on_from_its_own_cache(schedule, policy, kind) -> None:
     whole = {**one, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if policy == "renumbered":  # a run in one piece, which the oracles hold to be right
         with tp.prune(model, UNIFORM, schedule, policy):
-            expected = answer(model, whole)
+            expected = sure_answer(model, whole)
     else:
         visual = all_visual(model, whole)
         with masked(model, whole["attention_mask"], visual, trace, extra=7):
-            expected = answer(model, whole)
+            expected = sure_answer(model, whole)
     assert torch.equal(ids, expected)
 
 
@@ -255,7 +261,7 @@ def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
         cache.reset()
         inputs = batch(model, [ROWS[3], ROWS[1]])
         got = answer(model, inputs, past_key_values=cache, **options)
-        assert torch.equal(got, answer(model, inputs))
+        assert torch.equal(got, sure_answer(model, inputs))
 
 
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
@@ -265,7 +271,7 @@ def test_b4_a_cache_of_fixed_size_takes_a_padded_later_turn(policy, schedule) ->
     inputs = batch(model, [ROWS[0], ROWS[2]])
     config = model.config.get_text_config()
     more = {
-        "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[0, 7, 8], [5, 6, 7]])], 1),
+        "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[0, 7, 8], [5, 3, 7]])], 1),
         "attention_mask": torch.cat(
             [inputs["attention_mask"], torch.tensor([[0, 1, 1], [1, 1, 1]])], 1
         ),
@@ -274,7 +280,7 @@ def test_b4_a_cache_of_fixed_size_takes_a_padded_later_turn(policy, schedule) ->
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=96)):
         with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
             model(**inputs, past_key_values=cache)
-            said.append(answer(model, more, past_key_values=cache, disable_compile=True))
+            said.append(sure_answer(model, more, past_key_values=cache, disable_compile=True))
     assert torch.equal(*said)
 
 
@@ -463,7 +469,7 @@ def test_j1_labels_everywhere_are_told_of_once(logits) -> None:
         torch.testing.assert_close(loss, model(**one, labels=one["input_ids"]).loss, **CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft's own
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_j2_prompt_tuning_is_refused_with_the_way_out(kind) -> None:
     peft = pytest.importorskip("peft")

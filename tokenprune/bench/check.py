@@ -6,7 +6,6 @@ Neither torch nor transformers is loaded, unless `shape`, `device` or `ways` nee
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -67,8 +66,7 @@ def check(config: DictConfig) -> None:
 
         if not torch.cuda.is_available():
             raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
-    named: Any = config.ways
-    if named is None or named:
+    if config.ways != []:
         from tokenprune.bench import ways
 
-        ways.check(named, pruning.strategy, config.attention)
+        ways.check(config.ways, pruning.strategy, config.attention)
