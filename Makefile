@@ -39,8 +39,10 @@ paper: $(STAMP)
 	  $(BIN)/tokenprune eval experiment=$$name && $(BIN)/python experiments/$$name/publish.py || exit 1; \
 	done
 
+# Of some files only: make test TESTS=tests/engine
+TESTS :=
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(TESTS)
 
 test-all: test test-matrix
 
