@@ -6,6 +6,7 @@ import faulthandler
 import importlib.util
 import os
 import shutil
+import signal
 import site
 import sys
 import tempfile
@@ -22,6 +23,11 @@ KEPT = {"LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR"
 KEPT_STARTS = ("ATEN_", "COV", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "PYTEST_")
 #: The folder of a whole run, which processes that share its work are told.
 HOME = "PYTEST_HOME_OF_RUN"
+
+
+# A job in the background ignores Ctrl-C, and so would every child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _surround() -> str | None:

@@ -175,7 +175,9 @@ class ScoreStrategy(PruningStrategy):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "select" in vars(cls) and "keeps_exactly" not in vars(cls):
+        owner = next(base for base in cls.__mro__ if "select" in vars(base))
+        said = "keeps_exactly" in vars(cls) or "keeps_exactly" in vars(owner)
+        if owner is not ScoreStrategy and not said:
             cls.keeps_exactly = False  # what an override keeps must be counted
 
     @abstractmethod

@@ -18,6 +18,10 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 import tokenprune as tp
@@ -219,3 +223,99 @@ def test_a_rotary_module_keeps_its_other_arguments_when_positions_are_counted_an
         with tp.prune(model, Frozen(), nothing, "renumbered", visual_mask=visual):
             got = model(input_ids=ids).logits
     assert_close(got, expected)
+
+
+# ------------------------------------------------------------------------- what a review turned up
+
+
+def test_text_alone_goes_beyond_a_window() -> None:
+    """Nothing is cut, so layers with a window hold what they hold without pruning."""
+    sizes = {
+        name: value
+        for name, value in text_config().to_dict().items()
+        if name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "num_key_value_heads")
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8)).eval()
+    ids = torch.arange(1, 13)[None]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(ids, **options)
+    nothing = torch.zeros(1, 12, dtype=torch.bool)
+    with tp.prune(model, PDROP, SCHEDULE, visual_mask=nothing):
+        assert torch.equal(model.generate(ids, **options), plain)
+
+
+def test_a_call_beside_a_generation_leaves_the_trace() -> None:
+    model = build("llava")
+
+    class Beside(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+            return scores
+
+    with tp.prune(model, PDROP, SCHEDULE) as trace:
+        model.generate(
+            **batch(model, ROWS[:1]),
+            max_new_tokens=3,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Beside()]),
+        )
+    assert [stage.layer for stage in trace.stages] == [1, 2, 4]
+
+
+def test_logits_to_keep_of_a_plain_call_moves_no_question() -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs)
+        scores = trace.stages[0].scores[0]
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=cache, logits_to_keep=4)
+        assert_close(trace.stages[0].scores[0], scores)
+
+
+def test_a_method_that_somebody_sets_meanwhile_stays() -> None:
+    model = build("llava")
+    handle = tp.attach(model, PDROP, SCHEDULE)
+
+    def own(*_: object) -> None:
+        """Somebody's."""
+
+    model.generate = own
+    handle.remove()
+    assert model.generate is own
+    del model.generate
+    with tp.prune(model, PDROP, SCHEDULE):
+        del model.generate
+    with tp.prune(model, PDROP, SCHEDULE):
+        pass
+
+
+def test_what_a_mixin_selects_is_counted() -> None:
+    class Two:
+        def select(self, view, keep):
+            order = torch.arange(view.valid.shape[1])
+            return tp.Selection(kept=(order < 2) & view.valid)
+
+    @dataclass(frozen=True)
+    class Mixed(Two, tp.ScoreStrategy):
+        def score(self, view):
+            return view.positions
+
+    model = build("llava")
+    with torch.no_grad(), tp.prune(model, Mixed(), SCHEDULE) as trace:
+        model(**batch(model, ROWS[:1]))
+    assert [len(stage.kept[0]) for stage in trace.stages] == [2, 2, 2]
+
+
+def test_the_last_of_shifted_labels_has_a_question() -> None:
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    shifted = labels.clone()
+    shifted[0, -1] = 7
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs, labels=labels, shift_labels=shifted)
+    assert trace.visual_lengths[-1].tolist() == [3]

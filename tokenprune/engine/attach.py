@@ -141,19 +141,20 @@ class Handle:
         """Puts a method before the class's own, until `remove`."""
         if name not in vars(entry):
             setattr(entry, name, method)
-            self._shadowed.append((entry, name))
+            self._shadowed.append((entry, name, method))
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
         if not self._hooks:
             return
+        _attached.discard(self._settings.anatomy.decoder)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for entry, name in self._shadowed:
-            delattr(entry, name)
+        for entry, name, method in self._shadowed:
+            if vars(entry).get(name) is method:  # else somebody has put another there since
+                delattr(entry, name)
         self._shadowed.clear()
-        _attached.discard(self._settings.anatomy.decoder)
 
     def _named(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -215,7 +216,8 @@ class Handle:
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds
         records.in_call(inputs.get("past_key_values"), begins=True)
-        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens)
+        generating = getattr(self._thread, "generation", None) is not None
+        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens, generating)
         self._tell_of_labels(run)
         return (rest, named) if named.pop("visual_mask", None) is not None else None
 
@@ -272,7 +274,8 @@ class Handle:
         if run is not None and not self._settings.anatomy.decoder.training:
             return run
         embeddings = named.get("position_embeddings")
-        key = embeddings[0] if isinstance(embeddings, tuple) else named.get("position_ids")
+        key = embeddings[0] if isinstance(embeddings, tuple) else embeddings
+        key = named.get("position_ids") if key is None else key
         if key is None:
             return run
         if run is None:  # recomputed during the backward pass
@@ -290,9 +293,10 @@ class Handle:
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         run: Pass | None = getattr(self._thread, "run", None)
         self._thread.run = None
+        if run is not None:
+            records.in_call(run.cache, begins=False)
         if run is None or output is None:  # output is None after an exception
             return None
-        records.in_call(run.cache, begins=False)
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
             records.write(
@@ -308,7 +312,8 @@ class Handle:
         generation = getattr(self._thread, "generation", None)
         if generation is not None:
             # Guidance runs the text alone beside the prompt: that is not the call to show.
-            generation.shown = seen = seen or (run.record is None and not generation.shown)
+            seen = seen or (run.record is None and not generation.shown)
+            generation.shown |= seen
         if seen or (run.record is None and generation is None):
             levels = [run.levels[number] for number in self._settings.level_of]
             stages = run.stages

@@ -163,7 +163,9 @@ def merge(
             inputs[key] = value
 
 
-def plan_pass(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor) -> Pass:
+def plan_pass(
+    settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor, generating: bool
+) -> Pass:
     """A pass over new tokens: which are visual, which ask, how many of each row may stay.
 
     Args:
@@ -171,6 +173,7 @@ def plan_pass(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Te
         call: The call that it belongs to.
         inputs: Arguments of the decoder and of the modules above it.
         tokens: Ids (B, T) or embeddings (B, T, D).
+        generating: Whether the call is one of a `generate`.
 
     Raises:
         ValueError: If the call cannot be honoured.
@@ -179,7 +182,12 @@ def plan_pass(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Te
     past = inputs.get("past_key_values")
     record = records.read(past, settings.policy, len(settings.anatomy.layers), num_rows)
     offset = 0 if record is None else record.num_columns
-    rows = read_rows(settings, inputs, tokens, past, offset)
+    # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
+    to_keep = inputs.get("logits_to_keep")
+    tries = generating and past is not None and isinstance(to_keep, int)
+    rows = read_rows(
+        settings, inputs, tokens, offset, max(0, int(to_keep or 0) - 1) if tries else 0
+    )
     prunes = any(rows.num_visual) and bool(settings.cuts)
     _check_window(settings, record, prunes, offset + length)
     if record is not None and (rows.visual[:, 0] & np.array(record.ends_visual)).any():
@@ -197,7 +205,7 @@ def plan_pass(settings: Settings, call: Call, inputs: dict[str, Any], tokens: Te
         ]
         for stage in range(len(settings.cuts) if prunes else 0)
     ]
-    differs = record is not None and any(map(record.differs, range(len(settings.cuts) + 1)))
+    differs = record is not None and record.cut
     plan = None
     if prunes or rows.padded:
         plan = _upload(rows, budgets, tokens.device)
@@ -268,7 +276,7 @@ def _check_window(
     """Refuses conversations of pruned tokens that are longer than a layer's window."""
     if settings.window is None or length <= settings.window:
         return
-    if prunes or (record and any(map(record.differs, range(len(settings.cuts) + 1)))):
+    if prunes or (record is not None and record.cut):
         raise ValueError(
             f"prune: expected at most {settings.window} tokens, up to which every layer of "
             f"{type(settings.anatomy.config).__name__} attends to all of them alike, got "

@@ -113,6 +113,11 @@ class Record:
         """Whether layers of this level hold something else than an unpruned layer would."""
         return self.held[level].columns is not None
 
+    @property
+    def cut(self) -> bool:
+        """Whether those of any level do."""
+        return any(map(self.differs, range(len(self.held))))
+
     def shifts(self, level: int) -> Tensor | None:
         """The model's position minus the layers', int64 (B, 1), or None if they agree."""
         return self.held[level].shift
@@ -188,7 +193,8 @@ class PrunedCache:
 
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> Any:
         own: Any = super()
-        if record_of(self) is None or is_fixed(self):
+        record = record_of(self)
+        if record is None or is_fixed(self) or not record.cut:
             return own.get_mask_sizes(query_length, *args, **kwargs)
         return self.get_seq_length() + query_length, 0
 

@@ -107,7 +107,7 @@ def columns(marked: Bools, pad: int) -> Ints:
 
 
 def read_rows(
-    settings: Settings, inputs: Mapping[str, Any], tokens: Tensor, past: Any, offset: int
+    settings: Settings, inputs: Mapping[str, Any], tokens: Tensor, offset: int, guesses: int
 ) -> Rows:
     """Reads the rows of a call.
 
@@ -115,8 +115,8 @@ def read_rows(
         settings: What `attach` was asked for.
         inputs: Arguments of the decoder and of the modules above it.
         tokens: Ids (B, T) or embeddings (B, T, D).
-        past: The cache, or None.
         offset: Columns of the conversation before the call.
+        guesses: Tokens at the end that assisted decoding tries out.
 
     Raises:
         ValueError: If the call does not say where its visual tokens are, or its mask is too short.
@@ -162,15 +162,15 @@ def read_rows(
         times = num_rows // marks.shape[0]
         visual = (fetched["visual"] != 0).repeat(times, 0) & real
     labelled: Bools | None = None
+    followed: Bools | None = None
     if "labels" in fetched:
-        labelled = fetched["labels"] != IGNORED
-        if shifted is not None:  # then these are what the loss reads
-            labelled = np.pad(labelled, ((0, 0), (1, 0)))[:, :-1]
-    # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
-    to_keep = inputs.get("logits_to_keep")
-    guesses = to_keep - 1 if past is not None and isinstance(to_keep, int) and to_keep > 1 else 0
-    asking = _asking(real, labelled, guesses) if visual.any() else nothing
-    mute = labelled is not None and labelled.any(1) & visual.any(1) & ~asking.any(1)
+        given = fetched["labels"] != IGNORED
+        if shifted is None:
+            labelled, followed = given, np.pad(given, ((0, 0), (0, 1)))[:, 1:]
+        else:  # then these are what the loss reads
+            labelled, followed = np.pad(given, ((0, 0), (1, 0)))[:, :-1], given
+    asking = _asking(real, labelled, followed, guesses) if visual.any() else nothing
+    mute = followed is not None and followed.any(1) & visual.any(1) & ~asking.any(1)
     return Rows(
         real=real,
         visual=visual,
@@ -190,6 +190,7 @@ def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str,
         return {}
     if len(given) == 1:
         ((name, part),) = given.items()
+        part = part if part.dtype in (torch.bool, torch.int64) else part.to(torch.int64)
         return {name: part.detach().numpy(force=True)}
     most = max(part.shape[0] for part in given.values())
     flat = [part.to(device=device, dtype=torch.int64) for part in given.values()]
@@ -240,10 +241,9 @@ def _shows_ids(settings: Settings, inputs: Mapping[str, Any], offset: int) -> bo
     return True
 
 
-def _asking(real: Bools, labelled: Bools | None, guesses: int) -> Bools:
+def _asking(real: Bools, labelled: Bools | None, followed: Bools | None, guesses: int) -> Bools:
     """The `"last"` query rows. Assisted decoding puts guesses after the prompt."""
-    if labelled is not None:
-        followed = np.pad(labelled, ((0, 0), (0, 1)))[:, 1:]
+    if labelled is not None and followed is not None:
         asking: Bools = ~labelled & followed & real
         return asking
     order = np.arange(real.shape[1])

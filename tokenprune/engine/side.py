@@ -48,6 +48,8 @@ def renumber(run: Pass, number: int, device: torch.device) -> None:
     assert run.positions is not None
     positions, first = to_device(run.positions, device), run.at(0, device)
     level.renumber(first, positions, shift, start=run.record is None)
+    # Copies made before, on the devices of other layers, know nothing of it.
+    run.copies = {key: copy for key, copy in run.copies.items() if key[0] != number}
 
 
 def follow(

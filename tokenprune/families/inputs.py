@@ -26,6 +26,10 @@ def shows_images(inputs: Mapping[str, Any]) -> bool:
     return any("pixel" in key for key in inputs) or bool(inputs.get("mm_encoder_outputs"))
 
 
+#: What no layout reads, and a trace must not keep alive.
+_LARGE = {"attention_mask", "labels", "shift_labels", "position_ids", "pixel_values"}
+
+
 def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a `Layout` may know of a call: its integer tensors, and visual tokens per image.
 
@@ -34,7 +38,7 @@ def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {
         key: value
         for key, value in inputs.items()
-        if isinstance(value, Tensor) and not value.is_floating_point()
+        if isinstance(value, Tensor) and not value.is_floating_point() and key not in _LARGE
     }
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None and isinstance(encoded.pooler_output, (list, tuple)):

@@ -83,8 +83,11 @@ def project(
     # Some scale queries by position, which only long prompts show.
     if is_ordinary and hidden.shape[1] > 2 * seen:
         whole = captured(layer, hidden, rows, named)
-        is_ordinary = not scales_by_position(layer.self_attn) and _agrees(
-            layer, hidden, rows, named, whole
+        own = getattr(layer.self_attn, "config", None)
+        is_ordinary = (
+            not scales_by_position(layer.self_attn)
+            and getattr(own, "clip_qkv", None) is None  # which a short prompt may not show
+            and _agrees(layer, hidden, rows, named, whole)
         )
         _is_ordinary[layer] = is_ordinary, hidden.shape[1]
         if not is_ordinary:
