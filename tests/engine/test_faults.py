@@ -319,3 +319,13 @@ def test_the_last_of_shifted_labels_has_a_question() -> None:
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
         model(**inputs, labels=labels, shift_labels=shifted)
     assert trace.visual_lengths[-1].tolist() == [3]
+
+
+def test_a_cache_cropped_into_an_image_is_refused_though_nothing_was_cut() -> None:
+    model = build("llava")
+    keep_all = tp.Schedule.pyramid(layers=[1, 2, 4], lam=1.0)
+    with torch.no_grad(), tp.prune(model, PDROP, keep_all):
+        cache = model(**batch(model, ROWS[:1]), use_cache=True).past_key_values
+        cache.crop(-15)
+        with pytest.raises(ValueError, match="expected a cache cropped by text"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)

@@ -307,6 +307,7 @@ class Handle:
                 run.prunes,
                 run.levels[0].real,
                 run.rows.visual[:, -1].tolist(),
+                run.rows.last_visual,
             )
         seen = any(run.rows.num_visual)
         generation = getattr(self._thread, "generation", None)

@@ -65,6 +65,7 @@ class Record:
         num_columns: Columns of the conversation so far.
         num_visual: Visual tokens so far, per row.
         ends_visual: Whether each row ends in a visual token.
+        last_visual: Latest column that is visual in some row, or -1.
         real: Bool (B, num_columns - tail), which columns the caller's mask did not hide, or None.
         held: One entry per level. Levels that hold the same share one entry.
         tail: Latest columns, text without pads, that every level holds besides.
@@ -76,6 +77,7 @@ class Record:
     num_columns: int
     num_visual: list[int]
     ends_visual: list[bool]
+    last_visual: int
     real: Tensor | None
     held: list[Held]
     tail: int = 0
@@ -126,6 +128,8 @@ class Record:
         """Forgets the latest columns, as the cache did (assisted decoding crops its guesses)."""
         dropped = self.num_columns - num_columns
         further = dropped - self.tail
+        if num_columns <= self.last_visual:
+            raise _cropped_too_far(dropped)
         if further > 0:
             end = self.num_columns - self.tail
             self._each(lambda held: _cropped(held, further, end, self.real))
@@ -163,12 +167,16 @@ def _cropped(held: Held, dropped: int, end: int, real: Tensor | None) -> Held:
         latest = torch.arange(end - dropped, end, device=held.columns.device)
         fits = bool((held.columns[:, -dropped:] == latest).all())
     if not fits or (real is not None and not real[:, -dropped:].all()):
-        raise ValueError(
-            "prune: expected a cache cropped by text after the pruned prompt, got "
-            f"{dropped} columns that end in it. Start from a copy of the cache instead."
-        )
+        raise _cropped_too_far(dropped)
     columns = None if held.columns is None else held.columns[:, :-dropped]
     return replace(held, length=held.length - dropped, columns=columns)
+
+
+def _cropped_too_far(dropped: int) -> ValueError:
+    return ValueError(
+        "prune: expected a cache cropped by text after the pruned prompt, got "
+        f"{dropped} columns that end in it. Start from a copy of the cache instead."
+    )
 
 
 # ------------------------------------------------------------------------- the cache and its record
@@ -335,7 +343,7 @@ def _of_unpruned(held: list[int], policy: Policy, num_rows: int) -> Record:
             "seen. Fill it under the same prune(...), and copy it with copy.deepcopy."
         )
     everything = [Held(held[0], None, False, None)] * (len(policy.cuts) + 1)
-    return Record(policy, held[0], [0] * num_rows, [False] * num_rows, None, everything)
+    return Record(policy, held[0], [0] * num_rows, [False] * num_rows, -1, None, everything)
 
 
 def write(
@@ -346,6 +354,7 @@ def write(
     pruned: bool,
     real_BT: Tensor | None,
     ends_visual: list[bool],
+    last_visual: int,
 ) -> None:
     """Notes on the cache what it holds after a pass over `levels`.
 
@@ -357,6 +366,7 @@ def write(
         pruned: Whether the pass had visual tokens.
         real_BT: Which tokens of the call are no pads, or None if none is one.
         ends_visual: Whether each row ends in a visual token.
+        last_visual: Latest column of the call that is visual in some row, or -1.
     """
     length = levels[0].length
     if before is not None and not pruned and real_BT is None:
@@ -387,11 +397,14 @@ def write(
             before.real.to(device), (0, before.tail), value=True)  # fmt: skip
         new = torch.ones(len(seen), length, dtype=torch.bool, device=device)
         real = torch.cat([old, new if real is None else real], 1)
+    latest = -1 if before is None else before.last_visual
+    latest = offset + last_visual if last_visual >= 0 else latest
     record = Record(
         policy=policy,
         num_columns=offset + length,
         num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
         ends_visual=ends_visual,
+        last_visual=latest,
         real=real,
         held=held,
     )

@@ -85,6 +85,11 @@ class Rows:
         )
 
     @cached_property
+    def last_visual(self) -> int:
+        """Latest column that is visual in some row, or -1."""
+        return max(np.flatnonzero(self.visual.any(0)).tolist(), default=-1)
+
+    @cached_property
     def visual_asks(self) -> bool:
         """Whether a token that asks may be dropped."""
         return bool((self.asking & self.visual).any())

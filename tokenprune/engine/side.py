@@ -156,6 +156,21 @@ def known_keys(run: Pass, number: int, holding: int, device: torch.device) -> Te
     return torch.cat(parts, 1)
 
 
+def _columns(level: Level, num_rows: int, device: torch.device) -> Tensor:
+    """Columns of a level's tokens in the call, int64 (B, N)."""
+    if level.columns is not None:
+        return level.columns
+    return torch.arange(level.length, device=device).expand(num_rows, -1)
+
+
+def _key_columns(run: Pass, number: int, holding: int, device: torch.device) -> Tensor:
+    """Columns of a layer's keys in the conversation, int64 (B, K)."""
+    columns = _columns(run.at(number, device), len(run.rows.num_real), device)
+    if run.record is None:
+        return columns
+    return torch.cat([run.record.columns(holding, device), columns + run.offset], 1)
+
+
 def allowed_keys(
     run: Pass, number: int, holding: int, mask: Any, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
@@ -177,12 +192,8 @@ def allowed_keys(
     if given is None:
         num_keys = before + level.length
         return lambda rows_BQ: causal(rows_BQ, num_keys, before).expand(num_rows, -1, -1, -1)
-    columns = level.columns
-    if columns is None:
-        columns = torch.arange(level.length, device=device).expand(num_rows, -1)
-    keys = columns
-    if run.record is not None:
-        keys = torch.cat([run.record.columns(holding, device), columns + run.offset], 1)
+    columns = _columns(level, num_rows, device)
+    keys = _key_columns(run, number, holding, device)
 
     def allowed(rows_BQ: Tensor) -> Tensor:
         return take(take(given, take(columns, rows_BQ), dim=2), keys, dim=3)
@@ -196,7 +207,10 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     level, before = run.at(number, device), run.held(number)
     known = known_keys(run, number, number, device)
     if attention.startswith("flash"):
-        return known  # None keeps the fast kernel
+        if run.record is None or not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return known  # None keeps the fast kernel
+        shown = take(to_device(mask, device).bool(), _key_columns(run, number, number, device))
+        return shown if known is None else shown & known
     fixed = is_fixed(run.cache)
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     one_by_one = level.length == 1 and not fixed
