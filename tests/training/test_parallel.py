@@ -234,8 +234,8 @@ def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, ho
         _, told = process.communicate()
     assert process.returncode == 143, told
     assert "training was stopped by SIGTERM. To go on: the same command once more" in told
-    (run,) = runs
-    last = run.parent.parent / "checkpoints" / "last.ckpt"
+    (first,) = runs
+    last = first.parent.parent / "checkpoints" / "last.ckpt"
     assert 1 <= torch.load(last, weights_only=True)["global_step"] <= 12
     done = run(own)
     assert "goes on from its checkpoint" in done.stdout

@@ -89,9 +89,7 @@ class FineTune(pl.LightningModule):
         self._trained_parts = {
             part for part, own in parts_of(model).items() if any(p.requires_grad for p in own)
         }
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._recomputes = gradient_checkpointing
+        self._recomputes, self._recomputing = gradient_checkpointing, False
         self._handle: tp.Handle | None = None
         self._schedule: tp.Schedule | None = None
         self._window: Window | None = None
@@ -111,7 +109,12 @@ class FineTune(pl.LightningModule):
             type(self.model)(self.model.config)
 
     def configure_model(self) -> None:
-        """Shards the model where the trainer's strategy does so."""
+        """Lets layers be recomputed, and shards the model where the trainer's strategy does so."""
+        if self._recomputes and not self._recomputing:
+            # In the process that trains: what this hangs on a model cannot be sent to another.
+            model: Any = self.model
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._recomputing = True
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
 
