@@ -44,7 +44,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 
 def preload() -> None:
     """Lets servers of this process import what their forks need; they run nothing."""
-    _SERVER.set_forkserver_preload(["trainings", "tokenprune.evaluation.run"])
+    _SERVER.set_forkserver_preload(["server"])
 
 
 preload()
