@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 
-import tokenprune.evaluation.run
 import trainings  # noqa: F401
 
 _SERVER = os.getpid()
