@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
+        LOGITS,
         POSITIONS,
         AttentionRows,
         AttentionStrategy,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOGITS",
     "POSITIONS",
     "Adapter",
     "AttentionRows",
@@ -73,8 +75,16 @@ _NAMES = {
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (
-        *("POSITIONS", "AttentionRows", "AttentionStrategy", "PruningStrategy", "Published"),
-        *("ScoreStrategy", "Selection", "TokenView", "available", "build_strategy", "register"),
+        *("LOGITS", "POSITIONS", "AttentionRows", "AttentionStrategy", "PruningStrategy"),
+        *(
+            "Published",
+            "ScoreStrategy",
+            "Selection",
+            "TokenView",
+            "available",
+            "build_strategy",
+            "register",
+        ),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -40,7 +40,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def publish(folder: Path) -> list[dict[str, Any]]:
     """Writes bench.csv and bench.png of a run's or a sweep's folder; the rows."""
-    paths = sorted(folder.glob(f"*/{RESULT}")) or [folder / RESULT]
+    paths = sorted(folder.rglob(RESULT))
     runs = [read(path.parent) | {"run": path.parent.name} for path in paths]
     rows = [row for run in runs for row in with_ways(run)]
     # A stable sort: the rows of a run stay together, its ways in their order.

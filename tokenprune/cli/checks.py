@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune import Schedule
-from tokenprune.cli.configs import compose, missing, reject_sweep_values, single
+from tokenprune.cli.configs import (
+    compose,
+    config_loader,
+    missing,
+    reject_sweep_values,
+    single,
+    without_hydra,
+)
 from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
-from tokenprune.runs import budgets
-from tokenprune.runs.compose import build_pruning, explicit_schedule
+from tokenprune.runs import budgets, targets
+from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
 from tokenprune.runs.models import check_choices, load_config
-from tokenprune.runs.sweeps import expand, sweep_name
+from tokenprune.runs.sweeps import expand, sweep_name, tabulates
 
 
-def single_run(overrides: Sequence[str]) -> DictConfig:
-    """A checked config for a command that runs no evaluation."""
+def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictConfig:
+    """A checked config for a command that runs no evaluation.
+
+    Args:
+        overrides: As on the command line.
+        extra_dir: A folder with further configs (`--config-dir`).
+    """
     reject_sweep_values(overrides)
-    config = compose("eval", overrides)
+    config = compose("eval", overrides, extra_dir)
     check([config])
     return config
 
 
 def check_jobs(
-    command: str, args: argparse.Namespace, own: Callable[[DictConfig], None] | None = None
+    command: str,
+    args: argparse.Namespace,
+    own: Callable[[DictConfig], None] | None = None,
+    wanted: Callable[[DictConfig], str] | None = None,
 ) -> None:
     """Composes every run and checks it: mistakes show before any folder.
 
@@ -41,6 +55,7 @@ def check_jobs(
         command: Name of the primary config.
         args: Hydra's options; a sweep without a name of its own gets one.
         own: Checks that the command adds.
+        wanted: Of a config, whether sweepers that search are to `maximize` or `minimize`.
     """
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
@@ -50,22 +65,67 @@ def check_jobs(
         reject_sweep_values(args.overrides)
         check([compose(command, args.overrides, args.config_dir)], own)
         return
-    target = OmegaConf.select(master, "hydra.sweeper._target_")
-    if not str(target).endswith("GridSweeper"):
-        return  # another sweeper finds its own values
     keys = {override.split("=")[0].lstrip("+") for override in args.overrides}
     if not keys & {"experiment", "hydra.sweep.dir"}:
         name = sweep_name([command, *args.overrides])
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
+    if not tabulates(master):  # another sweeper finds its own values
+        fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
+        args.overrides += _direction(fixed, keys, wanted)
+        return
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
-    check((compose(command, job, args.config_dir) for job in expand(grids, task)), own)
+    jobs = expand(grids, task, config_loader(command, leading, args.config_dir))
+    check((_compose_job(command, job, args.config_dir) for job in jobs), own)
+
+
+def _compose_job(command: str, job: Sequence[str], extra_dir: str | None) -> DictConfig:
+    """The config of a sweep's run, which must be no sweep itself."""
+    config = compose(command, job, extra_dir, hydra=True)
+    if config.hydra.mode == RunMode.MULTIRUN:
+        name = config.hydra.runtime.choices.experiment
+        raise BadInput(
+            f"experiment: expected one that is no sweep itself, got {name!r} among several. "
+            f"Run experiment={name} by a command of its own."
+        )
+    return without_hydra(config)
+
+
+def _direction(
+    config: DictConfig, keys: Collection[str], wanted: Callable[[DictConfig], str] | None
+) -> list[str]:
+    """Overrides that tell a sweeper which way is better, where it has a key for that.
+
+    Args:
+        config: Has the sweeper's own config.
+        keys: What the user has set.
+        wanted: See `check_jobs`.
+    """
+    if wanted is None:
+        return []
+    way = wanted(config)
+    values = {
+        "hydra.sweeper.direction": way,  # Optuna's
+        "hydra.sweeper.optim.maximize": way == "maximize",  # Nevergrad's
+        "hydra.sweeper.ax_config.experiment.minimize": way == "minimize",  # Ax's
+    }
+    for key, value in values.items():
+        given = OmegaConf.select(config, key)
+        if given is None or key in keys:
+            continue
+        given = str(getattr(given, "name", given)).lower()
+        if given != str(value).lower():
+            print(f"{key}: {str(value).lower()}, for that is better", flush=True)
+            return [f"{key}={str(value).lower()}"]
+    return []
 
 
 def check(configs: Iterable[DictConfig], own: Callable[[DictConfig], None] | None = None) -> None:
     """Refuses what can be known of runs before their models and data are loaded."""
     right = []
     for config in configs:
+        targets.load_imports(config)
+        targets.check(config)
         _check_values(config)
         if own is not None:
             own(config)
@@ -98,8 +158,8 @@ def _check_pruning(config: DictConfig) -> None:
         build_pruning(config, known[0].num_layers)
         return
     if config.strategy is not None:
-        instantiate(config.strategy)
-        _check_fractions(instantiate(config.schedule))
+        build_strategy(config.strategy)
+        _check_fractions(targets.build(config.schedule, "schedule"))
 
 
 def _check_fractions(schedule: Any) -> None:

@@ -13,15 +13,20 @@ from tokenprune.cli.jobs import Job, names, quiet, tidy
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
+from tokenprune.runs.targets import load_imports
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("eval", _task, _check, "tokenprune.evaluation.run").run(arguments)
+    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted).run(arguments)
 
 
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
+
+
+def _wanted(config: DictConfig) -> str:
+    return "maximize"  # the accuracy
 
 
 def _task(config: DictConfig) -> float:
@@ -30,6 +35,7 @@ def _task(config: DictConfig) -> float:
     with tidy(folder), quiet():
         from tokenprune.evaluation.run import evaluate
 
+        load_imports(config)
         resolved = plain(config)
         changes = results.changes(folder, resolved, results.fingerprint(resolved))
         metrics = evaluate(config, folder, names(resolved))

@@ -13,9 +13,8 @@ from tokenprune.engine.record import Policy
 from tokenprune.families.anatomy import Anatomy, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import POSITIONS, AttentionRows, PruningStrategy
+from tokenprune.strategy import LOGITS, POSITIONS, AttentionRows, PruningStrategy
 
-LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 

@@ -21,6 +21,7 @@ from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
+from tokenprune.runs.targets import load_imports
 
 _PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
 
@@ -73,6 +74,7 @@ class Evaluator(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
+        load_imports(self.config)
         self.loaded = self.load()
         self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
         if getattr(self.loaded.model, "hf_device_map", None) is None:
@@ -89,6 +91,8 @@ class Evaluator(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         self.records, self.seconds = [], []
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(self.config)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answers a batch and keeps what the metrics need."""

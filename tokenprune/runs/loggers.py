@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from tokenprune.runs import targets
 from tokenprune.runs.results import write_text
 
 
@@ -19,23 +20,9 @@ def build_logger(config: Any) -> Any:
     """The logger that a config names, False for none.
 
     Raises:
-        ValueError: If its package is not installed.
+        ValueError: If it cannot be imported, or its package is not installed.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    if not config:
-        return False
-    try:
-        return instantiate(config)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise ValueError(
-            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
-            "got none. Install it (TensorBoard: pip install 'tokenprune-vlm[train]'), or choose "
-            "logger=csv."
-        ) from error
+    return targets.build(config, "logger", Logger) if config else False
 
 
 class CSVCurve(CSVLogger):

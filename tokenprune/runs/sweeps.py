@@ -6,23 +6,36 @@ import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune.runs import results
 
 _LONGEST_NAME = 120  # most file systems end at 255 bytes
 
 
-def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> list[list[str]]:
+def expand(
+    grids: Sequence[Mapping[str, object]],
+    arguments: Sequence[str],
+    loader: ConfigLoader | None = None,
+) -> list[list[str]]:
     """Overrides of every run: the product of each grid, one grid after another.
 
     Args:
         grids: Maps overrides to values; several values are separated by commas.
         arguments: Overrides from the command line, which win over every grid.
+        loader: Knows what fits a pattern such as `strategy=glob(*)`.
 
     Raises:
-        ValueError: If a value asks for a sweep that is no list.
+        ValueError: If a value asks for a sweep that is no list, or a pattern fits nothing.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=loader)
     given = parser.parse_overrides(list(arguments))
     own = {override.get_key_element().lstrip("+~") for override in given}
     jobs: list[list[str]] = []
@@ -32,7 +45,10 @@ def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> l
         for override in [*parser.parse_overrides(lines), *given]:
             key = override.get_key_element()
             if override.is_discrete_sweep():
-                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                values = list(override.sweep_string_iterator())
+                if not values:
+                    raise _fits_nothing(override, loader)
+                axes.append([f"{key}={value}" for value in values])
             elif override.is_sweep_override():
                 raise ValueError(
                     f"{key}: expected values separated by commas, got {override.input_line!r}. "
@@ -46,6 +62,40 @@ def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> l
             if list(job) not in jobs:
                 jobs.append(list(job))
     return jobs
+
+
+def _fits_nothing(override: Override, loader: ConfigLoader | None) -> ValueError:
+    """The error for a pattern without a match, or a list without an entry."""
+    key = override.get_key_element().lstrip("+~")
+    given = str(override.input_line).partition("=")[2]
+    choices = (
+        loader.get_group_options(key) if loader is not None and override.is_sweep_override() else []
+    )
+    if choices:
+        return ValueError(
+            f"{key}: expected a pattern that fits some of {choices}, got {given!r}. "
+            f"{key}=glob(*) fits all."
+        )
+    return ValueError(
+        f"{key}: expected values, got {given!r}, which gives none: patterns are for groups of "
+        "configs. Separate values by commas."
+    )
+
+
+def tabulates(config: DictConfig) -> bool:
+    """Whether the sweeper of a config writes the table of its runs itself: ours does."""
+    return str(OmegaConf.select(config, "hydra.sweeper._target_")).endswith(".GridSweeper")
+
+
+class Tabulate(Callback):
+    """Writes results.csv and prints it at the end of a sweep whose sweeper is another's.
+
+    It has all complete runs in the sweep's folder, those of earlier searches included.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not tabulates(config):
+            results.finish_sweep(Path(config.hydra.sweep.dir))
 
 
 def run_name(overrides: Sequence[str]) -> str:

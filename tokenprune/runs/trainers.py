@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from tokenprune.runs import targets
+
 #: Remarks of any trainer, when it is built and when it runs, on things that are meant to be so.
 MEANT = (
     # On a cluster's login node: a run of one process, or of those that it starts itself.
@@ -36,10 +38,8 @@ def build_trainer(config: Any, **arguments: Any) -> pl.Trainer:
         config: Its `_target_` and arguments.
         arguments: Further ones.
     """
-    from hydra.utils import instantiate
-
     with quiet():
         # Partial: arguments are objects, which a config does not hold.
-        trainer = instantiate(config, _partial_=True)(**arguments)
+        trainer = targets.build(config, "trainer", _partial_=True)(**arguments)
     assert isinstance(trainer, pl.Trainer)
     return trainer
