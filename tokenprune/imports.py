@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import sysconfig
 import textwrap
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+_NOTHING = object()
+_STANDARD = sysconfig.get_path("stdlib")
 _LONGEST = 300  # characters of an error's text: a compiler's may have thousands
 
 
@@ -36,15 +39,16 @@ def locate(path: str) -> Any:
     for part in rest:
         parent, name = name, f"{name}.{part}"
         try:
-            found = getattr(found, part)
-        except AttributeError:
-            if not hasattr(found, "__path__") or importlib.util.find_spec(name) is None:
-                near = difflib.get_close_matches(part, dir(found), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ImportError(f"{parent} has no {part!r}{hint}") from None
-            found = load_module(name)
+            inside = getattr(found, part, _NOTHING)
         except Exception as error:  # of a module that loads its names when they are asked for
             raise ImportError(reason(error)) from error
+        if inside is _NOTHING and hasattr(found, "__path__") and importlib.util.find_spec(name):
+            inside = load_module(name)
+        if inside is _NOTHING:
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f", but {near[0]!r}" if near else ""
+            raise ImportError(f"{parent} has no {part!r}{hint}")
+        found = inside
     return found
 
 
@@ -70,11 +74,12 @@ def _told(error: BaseException) -> str:
 
 
 def _place(frames: TracebackType | None) -> str:
-    """Where an error was raised, empty where no file was run."""
+    """Where an error was raised, Python's own files aside; empty where no other was run."""
     place = ""
     while frames is not None:
         file = frames.tb_frame.f_code.co_filename
-        if not file.startswith("<") and file not in (__file__, importlib.__file__):
+        standard = file.startswith(_STANDARD) and "-packages" not in file
+        if not (standard or file.startswith("<") or file == __file__):
             place = f" ({Path(file).name}, line {frames.tb_lineno})"
         frames = frames.tb_next
     return place

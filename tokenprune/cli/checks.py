@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +21,6 @@ from tokenprune.cli.configs import (
     missing,
     reject_sweep_values,
     single,
-    without_hydra,
 )
 from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
@@ -46,8 +46,8 @@ def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictCo
 def check_jobs(
     command: str,
     args: argparse.Namespace,
-    own: Callable[[DictConfig], None] | None = None,
-    wanted: Callable[[DictConfig], str] | None = None,
+    own: Callable[[DictConfig], None],
+    wanted: Callable[[DictConfig], tuple[str, str]],
 ) -> None:
     """Composes every run and checks it: mistakes show before any folder.
 
@@ -55,7 +55,8 @@ def check_jobs(
         command: Name of the primary config.
         args: Hydra's options; a sweep without a name of its own gets one.
         own: Checks that the command adds.
-        wanted: Of a config, whether sweepers that search are to `maximize` or `minimize`.
+        wanted: Of a config, what sweepers that search look at, and whether to `maximize` or to
+            `minimize` it.
     """
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
@@ -69,54 +70,58 @@ def check_jobs(
     if not keys & {"experiment", "hydra.sweep.dir"}:
         name = sweep_name([command, *args.overrides])
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
+    known = Plugins.instance().class_name_to_class
+    for part in ("sweeper", "launcher"):
+        if (target := master.hydra[part]._target_) not in known:
+            raise BadInput(
+                f"hydra.{part}._target_: expected a plugin of Hydra's package hydra_plugins, got "
+                f"{target!r}. Choose hydra/{part}=..., or install its package."
+            )
     if not tabulates(master):  # another sweeper finds its own values
         fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
-        args.overrides += _direction(fixed, keys, wanted)
+        args.overrides += _direction(fixed, keys, *wanted(fixed))
         return
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
     jobs = expand(grids, task, config_loader(command, leading, args.config_dir))
-    check((_compose_job(command, job, args.config_dir) for job in jobs), own)
+    _check_experiments(command, jobs, args.config_dir)
+    check((compose(command, job, args.config_dir) for job in jobs), own)
 
 
-def _compose_job(command: str, job: Sequence[str], extra_dir: str | None) -> DictConfig:
-    """The config of a sweep's run, which must be no sweep itself."""
-    config = compose(command, job, extra_dir, hydra=True)
-    if config.hydra.mode == RunMode.MULTIRUN:
-        name = config.hydra.runtime.choices.experiment
-        raise BadInput(
-            f"experiment: expected one that is no sweep itself, got {name!r} among several. "
-            f"Run experiment={name} by a command of its own."
-        )
-    return without_hydra(config)
+def _check_experiments(command: str, jobs: Sequence[Sequence[str]], extra_dir: str | None) -> None:
+    """Refuses a sweep over experiments that are sweeps: their grids would be left out."""
+    keys = ("experiment=", "+experiment=")
+    chosen = {item for job in jobs for item in job if item.startswith(keys)}
+    for item in sorted(chosen) if len(chosen) > 1 else ():
+        if compose(command, [item], extra_dir, hydra=True).hydra.mode == RunMode.MULTIRUN:
+            own = item.lstrip("+")
+            raise BadInput(
+                f"experiment: expected several that are no sweeps themselves, got {own}. "
+                f"Run tokenprune {command} {own} alone."
+            )
 
 
-def _direction(
-    config: DictConfig, keys: Collection[str], wanted: Callable[[DictConfig], str] | None
-) -> list[str]:
+def _direction(config: DictConfig, given: Collection[str], name: str, way: str) -> list[str]:
     """Overrides that tell a sweeper which way is better, where it has a key for that.
 
     Args:
         config: Has the sweeper's own config.
-        keys: What the user has set.
-        wanted: See `check_jobs`.
+        given: Keys that the user has set.
+        name: What is searched by.
+        way: `maximize` or `minimize`.
     """
-    if wanted is None:
-        return []
-    way = wanted(config)
-    values = {
+    ways: dict[str, str | bool] = {
         "hydra.sweeper.direction": way,  # Optuna's
         "hydra.sweeper.optim.maximize": way == "maximize",  # Nevergrad's
         "hydra.sweeper.ax_config.experiment.minimize": way == "minimize",  # Ax's
     }
-    for key, value in values.items():
-        given = OmegaConf.select(config, key)
-        if given is None or key in keys:
-            continue
-        given = str(getattr(given, "name", given)).lower()
-        if given != str(value).lower():
-            print(f"{key}: {str(value).lower()}, for that is better", flush=True)
-            return [f"{key}={str(value).lower()}"]
+    for key, right in ways.items():
+        value = OmegaConf.select(config, key)
+        value = getattr(value, "name", value)  # of an enumeration
+        if value is not None and value != right and key not in given:
+            override = f"{key}={str(right).lower()}"
+            print(f"{override}, for {name}; another one can be set", flush=True)
+            return [override]
     return []
 
 

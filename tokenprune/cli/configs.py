@@ -37,14 +37,10 @@ def compose(
         hydra: Keeps the `hydra` node.
     """
     config, _ = _load(command, overrides, extra_dir)
-    return config if hydra else without_hydra(config)
-
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    """The config as a task gets it, changed in place."""
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    OmegaConf.set_struct(config, True)
+    if not hydra:
+        OmegaConf.set_struct(config, False)
+        del config["hydra"]
+        OmegaConf.set_struct(config, True)
     return config
 
 
@@ -177,7 +173,9 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
                 f"strategy: expected strategy/{group[2]}.yaml, got none for {group[2]!r}, which is "
                 "registered. Write one (docs/add_a_strategy.md), and add --config-dir."
             )
-        return unknown(group[1], group[2], choices)
+        plugins = " Others come with Hydra's plugins, such as hydra-optuna-sweeper."
+        hint = plugins if group[1].startswith("hydra/") else ""
+        return unknown(group[1], group[2], choices) + hint
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if key or "No match in the defaults list" in text:
         name = (key[1] or key[2]) if key else text.split("'")[1]

@@ -25,8 +25,8 @@ def _check(config: DictConfig) -> None:
     build_metric(config.metric)
 
 
-def _wanted(config: DictConfig) -> str:
-    return "maximize"  # the accuracy
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return "accuracy", "maximize"
 
 
 def _task(config: DictConfig) -> float:

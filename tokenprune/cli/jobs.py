@@ -35,15 +35,15 @@ class Job:
         task: Does one run, inside `tidy`.
         check: Refuses values of a config; loads neither torch nor transformers where it can.
         needs: The module that does the work, which takes seconds to load.
-        wanted: Of a config, whether sweepers that search are to `maximize` or to `minimize` what
-            the task returns.
+        wanted: Of a config, the name of what the task returns, and whether sweepers that search are
+            to `maximize` or to `minimize` it.
     """
 
     command: str
     task: Callable[[DictConfig], Any]
     check: Callable[[DictConfig], None]
     needs: str
-    wanted: Callable[[DictConfig], str]
+    wanted: Callable[[DictConfig], tuple[str, str]]
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs the command, once or for every run of a sweep; the exit code."""

@@ -23,8 +23,8 @@ def main(arguments: Sequence[str]) -> int:
     return Job("train", _task, check, "tokenprune.training.run", _wanted).run(arguments)
 
 
-def _wanted(config: DictConfig) -> str:
-    return {"min": "minimize", "max": "maximize"}[MONITORS[config.monitor]]
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return config.monitor, f"{MONITORS[config.monitor]}imize"
 
 
 def _task(config: DictConfig) -> float | None:
@@ -65,5 +65,5 @@ def _task(config: DictConfig) -> float | None:
 
 
 def _monitored(config: DictConfig, summary: Path) -> float | None:
-    value = json.loads(summary.read_text(encoding="utf-8")).get(config.monitor)
-    return None if value is None else float(value)
+    found = json.loads(summary.read_text(encoding="utf-8"))["validation"]
+    return found.get(config.monitor.removeprefix("val_"))  # type: ignore[no-any-return]

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         assert pruning is not None
         checks = verify(loaded, prompt.prompt(loaded, made_image(), "What is this?"), pruning)
     print_table(
-        f"{config.model.path}, {called(pruning.strategy)}",
+        f"{config.model.get('path', config.model._target_)}, {called(pruning.strategy)}",
         ("check",),
         ("difference", "allowed", "result"),
         [

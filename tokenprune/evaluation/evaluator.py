@@ -20,6 +20,7 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
+from tokenprune.runs.loggers import log_config
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.targets import load_imports
 
@@ -72,6 +73,9 @@ class Evaluator(pl.LightningModule):
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
+    def setup(self, stage: str) -> None:
+        log_config(self.trainer, self.config)
+
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
         load_imports(self.config)
@@ -91,8 +95,6 @@ class Evaluator(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         self.records, self.seconds = [], []
-        for logger in self.trainer.loggers:
-            logger.log_hyperparams(self.config)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answers a batch and keeps what the metrics need."""

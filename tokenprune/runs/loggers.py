@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from tokenprune.runs import targets
@@ -23,6 +24,20 @@ def build_logger(config: Any) -> Any:
         ValueError: If it cannot be imported, or its package is not installed.
     """
     return targets.build(config, "logger", Logger) if config else False
+
+
+def log_config(trainer: pl.Trainer, config: Mapping[str, Any]) -> None:
+    """Gives a run's whole config to its loggers; before it runs, for some then write their files.
+
+    Args:
+        trainer: Whose loggers.
+        config: The resolved config.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # Of an earlier run in this folder: it is never written again.
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        logger.log_hyperparams(dict(config))
 
 
 class CSVCurve(CSVLogger):

@@ -28,7 +28,8 @@ def load_imports(config: Mapping[str, Any] | DictConfig) -> None:
     """
     given = config.get("imports")
     names = [] if given is None else given
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
             f"imports: expected a list of modules, got {given!r}. Write imports=[my_package.mine]."
         )

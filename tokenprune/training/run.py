@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 
 from tokenprune.runs import compose, results, targets
 from tokenprune.runs.devices import check_training
-from tokenprune.runs.loggers import build_logger
+from tokenprune.runs.loggers import build_logger, log_config
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.trainers import build_trainer
 from tokenprune.training import resume
@@ -184,6 +184,8 @@ class _Begin(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         targets.load_imports(self.config)  # in each process
+        if stage == "fit":
+            log_config(trainer, self.config)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -191,8 +193,6 @@ class _Begin(pl.Callback):
         if self._begun:
             return
         self._begun = True
-        for logger in trainer.loggers:
-            logger.log_hyperparams(dict(self.config))
         if trainer.is_global_zero:
             for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
                 (self.folder / name).unlink(missing_ok=True)
