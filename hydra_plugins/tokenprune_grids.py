@@ -36,6 +36,14 @@ class GridSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def _choices(self, group: str) -> list[str]:
+        assert self.config is not None
+        assert self.loader is not None
+        found: list[str] = self.loader.get_group_options(
+            group, overrides=list(self.config.hydra.overrides.hydra)
+        )
+        return found
+
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
         from tokenprune.runs import results
@@ -43,7 +51,7 @@ class GridSweeper(Sweeper):
 
         assert self.config is not None
         assert self.launcher is not None
-        jobs = expand(self.grids, arguments, self.loader)
+        jobs = expand(self.grids, arguments, self._choices)
         names = run_names(jobs)
         named = [
             [*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)

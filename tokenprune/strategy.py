@@ -327,7 +327,7 @@ def _load_offered(name: str, entries: list[EntryPoint]) -> None:
     (entry,), (package,) = entries, packages
     broken = f"strategy {name!r}: expected the package {package!r} to give it, got {entry.value!r}"
     try:
-        found = locate(f"{entry.module}.{entry.attr}".rstrip("."))
+        found = locate(".".join(filter(None, (entry.module, entry.attr))))
     except ImportError as error:
         raise ValueError(f"{broken}: {error}. Repair or uninstall it.") from error
     if name not in _REGISTRY:

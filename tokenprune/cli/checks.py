@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -16,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenprune import Schedule
 from tokenprune.cli.configs import (
+    choices,
     compose,
-    config_loader,
     missing,
     reject_sweep_values,
     single,
@@ -28,6 +29,9 @@ from tokenprune.runs import budgets, targets
 from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
 from tokenprune.runs.models import check_choices, load_config
 from tokenprune.runs.sweeps import expand, sweep_name, tabulates
+
+#: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
+_UNNAMED = "outputs/sweep"
 
 
 def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictConfig:
@@ -66,34 +70,41 @@ def check_jobs(
         reject_sweep_values(args.overrides)
         check([compose(command, args.overrides, args.config_dir)], own)
         return
-    keys = {override.split("=")[0].lstrip("+") for override in args.overrides}
-    if not keys & {"experiment", "hydra.sweep.dir"}:
+    _check_plugins(master)
+    given = {override.split("=")[0].lstrip("+") for override in args.overrides}
+    folder = OmegaConf.to_container(master.hydra.sweep)["dir"]  # type: ignore[call-overload,index]
+    if "hydra.sweep.dir" not in given and folder == _UNNAMED:
         name = sweep_name([command, *args.overrides])
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
-    known = Plugins.instance().class_name_to_class
-    for part in ("sweeper", "launcher"):
-        if (target := master.hydra[part]._target_) not in known:
-            raise BadInput(
-                f"hydra.{part}._target_: expected a plugin of Hydra's package hydra_plugins, got "
-                f"{target!r}. Choose hydra/{part}=..., or install its package."
-            )
     if not tabulates(master):  # another sweeper finds its own values
         fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
-        args.overrides += _direction(fixed, keys, *wanted(fixed))
+        args.overrides += _direction(fixed, given, *wanted(fixed))
         return
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
-    jobs = expand(grids, task, config_loader(command, leading, args.config_dir))
+    known = partial(choices, overrides=args.overrides, extra_dir=args.config_dir)
+    places = [item for item in args.overrides if item.startswith("hydra.searchpath=")]
+    jobs = [[*places, *job] for job in expand(grids, task, known)]
     _check_experiments(command, jobs, args.config_dir)
     check((compose(command, job, args.config_dir) for job in jobs), own)
 
 
+def _check_plugins(config: DictConfig) -> None:
+    """Refuses a sweeper or launcher that Hydra does not have."""
+    plugins = Plugins.instance().class_name_to_class
+    for part in ("sweeper", "launcher"):
+        if (target := config.hydra[part]._target_) not in plugins:
+            raise BadInput(
+                f"hydra.{part}._target_: expected a plugin of Hydra's package hydra_plugins, got "
+                f"{target!r}. Choose hydra/{part}=..., or install its package."
+            )
+
+
 def _check_experiments(command: str, jobs: Sequence[Sequence[str]], extra_dir: str | None) -> None:
     """Refuses a sweep over experiments that are sweeps: their grids would be left out."""
-    keys = ("experiment=", "+experiment=")
-    chosen = {item for job in jobs for item in job if item.startswith(keys)}
+    chosen = {item: job for job in jobs for item in job if re.match(r"\+?experiment=", item)}
     for item in sorted(chosen) if len(chosen) > 1 else ():
-        if compose(command, [item], extra_dir, hydra=True).hydra.mode == RunMode.MULTIRUN:
+        if compose(command, chosen[item], extra_dir, hydra=True).hydra.mode == RunMode.MULTIRUN:
             own = item.lstrip("+")
             raise BadInput(
                 f"experiment: expected several that are no sweeps themselves, got {own}. "

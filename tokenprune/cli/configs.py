@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -36,7 +35,22 @@ def compose(
         extra_dir: A folder with further configs (`--config-dir`).
         hydra: Keeps the `hydra` node.
     """
-    config, _ = _load(command, overrides, extra_dir)
+    overrides = list(overrides)
+    folders(overrides, extra_dir)
+    if extra_dir is not None:
+        others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
+        paths = [
+            str(Path(path).resolve()) if key.startswith("--") else path
+            for key, path in _search_path(overrides, extra_dir)
+        ]
+        quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
+        overrides = [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
+        try:
+            config = hydra_compose(command, overrides, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BadInput(_translate(command, overrides, error)) from error
     if not hydra:
         OmegaConf.set_struct(config, False)
         del config["hydra"]
@@ -44,11 +58,10 @@ def compose(
     return config
 
 
-def config_loader(
-    command: str, overrides: Sequence[str], extra_dir: str | None = None
-) -> ConfigLoader:
-    """What knows all choices of all groups, for patterns such as `strategy=glob(*)`."""
-    return _load(command, overrides, extra_dir)[1]
+def choices(group: str, overrides: Sequence[str], extra_dir: str | None = None) -> list[str]:
+    """Names of all configs of a group; arguments as for `folders`."""
+    places = folders(overrides, extra_dir)
+    return sorted(path.stem for place in places for path in (place / group).glob("*.yaml"))
 
 
 def folders(overrides: Sequence[str], extra_dir: str | None = None) -> list[Path]:
@@ -100,26 +113,6 @@ def _folder(path: str) -> Path | None:
     elif kind not in ("", "file"):
         return None
     return Path(rest) if Path(rest).is_dir() else None
-
-
-def _load(
-    command: str, overrides: Sequence[str], extra_dir: str | None
-) -> tuple[DictConfig, ConfigLoader]:
-    overrides = list(overrides)
-    folders(overrides, extra_dir)
-    if extra_dir is not None:
-        others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
-        paths = [str(Path(path).resolve()) if key.startswith("--") else path
-                 for key, path in _search_path(overrides, extra_dir)]  # fmt: skip
-        quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
-        overrides = [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
-        try:
-            config = hydra_compose(command, overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise BadInput(_translate(command, overrides, error)) from error
-        return config, GlobalHydra.instance().config_loader()
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

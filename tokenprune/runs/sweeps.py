@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,19 +22,19 @@ _LONGEST_NAME = 120  # most file systems end at 255 bytes
 def expand(
     grids: Sequence[Mapping[str, object]],
     arguments: Sequence[str],
-    loader: ConfigLoader | None = None,
+    choices: Callable[[str], Sequence[str]] = lambda group: (),
 ) -> list[list[str]]:
     """Overrides of every run: the product of each grid, one grid after another.
 
     Args:
         grids: Maps overrides to values; several values are separated by commas.
         arguments: Overrides from the command line, which win over every grid.
-        loader: Knows what fits a pattern such as `strategy=glob(*)`.
+        choices: All choices of a group, for patterns such as `strategy=glob(*)`.
 
     Raises:
         ValueError: If a value asks for a sweep that is no list, or a pattern fits nothing.
     """
-    parser = OverridesParser.create(config_loader=loader)
+    parser = OverridesParser.create()
     given = parser.parse_overrides(list(arguments))
     own = {override.get_key_element().lstrip("+~") for override in given}
     jobs: list[list[str]] = []
@@ -45,10 +44,7 @@ def expand(
         for override in [*parser.parse_overrides(lines), *given]:
             key = override.get_key_element()
             if override.is_discrete_sweep():
-                values = list(override.sweep_string_iterator())
-                if not values:
-                    raise _fits_nothing(override, loader)
-                axes.append([f"{key}={value}" for value in values])
+                axes.append([f"{key}={value}" for value in _values(override, choices)])
             elif override.is_sweep_override():
                 raise ValueError(
                     f"{key}: expected values separated by commas, got {override.input_line!r}. "
@@ -64,21 +60,30 @@ def expand(
     return jobs
 
 
-def _fits_nothing(override: Override, loader: ConfigLoader | None) -> ValueError:
-    """The error for a pattern without a match, or a list without an entry."""
-    key = override.get_key_element().lstrip("+~")
+def _values(override: Override, choices: Callable[[str], Sequence[str]]) -> list[str]:
+    """What a swept override stands for.
+
+    Raises:
+        ValueError: If that is nothing.
+    """
+    pattern: Any = override.value()
+    group = override.key_or_group
+    if not isinstance(pattern, Glob):
+        return list(override.sweep_string_iterator())
+    # Hydra's own iterator leaves out what is in folders of hydra.searchpath.
+    known = list(choices(group))
+    values: list[str] = pattern.filter(known)
+    if values:
+        return values
     given = str(override.input_line).partition("=")[2]
-    choices = (
-        loader.get_group_options(key) if loader is not None and override.is_sweep_override() else []
-    )
-    if choices:
-        return ValueError(
-            f"{key}: expected a pattern that fits some of {choices}, got {given!r}. "
-            f"{key}=glob(*) fits all."
+    if known:
+        raise ValueError(
+            f"{group}: expected a pattern that fits some of {known}, got {given!r}. "
+            f"{group}=glob(*) fits all."
         )
-    return ValueError(
-        f"{key}: expected values, got {given!r}, which gives none: patterns are for groups of "
-        "configs. Separate values by commas."
+    raise ValueError(
+        f"{group}: expected values separated by commas, got {given!r}. Patterns are for groups of "
+        "configs, such as strategy=glob(*)."
     )
 
 
