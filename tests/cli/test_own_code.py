@@ -6,12 +6,14 @@ Rows i1 (own strategies), i2 (broken imports), i3 (further folders of configs).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from commands import TINY, random_llava, refused
+from commands import COMMAND, TINY, random_llava, refused
 from own import BROKEN, NORM, REGISTERED, configs, importable, offer, write
 from PIL import Image
+from processes import run
 
 from tokenprune.cli import main as cli
 from tokenprune.runs import results
@@ -266,3 +268,15 @@ def test_a_registered_name_without_a_yaml_says_what_to_write(
 @pytest.mark.parametrize("name", ["eval", "train", "bench"])
 def test_imports_is_a_key_of_every_command(name: str) -> None:
     assert "\nimports: []\n" in (config_dir() / f"{name}.yaml").read_text()
+
+
+def test_imports_reach_every_process(own: Path, checkpoint: Path) -> None:
+    """Which a run starts itself: an adapter that is registered there must be known there."""
+    noted = "import os, pathlib\npathlib.Path(__file__).with_name(f'{os.getpid()}.txt').touch()\n"
+    write(own, {"own_noted.py": noted})
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    few = ["eval", *TINY, "data.test.num_samples=4", "data.batch_size=2"]
+    path = os.pathsep.join([str(own), os.environ["PYTHONPATH"]])
+    run([*COMMAND, *few, *random_llava(checkpoint), *two, "imports=[own_noted]"],
+        env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    assert len(list(own.glob("*.txt"))) == 3
