@@ -160,7 +160,7 @@ def test_i2_a_broken_import_of_anything_is_one_line(
         ("eval imports=own_norm", "imports: expected a list of modules, got 'own_norm'"),
         ("train imports=3", "imports: expected a list of modules, got 3"),
         ("eval -m seed=1,2 hydra.sweeper._target_=own_norm.X", "expected a plugin of Hydra's"),
-        ("eval -m hydra/sweeper=optuna", "hydra/sweeper: expected one of ['basic', 'grids'], got"),
+        ("eval -m hydra/sweeper=own_search", "Others come with Hydra's plugins, such as hydra-opt"),
     ],
 )
 def test_i2_what_is_no_such_thing_is_one_line(
