@@ -12,6 +12,7 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from tokenprune.runs.files import growing
 from tokenprune.runs.results import write_text
 
 
@@ -74,6 +75,7 @@ class CSVCurve(CSVLogger):
             return
         if step < 0:
             self.path.unlink(missing_ok=True)
+            self._experiment = None  # which knows its columns
             return
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -99,6 +101,10 @@ def _step(row: dict[str, Any]) -> float:
 
 class _Appends(ExperimentWriter):
     """Finds its file's columns instead of deleting it, and never leaves it half-written."""
+
+    def save(self) -> None:
+        with growing(Path(self.metrics_file_path)):
+            super().save()
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
