@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-#: What ends the writing of a file that was begun, whoever writes it.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+#: What ends the writing of a file that was begun, whoever writes it; ENOENT is tempfile's, which
+#: finds no folder that can be written.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
 _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT): " Make room, or choose another folder.",
     (errno.EFBIG,): " Raise the limit on the size of files (ulimit -f).",

@@ -163,7 +163,7 @@ class Evaluator(pl.LightningModule):
             numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
             for logger in self.trainer.loggers:
                 if isinstance(logger, CSVCurve):
-                    logger.cut(-1)  # of an earlier run
+                    logger.begin()  # an earlier run may have left one
                 logger.log_metrics(numbers)
                 logger.save()
         results.write_run(

@@ -61,6 +61,9 @@ def together(folder: Path, last: str) -> Iterator[Path]:
         files = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
         for parent in {(folder / name).parent for name in files}:
             parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder / name for name in files):
+            if place.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
         (folder / last).unlink(missing_ok=True)
         for name in sorted(files, key=lambda name: name == Path(last)):
             os.replace(stage / name, folder / name)
