@@ -136,5 +136,4 @@ def test_g1_torchrun_itself(command: str) -> None:
     assert said
     assert all("torchrun: expected to be started once" in line for line in said)
     assert re.search(r"exitcode +: 2 ", done.stderr)
-    assert "Traceback (most" not in done.stderr
     assert list(Path().iterdir()) == []

@@ -8,6 +8,7 @@ to tidy up is Ctrl-C an exception (`Interruptible`).
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ def begin() -> None:
     sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
     threading.excepthook = _note
     _spare_bytecode()
+    # Says on every start that it cannot keep a list of fonts, where that is so.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def end(code: int) -> int:

@@ -312,8 +312,9 @@ def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
     """
 
     def collects() -> list[dict[str, Any]]:
-        others = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
-        return collect(folder, [*runs, *others])
+        whole = [path.parent for path in folder.glob(f"*/{METRICS}")]
+        others = [p.name for p in whole if (p / CONFIG).is_file() and (p / VERSIONS).is_file()]
+        return collect(folder, [*runs, *sorted(others)])
 
     rows = settle(collects, lambda rows: write_table(folder, rows))
     if rows:
