@@ -119,6 +119,9 @@ def test_g2_processes_of_a_run_meet_on_this_machine(
     assert (own.main_address, own.node_rank()) == ("127.0.0.1", 0)
     assert own.main_port not in (1, 29500)
     assert own.main_port == own.main_port
+    if not ALONE[around].get("RANK"):
+        monkeypatch.setenv("LOCAL_RANK", "1")  # as in the processes that Lightning starts
+        assert own.main_address == "127.0.0.1"
     options = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 2}
     options |= {"strategy": "ddp_spawn", "logger": False, "enable_checkpointing": False}
     trainer = build_trainer(options)

@@ -67,7 +67,7 @@ class OwnProcesses(LightningEnvironment):
 
     @property
     def main_address(self) -> str:
-        return super().main_address if launchers.is_own_child() else "127.0.0.1"
+        return "127.0.0.1"
 
     @property
     def main_port(self) -> int:
