@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from tokenprune.families.adapter import Adapter, register_adapter
     from tokenprune.families.anatomy import visual_mask
     from tokenprune.families.positions import fixed_positions
-    from tokenprune.families.projection import Projected
+    from tokenprune.families.projection import QueriesAndKeys
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
         POSITIONS,
-        AttentionRows,
         AttentionStrategy,
+        DecoderRows,
+        Need,
+        PerStage,
+        Projected,
         PruningStrategy,
         Published,
         ScoreStrategy,
         Selection,
+        Text,
+        TextView,
         TokenView,
         available,
         build_strategy,
@@ -36,16 +41,21 @@ __version__ = "0.1.0"
 __all__ = [
     "POSITIONS",
     "Adapter",
-    "AttentionRows",
     "AttentionStrategy",
+    "DecoderRows",
     "Handle",
-    "Published",
+    "Need",
+    "PerStage",
     "Projected",
+    "Published",
     "PruningStrategy",
+    "QueriesAndKeys",
     "Schedule",
     "ScoreStrategy",
     "Selection",
     "Stage",
+    "Text",
+    "TextView",
     "TokenView",
     "Trace",
     "TracedStage",
@@ -69,12 +79,13 @@ _NAMES = {
     "families.adapter": ("Adapter", "register_adapter"),
     "families.anatomy": ("visual_mask",),
     "families.positions": ("fixed_positions",),
-    "families.projection": ("Projected",),
+    "families.projection": ("QueriesAndKeys",),
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (
-        *("POSITIONS", "AttentionRows", "AttentionStrategy", "PruningStrategy", "Published"),
-        *("ScoreStrategy", "Selection", "TokenView", "available", "build_strategy", "register"),
+        *("POSITIONS", "AttentionStrategy", "DecoderRows", "Need", "PerStage", "Projected"),
+        *("PruningStrategy", "Published", "ScoreStrategy", "Selection", "Text", "TextView"),
+        *("TokenView", "available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -19,17 +19,22 @@ if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
     from torch import Tensor
 
 SOURCES = ("next", "previous")
-QUERIES = ("last", "all")
+QUERIES = ("last", "all", "text")
 POSITIONS = ("original", "renumbered")
 
 
+class Need:
+    """Something that a strategy reads of a run, declared before it in `PruningStrategy.needs`."""
+
+
 @dataclass(frozen=True)
-class AttentionRows:
-    """Attention that a strategy will ask for, declared before the run.
+class DecoderRows(Need):
+    """Attention that a decoder layer pays the visual tokens.
 
     Args:
         queries: `"last"`, the last prompt token (with labels: the tokens that predict an answer's
-            first token), or `"all"`, every real position.
+            first token); `"all"`, every real position; or `"text"`, the prompt's text tokens, each
+            by itself.
         source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
     """
 
@@ -43,9 +48,34 @@ class AttentionRows:
         ):
             if value not in choices:
                 raise ValueError(
-                    f"AttentionRows.{name}: expected one of {list(choices)}, got {value!r}. "
+                    f"DecoderRows.{name}: expected one of {list(choices)}, got {value!r}. "
                     "Say which attention the strategy reads."
                 )
+
+
+@dataclass(frozen=True)
+class Projected(Need):
+    """The visual tokens as they entered the decoder."""
+
+
+@dataclass(frozen=True)
+class Text(Need):
+    """The prompt's text as it entered the decoder."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextView:
+    """The text of a prompt: what is no visual token, no pad and no answer.
+
+    Attributes:
+        embeddings: (B, S, D), what entered the decoder, detached.
+        valid: Bool (B, S), which entries exist.
+        follows: Bool (B, S), which of them come after the row's last visual token.
+    """
+
+    embeddings: Tensor
+    valid: Tensor
+    follows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +99,7 @@ class TokenView:
     _positions: Callable[[], Tensor] = field(repr=False)
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
-    _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
+    _signal: Callable[[Need], Any] = field(repr=False)
     _random: Callable[[int], Tensor] = field(repr=False)
 
     @property
@@ -96,17 +126,34 @@ class TokenView:
         return self._places()
 
     def attend(self, queries: str = "last", source: str = "next") -> Tensor:
-        """Attention that the asked query rows pay each visual token, averaged over those rows.
+        """Attention that the asked query rows pay each visual token, as `DecoderRows` names them.
 
         The softmax runs over all keys, text included, in float32.
 
         Returns:
-            float32 (B, H, V).
+            float32 (B, H, V), averaged over the rows; of `"text"` (B, H, S, V), each row of
+            `text` by itself, zero where it does not exist.
 
         Raises:
-            ValueError: If the strategy did not declare these rows in `attention_rows`.
+            ValueError: If the strategy did not declare these rows in `needs`.
         """
-        return self._attend(AttentionRows(queries, source))
+        signal: Tensor = self._signal(DecoderRows(queries, source))
+        return signal
+
+    @property
+    def projected(self) -> Tensor:
+        """The tokens as they entered the decoder (B, V, D), detached; `Projected` in `needs`.
+
+        A token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(Projected())
+        return signal
+
+    @property
+    def text(self) -> TextView:
+        """The prompt's text as it entered the decoder; `Text` in `needs`."""
+        signal: TextView = self._signal(Text())
+        return signal
 
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
@@ -123,10 +170,15 @@ class Selection:
     Attributes:
         kept: Bool (B, V).
         scores: float32 (B, V) for the trace, or None for joint choices.
+        weights: float (B, K, V), how each survivor, in ascending order, is mixed from the tokens
+            alive, or None where survivors stay as they are. K is the most that a row keeps; what
+            stands beyond a row's own survivors is not read. Gradients flow through the mixture,
+            not through the weights.
     """
 
     kept: Tensor
     scores: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,9 +203,16 @@ class PruningStrategy(ABC):
     #: True if `select` always keeps exactly min(keep, alive) tokens; spares the engine a count.
     keeps_exactly: ClassVar[bool] = False
 
-    def attention_rows(self) -> tuple[AttentionRows, ...]:
-        """Rows that `select` will ask of `view.attend`; the engine computes them in time."""
+    def needs(self) -> tuple[Need, ...]:
+        """What `select` will ask of its view besides hidden states, positions and places.
+
+        The engine computes it in time, and nothing else.
+        """
         return ()
+
+    def at(self, cut: int) -> PruningStrategy:
+        """The strategy of a cut, numbered from 0: itself, unless it is one of several."""
+        return self
 
     @abstractmethod
     def select(self, view: TokenView, keep: Tensor) -> Selection:
@@ -205,10 +264,48 @@ class AttentionStrategy(ScoreStrategy):
     source: str = "next"
 
     def __post_init__(self) -> None:
-        AttentionRows(self.queries, self.source)  # refuses bad values here, not at the first cut
+        DecoderRows(self.queries, self.source)  # refuses bad values here, not at the first cut
 
-    def attention_rows(self) -> tuple[AttentionRows, ...]:
-        return (AttentionRows(self.queries, self.source),)
+    def needs(self) -> tuple[Need, ...]:
+        return (DecoderRows(self.queries, self.source),)
+
+
+@dataclass(frozen=True)
+class PerStage(PruningStrategy):
+    """One strategy a cut.
+
+    Args:
+        strategies: As many as the schedule has cuts, in their order.
+    """
+
+    strategies: tuple[PruningStrategy, ...]
+
+    def __post_init__(self) -> None:
+        given = self.strategies
+        if isinstance(given, PruningStrategy) or not all(
+            isinstance(own, PruningStrategy) and not isinstance(own, PerStage) for own in given
+        ):
+            raise ValueError(
+                f"PerStage: expected a strategy for each cut, got {given!r}. "
+                "Write PerStage((first, second))."
+            )
+        object.__setattr__(self, "strategies", tuple(given))
+
+    def needs(self) -> tuple[Need, ...]:
+        return tuple(dict.fromkeys(need for own in self.strategies for need in own.needs()))
+
+    def at(self, cut: int) -> PruningStrategy:
+        return self.strategies[cut]
+
+    def select(self, view: TokenView, keep: Tensor) -> Selection:
+        raise ValueError(
+            "PerStage: expected a cut's own strategy to be asked, at(cut), got them all."
+        )
+
+
+def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:
+    """The decoder's attention among a strategy's needs."""
+    return tuple(need for need in strategy.needs() if isinstance(need, DecoderRows))
 
 
 _REGISTRY: dict[str, type[PruningStrategy]] = {}

@@ -6,6 +6,7 @@ H query heads, G key heads, Q query rows, K keys, E head dimension.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -142,3 +143,11 @@ def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & ~hidden
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def single_precision(device: torch.device) -> AbstractContextManager[None]:
+    """What is computed in float32 stays so, under autocast as well."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -23,7 +23,7 @@ from tokenprune.runs.models import load_config
 DOC = Path(__file__).parents[2] / "docs" / "budgets.md"
 LLAVA = Workload(cost.DecoderShape.preset("llava-1.5-7b"), 576)
 NEXT = Workload(cost.DecoderShape.preset("llava-next-7b"), 2880)
-PDROP = tuple(tp.build_strategy("pyramiddrop").attention_rows())
+PDROP = tp.build_strategy("pyramiddrop")
 EVEN = solver.pyramid([8, 16, 24])
 FASTV = solver.one_shot(2)
 
@@ -71,7 +71,7 @@ def test_known_schedules_are_found_again(workload, family, target, value, solved
 def test_nothing_in_the_family_is_nearer(
     num_visual, cuts, rounding, share, target, convention
 ) -> None:
-    workload = Workload(LLAVA.shape, num_visual, num_text=3, rows=PDROP)
+    workload = Workload(LLAVA.shape, num_visual, num_text=3, strategy=PDROP)
     families: list[solver.Dial] = [
         solver.pyramid(cuts, rounding),
         solver.one_shot(cuts[0], rounding),
@@ -126,9 +126,9 @@ def test_real_counts_are_reported() -> None:
 
 
 def test_exact_budgets_count_the_scoring() -> None:
-    workload = Workload(LLAVA.shape, 576, num_text=30, rows=PDROP)
+    workload = Workload(LLAVA.shape, 576, num_text=30, strategy=PDROP)
     lengths = workload.lengths(EVEN.build(0.5))
-    terms = cost.exact(LLAVA.shape, lengths, 30, cuts=(8, 16, 24), rows=PDROP)
+    terms = cost.exact(LLAVA.shape, lengths, 30, cuts=(8, 16, 24), strategy=PDROP)
     total = workload.flops(EVEN.build(0.5), "exact")
     assert total == pytest.approx(terms.layers + terms.scoring, rel=1e-12)
     assert terms.scoring > 0
@@ -204,7 +204,7 @@ def test_a_config_is_solved(overrides: list[str], schedule: tp.Schedule | None) 
     assert pruning.solution is not None
     if schedule is None:
         assert pruning.solution.got == pytest.approx(0.5, rel=1e-3)
-        assert pruning.solution.workload.rows == PDROP
+        assert pruning.solution.workload.strategy == PDROP
     else:
         workload = pruning.solution.workload
         assert workload.lengths(pruning.schedule) == workload.lengths(schedule)
@@ -338,7 +338,7 @@ def strategy_table() -> list[str]:
     }
     for name, (model, plain) in itertools.product(tp.available(), models.items()):
         strategy, schedule, _ = tp.published(name, num_layers=plain.shape.num_layers)
-        workload = Workload(plain.shape, plain.num_visual, rows=tuple(strategy.attention_rows()))
+        workload = Workload(plain.shape, plain.num_visual, strategy=strategy)
         total = workload.flops(schedule, "exact")
         share = 100 * (total - plain.flops(schedule, "exact")) / total
         lines.append(

@@ -14,6 +14,7 @@ import tokenprune as tp
 from tokenprune.cost.figures import Workload
 from tokenprune.families import projection
 from tokenprune.families.anatomy import examine
+from tokenprune.strategy import decoder_rows
 
 SEVEN = tp.cost.DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
 THIRTEEN = tp.cost.DecoderShape(40, 5120, 13824, 40, 40, 128, 32000)
@@ -352,7 +353,7 @@ def check_counts(name: str, attention: str) -> tp.cost.DecoderShape:
             count = counted(model, inputs, use_cache=False)
         lengths = trace.visual_lengths[:, 0].tolist()
         assert lengths == schedule.lengths(shape.num_layers, visual)
-        back = int(any(rows.source == "previous" for rows in strategy.attention_rows()))
+        back = int(any(rows.source == "previous" for rows in decoder_rows(strategy)))
         layers = examine(model).layers
         captured = [
             cut
@@ -366,11 +367,11 @@ def check_counts(name: str, attention: str) -> tp.cost.DecoderShape:
             causal=False,
             num_logits=lengths[-1] + text,
             cuts=specimen.cuts,
-            rows=strategy.attention_rows(),
+            strategy=strategy,
             captured=captured,
         )
         assert count == pytest.approx(pruned.total, rel=1e-3), strategy
-        assert (pruned.scoring > 0) == bool(strategy.attention_rows())
+        assert (pruned.scoring > 0) == bool(decoder_rows(strategy))
     return shape
 
 
@@ -425,8 +426,8 @@ def test_decoding_is_what_a_step_takes() -> None:
 
 
 def test_scoring_at_layer_0_counts_all_tokens() -> None:
-    (rows,) = tp.build_strategy("pyramiddrop").attention_rows()
-    cost = tp.cost.exact(SEVEN, [57] * 32, 36, cuts=(0,), rows=(rows,), num_visual=576)
+    strategy = tp.build_strategy("pyramiddrop")
+    cost = tp.cost.exact(SEVEN, [57] * 32, 36, cuts=(0,), strategy=strategy, num_visual=576)
     assert cost.scoring == tp.cost.scoring_flops(SEVEN, 612)
     assert cost.total == cost.layers + cost.scoring + cost.vocabulary
 

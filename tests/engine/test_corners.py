@@ -260,7 +260,7 @@ def test_attention_must_be_declared() -> None:
 
     model = build("llava")
     with (
-        pytest.raises(ValueError, match=r"Undeclared: expected attention declared in attention_ro"),
+        pytest.raises(ValueError, match=r"Undeclared: expected what is declared in needs"),
         tp.prune(model, Undeclared(), SCHEDULE),
     ):
         model(**batch(model, ROWS))

@@ -42,7 +42,7 @@ def view(
         _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
         _hidden=lambda: torch.zeros(*valid.shape, 4),
         _places=lambda: places,
-        _attend=lambda rows: attention,
+        _signal=lambda need: attention,
         _random=lambda seed: random,
     )
 
@@ -170,9 +170,9 @@ def test_unknown_names_and_fields() -> None:
         tp.build_strategy("piramiddrop")
     with pytest.raises(ValueError, match=r"expected fields among \['queries', 'source'\], got 'k'"):
         tp.build_strategy("fastv", k=2)
-    with pytest.raises(ValueError, match=r"AttentionRows.queries: expected one of .* got 'first'"):
+    with pytest.raises(ValueError, match=r"DecoderRows.queries: expected one of .* got 'first'"):
         tp.build_strategy("fastv", queries="first")
-    with pytest.raises(ValueError, match=r"AttentionRows.source: expected one of .* got 'own'"):
+    with pytest.raises(ValueError, match=r"DecoderRows.source: expected one of .* got 'own'"):
         tp.build_strategy("pyramiddrop", source="own")
 
 
@@ -262,7 +262,7 @@ def test_strategies_are_listed_and_priced_without_torch() -> None:
     code = (
         "import sys, tokenprune as tp\n"
         "for name in tp.available():\n"
-        "    tp.build_strategy(name).attention_rows(), tp.published(name, 32)\n"
+        "    tp.build_strategy(name).needs(), tp.published(name, 32)\n"
         "    assert 'torch' not in sys.modules, f'strategies/{name}.py loads torch: import types '"
         "        'under TYPE_CHECKING, and torch in the method that uses it'"
     )

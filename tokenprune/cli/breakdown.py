@@ -25,13 +25,16 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
     """
     shape = workload.shape
     lengths = workload.lengths(schedule)
-    cuts = {stage.layer for stage in schedule.stages}
+    cuts = [stage.layer for stage in schedule.stages]
     convention = "exact" if "exact" in workload.conventions else "pyramiddrop"
     rows = []
     before = workload.num_visual
     for layer, length in enumerate(lengths):
         whole = cost.flops(shape, [length] * shape.num_layers, workload.num_text, convention)
-        asked = workload.rows if layer in cuts else ()
+        scoring = 0.0
+        if layer in cuts and workload.strategy is not None:
+            own = workload.strategy.at(cuts.index(layer))
+            scoring = cost.rows_flops(shape, own, before, workload.num_text)
         rows.append(
             {
                 "layer": layer,
@@ -39,11 +42,7 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
                 "visual": length,
                 "tokens": length + workload.num_text,
                 "gflops": whole / shape.num_layers / 1e9,
-                "scoring_gflops": sum(
-                    cost.scoring_flops(shape, before + workload.num_text, request.queries)
-                    for request in asked
-                )
-                / 1e9,
+                "scoring_gflops": scoring / 1e9,
                 "kv_mb": cost.kv_bytes(
                     shape, [length] * shape.num_layers, workload.num_text, dtype=workload.dtype
                 )

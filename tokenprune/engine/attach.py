@@ -37,7 +37,7 @@ from tokenprune.engine.trace import Trace
 from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
-from tokenprune.tensors import take, to_device
+from tokenprune.tensors import to_device
 
 #: Decoders that are pruned now.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -89,7 +89,8 @@ class Handle:
                 self._hooks.append(hook)
         first = min(settings.cuts, default=len(settings.anatomy.layers))
         for index, layer in enumerate(settings.anatomy.layers):
-            if index >= first - 1:  # a cut may read the layer before it
+            # A cut may read the layer before it, and what enters the first.
+            if index >= first - 1 or (index == 0 and settings.reads_embeddings):
                 self._register(layer, self._layer_hook(index), None)
 
     def _register(
@@ -240,7 +241,10 @@ class Handle:
         settings = self._settings
         number = settings.level_of[index]
         cuts_here, cuts_next = index in settings.cuts, index + 1 in settings.cuts
-        ahead = [request for request in settings.requests if request.source == "previous"]
+        ahead = []
+        if cuts_next:
+            asked = settings.requests[settings.cuts.index(index + 1)]
+            ahead = [request for request in asked if request.source == "previous"]
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             run = self._find_run(kwargs)
@@ -256,14 +260,18 @@ class Handle:
             hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
                 side.note_positions(run, named, device)
+            if index == 0 and settings.reads_embeddings and run.prunes and len(run.levels) == 1:
+                run.embeddings = hidden.detach()
             if cuts_here:
                 if len(run.levels) == number:
                     cut(run, number, module, hidden, named)
-                index_BN = run.at(number, device).index
-                hidden = hidden if index_BN is None else take(hidden, index_BN)
-            given = dict(named) if cuts_next and ahead else named
+                here = run.at(number, device)
+                if here.index is not None or here.weights is not None:
+                    before = run.at(number - 1, device)
+                    hidden = here.enter(hidden, before, run.plan_on(device))
+            given = dict(named) if ahead else named
             side.follow(run, number, module, hidden, named)
-            if cuts_next and ahead and run.prunes and len(run.levels) == number + 1:
+            if ahead and run.prunes and len(run.levels) == number + 1:
                 listen(run, number, module, hidden, given, ahead, index, index + 1)
             return (hidden, *rest[1:]), named
 
@@ -295,6 +303,7 @@ class Handle:
         self._thread.run = None
         if run is not None:
             records.in_call(run.cache, begins=False)
+            run.embeddings = None  # the pass may live on, for layers that are computed anew
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)

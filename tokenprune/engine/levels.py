@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.tensors import ascending, take, to_device
+from tokenprune.tensors import ascending, single_precision, take, to_device
 
 
 @dataclass(eq=False)
@@ -32,6 +32,9 @@ class Plan:
         asking: int64 (B, Q), columns of the `"last"` query rows; pads hold 0.
         num_asking: int64 (B, 1), how many of them exist.
         real: int64 (B, T), 1 for tokens, or None if there are no pads.
+        prompt: int64 (B, S), columns of the prompt's text, pads hold 0; None if nobody asks.
+        num_prompt: int64 (B, 1), how many of them exist, or None.
+        num_follow: int64 (B, 1), how many of them come after the last visual token, or None.
         pad: What sorts to the side on which pads stand, -1 or T.
     """
 
@@ -42,6 +45,9 @@ class Plan:
     asking: Tensor
     num_asking: Tensor
     real: Tensor | None
+    prompt: Tensor | None
+    num_prompt: Tensor | None
+    num_follow: Tensor | None
     pad: int
 
     def on(self, device: torch.device) -> Plan:
@@ -62,6 +68,8 @@ class Level:
         index: int64 (B, N), where they stood at the level before; None if nothing was removed.
         visual: int64 (B, V), columns of the visual tokens alive; None if the pass has none.
         pads_left: Whether pads stand on the left.
+        chosen: int64 (B, V), which of the visual tokens alive before are left; None for all.
+        weights: (B, V, U), how the visual tokens are mixed from the U alive before, or None.
         moved: int64 (B, N), positions that the layers use instead of the model's, if others.
         shift: int64 (B, 1), the model's next position minus the layers', if not 0.
         side: Side tensors of this level, by name and identity of the original.
@@ -75,6 +83,8 @@ class Level:
     index: Tensor | None
     visual: Tensor | None
     pads_left: bool
+    chosen: Tensor | None = None
+    weights: Tensor | None = None
     moved: Tensor | None = None
     shift: Tensor | None = None
     side: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -130,14 +140,56 @@ class Level:
         """The same level with its tensors on another device."""
         return replace(self, **_on(self, device) | {"side": {}})
 
-    def unchanged(self) -> Level:
+    def unchanged(self, weights: Tensor | None = None) -> Level:
         """The level after a cut that removed nothing."""
-        return replace(self, index=None, moved=None, shift=None, side={})
+        return replace(
+            self, index=None, chosen=None, weights=weights, moved=None, shift=None, side={}
+        )
 
-    def after(self, kept_BV: Tensor, num_kept: list[int], plan: Plan) -> Level:
-        """The level on which, of the visual tokens, only the marked ones are left."""
+    def enter(self, hidden: Tensor, before: Level, plan: Plan) -> Tensor:
+        """Hidden states (B, N, D) of this level, out of those of the level before.
+
+        Survivors are mixed here, so that a layer that is computed anew mixes them anew.
+        """
+        left = hidden if self.index is None else take(hidden, self.index)
+        if self.weights is None:
+            return left
+        mixed = self._mixed(take(hidden, before.seats()))
+        seats = self.seats()
+        if not self.ragged:
+            return left.scatter(1, seats[..., None].expand_as(mixed), mixed)
+        # What does not exist goes to a seat beyond the last.
+        seats = seats.masked_fill(~self.valid(plan), self.length)
+        left = torch.nn.functional.pad(left, (0, 0, 0, 1))
+        return left.scatter(1, seats[..., None].expand_as(mixed), mixed)[:, :-1]
+
+    def follow(self, values: Tensor) -> Tensor:
+        """What is known of the visual tokens alive before (B, U, ...), of those alive now."""
+        if self.weights is not None:
+            return self._mixed(values)
+        return values if self.chosen is None else take(values, self.chosen)
+
+    def _mixed(self, values: Tensor) -> Tensor:
+        """Values (B, U, ...) of the tokens alive before, mixed to those alive now (B, V, ...)."""
+        assert self.weights is not None
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        with single_precision(values.device):
+            mixed = self.weights.to(dtype) @ values.flatten(2).to(dtype)
+        return mixed.to(values.dtype).view(*mixed.shape[:2], *values.shape[2:])
+
+    def after(
+        self, kept_BV: Tensor, num_kept: list[int], plan: Plan, weights: Tensor | None = None
+    ) -> Level:
+        """The level on which, of the visual tokens, only the marked ones are left.
+
+        Args:
+            kept_BV: The marked ones.
+            num_kept: How many per row.
+            plan: The pass's.
+            weights: (B, V, U), how they are mixed, or None.
+        """
         if num_kept == self.num_visual:
-            return self.unchanged()
+            return self.unchanged(weights)
         assert self.visual is not None
         num_real = [
             real - before + now
@@ -149,7 +201,8 @@ class Level:
                 "prune: expected at least one token to be left, got a call of visual tokens alone "
                 "that keeps none of them. Prompt and image belong into one call."
             )
-        visual = take(self.visual, ascending(kept_BV, most))
+        chosen = ascending(kept_BV, most)
+        visual = take(self.visual, chosen)
         survivors = visual
         if len(set(num_kept)) > 1:
             number_B1 = torch.tensor(num_kept, device=visual.device)[:, None]
@@ -173,6 +226,8 @@ class Level:
             index=index,
             visual=visual,
             pads_left=self.pads_left,
+            chosen=chosen,
+            weights=weights,
         )
 
     def renumber(

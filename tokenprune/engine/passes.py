@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
-from tokenprune.engine.rows import Ints, Rows, columns, packed, read_rows
+from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
-from tokenprune.strategy import AttentionRows
+from tokenprune.strategy import DecoderRows
 
 
 @dataclass(eq=False)
@@ -92,6 +92,7 @@ class Pass:
         levels: Level 0, and one more per cut done.
         plan: What is on the device; None in a pass that needs nothing there.
         positions: int64 (B, T), the model's positions, once a layer has shown them.
+        embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
         places: Finds the places of the visual tokens.
         attended: Attention computed for a cut, by the cut's layer and request.
         rotations: What the rotary modules gave.
@@ -111,7 +112,8 @@ class Pass:
     plan: Plan | None
     places: Callable[[], list[Tensor]]
     positions: Tensor | None = None
-    attended: dict[tuple[int, AttentionRows], Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+    attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
     copies: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
@@ -260,6 +262,12 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
     }
     if rows.padded:
         tables["real"] = rows.real.astype(np.int64)
+    if rows.prompt is not None:
+        tables["prompt"] = columns(rows.prompt, 0)
+        if not rows.prompt.any():  # an entry that does not exist spares all others the case
+            tables["prompt"] = np.zeros((len(rows.prompt), 1), dtype=np.int64)
+        tables["num_prompt"] = np.array(counts(rows.prompt), dtype=np.int64)[:, None]
+        tables["num_follow"] = np.array(rows.num_follow, dtype=np.int64)[:, None]
     flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
     flat = flat.to(device, non_blocking=True)
     parts = torch.split(flat, [table.size for table in tables.values()])
@@ -267,7 +275,8 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
         name: part.view(table.shape)
         for (name, table), part in zip(tables.items(), parts, strict=True)
     }
-    return Plan(real=made.pop("real", None), pad=pad, **made)
+    absent: dict[str, Any] = dict.fromkeys(("real", "prompt", "num_prompt", "num_follow"))
+    return Plan(pad=pad, **absent | made)
 
 
 def _check_window(

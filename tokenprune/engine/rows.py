@@ -35,6 +35,7 @@ class Rows:
         real: Bool (B, T), no pads.
         visual: Bool (B, T).
         asking: Bool (B, T), the `"last"` query rows.
+        prompt: Bool (B, T), text that is no answer and no guess; None where nobody asks.
         ids: int64 (B, T), or None where the call has none or nothing needs them.
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
@@ -44,6 +45,7 @@ class Rows:
     real: Bools
     visual: Bools
     asking: Bools
+    prompt: Bools | None = None
     ids: Ints | None = None
     labelled: bool = False
     mute: bool = False
@@ -88,6 +90,13 @@ class Rows:
     def last_visual(self) -> int:
         """Latest column that is visual in some row, or -1."""
         return max(np.flatnonzero(self.visual.any(0)).tolist(), default=-1)
+
+    @cached_property
+    def num_follow(self) -> list[int]:
+        """Text tokens of the prompt after the last visual one, per row."""
+        assert self.prompt is not None
+        ahead = self.visual[:, ::-1].cumsum(1)[:, ::-1] > 0
+        return counts(self.prompt & ~ahead)
 
     @cached_property
     def visual_asks(self) -> bool:
@@ -180,6 +189,7 @@ def read_rows(
         real=real,
         visual=visual,
         asking=asking,
+        prompt=_prompt(real & ~visual, labelled, asking) if settings.reads_text else None,
         ids=ids,
         mute=bool(np.any(mute)),
         labelled=labelled is not None,
@@ -255,6 +265,14 @@ def _asking(real: Bools, labelled: Bools | None, followed: Bools | None, guesses
     last = np.where(real, order, -1).max(1, keepdims=True)
     lone: Bools = (order == np.maximum(last - guesses, 0)) & (last >= 0)
     return lone
+
+
+def _prompt(text: Bools, labelled: Bools | None, asking: Bools) -> Bools:
+    """Text of the prompt: no answer, and no guess of assisted decoding after what asks."""
+    if labelled is not None:
+        return text & ~labelled
+    ahead: Bools = asking[:, ::-1].cumsum(1)[:, ::-1] > 0
+    return text & ahead
 
 
 def _by_sight(sights: Ints) -> Bools:

@@ -13,7 +13,16 @@ from tokenprune.engine.record import Policy
 from tokenprune.families.anatomy import Anatomy, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import POSITIONS, AttentionRows, PruningStrategy
+from tokenprune.strategy import (
+    POSITIONS,
+    DecoderRows,
+    Need,
+    PerStage,
+    Projected,
+    PruningStrategy,
+    Text,
+    decoder_rows,
+)
 
 LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -72,14 +81,36 @@ class Settings:
         return window(self.anatomy)
 
     @cached_property
-    def requests(self) -> tuple[AttentionRows, ...]:
-        """Attention that the strategy asks for at each cut."""
-        return tuple(self.strategy.attention_rows())
+    def strategies(self) -> tuple[PruningStrategy, ...]:
+        """The strategy of each cut."""
+        return tuple(self.strategy.at(cut) for cut in range(len(self.cuts)))
+
+    @cached_property
+    def requests(self) -> tuple[tuple[DecoderRows, ...], ...]:
+        """Attention that the strategy of each cut asks for."""
+        return tuple(decoder_rows(strategy) for strategy in self.strategies)
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """What the strategies of all cuts ask for."""
+        return frozenset(need for strategy in self.strategies for need in strategy.needs())
+
+    @cached_property
+    def reads_embeddings(self) -> bool:
+        """Whether a strategy asks for what enters the decoder."""
+        return bool(self.needs & {Projected(), Text()})
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether a strategy asks for the prompt's text, or what it attends to."""
+        return Text() in self.needs or any(
+            isinstance(need, DecoderRows) and need.queries == "text" for need in self.needs
+        )
 
     @cached_property
     def asks_last(self) -> bool:
         """Whether the last prompt token's attention chooses."""
-        return any(request.queries == "last" for request in self.requests)
+        return any(isinstance(need, DecoderRows) and need.queries == "last" for need in self.needs)
 
     def asks_router(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's loss has terms of a mixture's router."""
@@ -111,14 +142,26 @@ class Settings:
                 'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
                 f'got {reason}. Use positions="original".'
             )
-        reads_previous = any(request.source == "previous" for request in self.requests)
-        first = max(self.anatomy.adapter.first_layer, int(reads_previous))
-        early = [cut for cut in self.cuts if cut < first]
-        if early:
+        if isinstance(self.strategy, PerStage) and len(self.strategy.strategies) != len(self.cuts):
             raise ValueError(
-                f"prune: expected cuts at layer {first} or later for "
-                f"{type(self.strategy).__name__} on {name}, got {early}. Move the first cut."
+                f"PerStage: expected a strategy for each of the cuts at {list(self.cuts)}, got "
+                f"{len(self.strategy.strategies)}. Name as many strategies as stages."
             )
+        for cut, strategy, requests in zip(self.cuts, self.strategies, self.requests, strict=True):
+            reads_previous = any(request.source == "previous" for request in requests)
+            first = max(self.anatomy.adapter.first_layer, int(reads_previous))
+            if cut < first:
+                raise ValueError(
+                    f"prune: expected cuts at layer {first} or later for "
+                    f"{type(strategy).__name__} on {name}, got {list(self.cuts)}. "
+                    "Move the first cut."
+                )
+        for need in self.needs:
+            if not isinstance(need, (DecoderRows, Projected, Text)):
+                raise ValueError(
+                    f"prune: expected needs that the engine knows, got {need!r}. "
+                    "See tokenprune.strategy."
+                )
 
 
 def unsupported_attention(anatomy: Anatomy) -> ValueError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from tokenprune.engine.passes import Pass
 from tokenprune.engine.rows import Rows
-from tokenprune.strategy import AttentionRows, TokenView
+from tokenprune.strategy import DecoderRows, Need, Projected, Text, TextView, TokenView
 from tokenprune.tensors import take, to_device
 
 
 def make_view(
-    run: Pass, number: int, hidden: Tensor, attended: Mapping[AttentionRows, Tensor]
+    run: Pass, number: int, hidden: Tensor, attended: Mapping[DecoderRows, Tensor]
 ) -> TokenView:
     """What the strategy sees at cut `number`.
 
@@ -34,13 +35,17 @@ def make_view(
     visual_BV = level.visual
     assert visual_BV is not None
 
-    def attention(request: AttentionRows) -> Tensor:
-        if request not in attended:
+    strategy = run.settings.strategies[number - 1]
+
+    def signal(need: Need) -> Any:
+        if need not in strategy.needs():
             raise ValueError(
-                f"{type(run.settings.strategy).__name__}: expected attention declared in "
-                f"attention_rows(), {list(run.settings.requests)}, got {request}. Declare it there."
+                f"{type(strategy).__name__}: expected what is declared in needs(), "
+                f"{list(strategy.needs())}, got {need}. Declare it there."
             )
-        return attended[request]
+        if isinstance(need, DecoderRows):
+            return attended[need]
+        return {Projected(): _projected, Text(): _text}[need](run, number, device)
 
     def positions() -> Tensor:
         assert run.positions is not None
@@ -61,8 +66,39 @@ def make_view(
         _positions=positions,
         _hidden=lambda: take(hidden, level.seats()).detach(),
         _places=places,
-        _attend=attention,
+        _signal=signal,
         _random=lambda seed: random(run.rows, level.num_visual, seed, layer).to(device),
+    )
+
+
+def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
+    """What entered the decoder, of the visual tokens alive before a cut, (B, V, D)."""
+    first = run.at(0, device).visual
+    assert run.embeddings is not None
+    assert first is not None
+    return _alive(run, number, take(to_device(run.embeddings, device), first))
+
+
+def _alive(run: Pass, number: int, values: Tensor) -> Tensor:
+    """What is known of a call's visual tokens (B, V, ...), of those alive before a cut."""
+    for earlier in range(1, number):
+        values = run.at(earlier, values.device).follow(values)
+    return values
+
+
+def _text(run: Pass, number: int, device: torch.device) -> TextView:
+    """The prompt's text as it entered the decoder."""
+    plan = run.plan_on(device)
+    assert run.embeddings is not None
+    assert plan.prompt is not None
+    assert plan.num_prompt is not None
+    assert plan.num_follow is not None
+    order_S = torch.arange(plan.prompt.shape[1], device=device)
+    valid_BS = order_S < plan.num_prompt
+    return TextView(
+        embeddings=take(to_device(run.embeddings, device), plan.prompt),
+        valid=valid_BS,
+        follows=valid_BS & (order_S >= plan.num_prompt - plan.num_follow),
     )
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.families.projection import Positions, Projected, project
+from tokenprune.families.projection import Positions, QueriesAndKeys, project
 
 #: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
 Places = Tensor
 #: (model config, call arguments, visual tokens per row) -> places per row, or None if unknown.
 Layout = Callable[[Any, Mapping[str, Any], Sequence[int]], "list[Places] | None"]
 #: (layer, hidden (B, T, D), asked rows, the layer's other arguments) -> queries and keys.
-Project = Callable[[nn.Module, Tensor, Positions, Mapping[str, Any]], Projected]
+Project = Callable[[nn.Module, Tensor, Positions, Mapping[str, Any]], QueriesAndKeys]
 
 
 @dataclass(frozen=True)
