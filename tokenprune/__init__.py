@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Projected,
         PruningStrategy,
         Published,
+        RandomNumbers,
         ScoreStrategy,
         Selection,
         Text,
@@ -50,6 +51,7 @@ __all__ = [
     "Published",
     "PruningStrategy",
     "QueriesAndKeys",
+    "RandomNumbers",
     "Schedule",
     "ScoreStrategy",
     "Selection",
@@ -84,8 +86,8 @@ _NAMES = {
     "strategies.published": ("published",),
     "strategy": (
         *("POSITIONS", "AttentionStrategy", "DecoderRows", "Need", "PerStage", "Projected"),
-        *("PruningStrategy", "Published", "ScoreStrategy", "Selection", "Text", "TextView"),
-        *("TokenView", "available", "build_strategy", "register"),
+        *("PruningStrategy", "Published", "RandomNumbers", "ScoreStrategy", "Selection"),
+        *("Text", "TextView", "TokenView", "available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

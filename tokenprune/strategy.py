@@ -63,6 +63,17 @@ class Text(Need):
     """The prompt's text as it entered the decoder."""
 
 
+@dataclass(frozen=True)
+class RandomNumbers(Need):
+    """Numbers by chance, which a row gets alone and in a batch alike.
+
+    Args:
+        seed: Another one gives other numbers.
+    """
+
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class TextView:
     """The text of a prompt: what is no visual token, no pad and no answer.
@@ -100,7 +111,6 @@ class TokenView:
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
     _signal: Callable[[Need], Any] = field(repr=False)
-    _random: Callable[[int], Tensor] = field(repr=False)
 
     @property
     def valid(self) -> Tensor:
@@ -159,8 +169,10 @@ class TokenView:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
 
         A row gets the same numbers alone and in a batch; no global generator is touched.
+        `RandomNumbers` in `needs`.
         """
-        return self._random(seed)
+        signal: Tensor = self._signal(RandomNumbers(seed))
+        return signal
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine import chance
 from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
@@ -97,7 +98,7 @@ class Pass:
         attended: Attention computed for a cut, by the cut's layer and request.
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
-        copies: Levels and plans on other devices than where they were made.
+        copies: Levels and plans on other devices than where they were made, and the places.
     """
 
     settings: Settings
@@ -116,7 +117,7 @@ class Pass:
     attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
-    copies: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
+    copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)
 
     @property
     def offset(self) -> int:
@@ -192,7 +193,8 @@ def plan_pass(
     )
     prunes = any(rows.num_visual) and bool(settings.cuts)
     _check_window(settings, record, prunes, offset + length)
-    if record is not None and (rows.visual[:, 0] & np.array(record.ends_visual)).any():
+    begins_visual = rows.visual[:, 0]
+    if begins_visual.any() and record is not None and (begins_visual & record.ends_visual).any():
         raise ValueError(
             "prune: expected an image in one call, got one whose tokens go on in the next: its "
             "budget and its question are known to neither. Leave prefill_chunk_size out, or "
@@ -210,7 +212,7 @@ def plan_pass(
     differs = record is not None and record.cut
     plan = None
     if prunes or rows.padded:
-        plan = _upload(rows, budgets, tokens.device)
+        plan = _upload(settings, rows, budgets, tokens.device)
     level = Level(
         length=length,
         num_real=rows.num_real,
@@ -219,6 +221,7 @@ def plan_pass(
         real=None if plan is None or plan.real is None else plan.real.bool(),
         index=None,
         visual=None if plan is None else plan.visual,
+        counts=None if plan is None else plan.counts[0][:, None],
         # Generation reads the last column: pad on the left unless the batch is on the right.
         pads_left=rows.ends_real,
     )
@@ -248,11 +251,11 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
     return levels
 
 
-def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
+def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
     """What is known of a pass, on the device by one upload."""
     length = rows.real.shape[1]
     pad = -1 if rows.ends_real else length
-    tables: dict[str, Ints] = {
+    tables: dict[Any, Ints] = {
         "order": np.arange(length),
         "text": columns(rows.real & ~rows.visual, pad),
         "visual": columns(rows.visual, 0),
@@ -268,6 +271,9 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
             tables["prompt"] = np.zeros((len(rows.prompt), 1), dtype=np.int64)
         tables["num_prompt"] = np.array(counts(rows.prompt), dtype=np.int64)[:, None]
         tables["num_follow"] = np.array(rows.num_follow, dtype=np.int64)[:, None]
+    drawn = chance.foreseen(settings, rows, budgets)
+    for key, numbers in drawn.items():  # their bits, as integers like all else
+        tables[key] = numbers.view(np.int32).astype(np.int64)
     flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
     flat = flat.to(device, non_blocking=True)
     parts = torch.split(flat, [table.size for table in tables.values()])
@@ -276,7 +282,8 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
         for (name, table), part in zip(tables.items(), parts, strict=True)
     }
     absent: dict[str, Any] = dict.fromkeys(("real", "prompt", "num_prompt", "num_follow"))
-    return Plan(pad=pad, **absent | made)
+    random = {key: made.pop(key).to(torch.int32).view(torch.float32) for key in drawn}
+    return Plan(pad=pad, random=random, **absent | made)
 
 
 def _check_window(

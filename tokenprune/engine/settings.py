@@ -20,6 +20,7 @@ from tokenprune.strategy import (
     PerStage,
     Projected,
     PruningStrategy,
+    RandomNumbers,
     Text,
     decoder_rows,
 )
@@ -157,7 +158,7 @@ class Settings:
                     "Move the first cut."
                 )
         for need in self.needs:
-            if not isinstance(need, (DecoderRows, Projected, Text)):
+            if not isinstance(need, (DecoderRows, Projected, RandomNumbers, Text)):
                 raise ValueError(
                     f"prune: expected needs that the engine knows, got {need!r}. "
                     "See tokenprune.strategy."
