@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from models import ROWS, batch, build
+from models import ROWS, batch, build, labelled
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,3 +136,18 @@ def test_a_decoding_step_asks_nothing(model, positions, rows) -> None:
         step(mask.shape[1] - 1)
         cache.reorder_cache(torch.arange(len(rows)).flip(0))
         assert not asked(lambda: step(mask.shape[1]))
+
+
+@pytest.mark.parametrize("logits", ["all", "supervised"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_asks_once(logits, checkpointing) -> None:
+    model = build("llava").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    inputs, labels = labelled(model)
+    schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+    strategy = tp.build_strategy("pyramiddrop")
+    with tp.prune(model, strategy, schedule, logits=logits):
+        model(**inputs, labels=labels).loss.backward()
+        found = asked(lambda: model(**inputs, labels=labels).loss.backward())
+    assert found == Counter(PLAN)

@@ -35,6 +35,8 @@ class Plan:
         prompt: int64 (B, S), columns of the prompt's text, pads hold 0; None if nobody asks.
         num_prompt: int64 (B, 1), how many of them exist, or None.
         num_follow: int64 (B, 1), how many of them come after the last visual token, or None.
+        targets: int64 (B, L), columns of labelled tokens, pads hold 0; None if nobody asks.
+        learned: int64 (M,), which of the B * L entries exist, or None.
         pad: What sorts to the side on which pads stand, -1 or T.
         random: float32 (B, V), numbers by chance, by cut and what asks for them.
     """
@@ -49,6 +51,8 @@ class Plan:
     prompt: Tensor | None
     num_prompt: Tensor | None
     num_follow: Tensor | None
+    targets: Tensor | None
+    learned: Tensor | None
     pad: int
     random: dict[Any, Tensor]
 

@@ -211,7 +211,7 @@ def plan_pass(
     ]
     differs = record is not None and record.cut
     plan = None
-    if prunes or rows.padded:
+    if prunes or rows.padded or rows.targets is not None:
         plan = _upload(settings, rows, budgets, tokens.device)
     level = Level(
         length=length,
@@ -251,6 +251,10 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
     return levels
 
 
+#: Parts of a plan that not every pass has.
+_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned")
+
+
 def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
     """What is known of a pass, on the device by one upload."""
     length = rows.real.shape[1]
@@ -271,6 +275,10 @@ def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: to
             tables["prompt"] = np.zeros((len(rows.prompt), 1), dtype=np.int64)
         tables["num_prompt"] = np.array(counts(rows.prompt), dtype=np.int64)[:, None]
         tables["num_follow"] = np.array(rows.num_follow, dtype=np.int64)[:, None]
+    if rows.targets is not None:
+        tables["targets"] = columns(rows.targets, -1)
+        tables["learned"] = np.flatnonzero(tables["targets"] >= 0)
+        tables["targets"] = tables["targets"].clip(0)
     drawn = chance.foreseen(settings, rows, budgets)
     for key, numbers in drawn.items():  # their bits, as integers like all else
         tables[key] = numbers.view(np.int32).astype(np.int64)
@@ -281,7 +289,7 @@ def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: to
         name: part.view(table.shape)
         for (name, table), part in zip(tables.items(), parts, strict=True)
     }
-    absent: dict[str, Any] = dict.fromkeys(("real", "prompt", "num_prompt", "num_follow"))
+    absent: dict[str, Any] = dict.fromkeys(_OPTIONAL)
     random = {key: made.pop(key).to(torch.int32).view(torch.float32) for key in drawn}
     return Plan(pad=pad, random=random, **absent | made)
 
