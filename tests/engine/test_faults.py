@@ -30,12 +30,22 @@ PDROP = tp.build_strategy("pyramiddrop")
 SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
 
 
+def hand_no_mask(model) -> None:
+    """As a decoder that leaves masks to its layers."""
+
+    def before(module, args, kwargs):
+        return args, kwargs | {"attention_mask": None}
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
 # --------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("pads", [0, 3])
-def test_scores_are_of_squeezed_attention(pads) -> None:
-    """Gemma 2 squeezes the logits of attention, in a batch with pads and in one without."""
+@pytest.mark.parametrize("given", ["mask", "pads", "nothing"])
+def test_scores_are_of_squeezed_attention(given) -> None:
+    """Gemma 2 squeezes the logits of attention, in rows with a mask and in those that see all."""
     shape = text_config().to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     config = Gemma2Config(
@@ -51,7 +61,9 @@ def test_scores_are_of_squeezed_attention(pads) -> None:
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).eval()
     ids, padding = torch.randint(1, 90, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
-    padding[1, :pads] = 0
+    padding[1, : 3 if given == "pads" else 0] = 0
+    if given == "nothing":  # what the last row of a layer makes of that is the same
+        hand_no_mask(model)
     visual = torch.zeros(2, 20, dtype=torch.bool)
     visual[:, 5:13] = True
     call = {"input_ids": ids, "attention_mask": padding}
@@ -70,12 +82,7 @@ def test_scores_are_of_squeezed_attention(pads) -> None:
 def test_later_tokens_of_one_call_do_not_see_each_others_future() -> None:
     """Where a decoder hands its layers no mask, the engine's own holds for several new tokens."""
     model = build("llava", "sdpa")
-
-    def hand_no_mask(module, args, kwargs):
-        return args, kwargs | {"attention_mask": None}
-
-    for layer in model.get_decoder().layers:
-        layer.register_forward_pre_hook(hand_no_mask, with_kwargs=True)
+    hand_no_mask(model)
     prompt = batch(model, ROWS[:1])
     del prompt["attention_mask"]
     tokens = torch.tensor([[7, 8, 9]])
