@@ -76,12 +76,35 @@ def test_scores_are_of_squeezed_attention(given) -> None:
         assert_close(scores, weights[row, :, -1, 5:13].mean(0))
 
 
+@dataclass(frozen=True)
+class Deaf(tp.AttentionStrategy):
+    """Drops the end of an image, whoever asks there, and listens afterwards."""
+
+    def score(self, view: tp.TokenView) -> Tensor:
+        heard = view.attend(self.queries, self.source).mean(1)
+        return heard if view.layer > 1 else -view.positions.float()
+
+
+def test_where_the_token_that_asks_is_gone_the_last_one_asks() -> None:
+    """An answer right after an image is asked for by the image's last token."""
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-5] = -100
+    with torch.no_grad(), tp.prune(model, Deaf(), SCHEDULE) as trace:
+        model(**inputs)
+        expected = trace.stages[1].scores[0]
+        model(**inputs, labels=labels)
+    assert_close(trace.stages[1].scores[0], expected)
+
+
 # -------------------------------------------------------------------------------------------- masks
 
 
-def test_later_tokens_of_one_call_do_not_see_each_others_future() -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_later_tokens_of_one_call_do_not_see_each_others_future(attention) -> None:
     """Where a decoder hands its layers no mask, the engine's own holds for several new tokens."""
-    model = build("llava", "sdpa")
+    model = build("llava", attention)
     hand_no_mask(model)
     prompt = batch(model, ROWS[:1])
     del prompt["attention_mask"]
