@@ -106,6 +106,7 @@ def test_counts_follow_python(keeps: list[float], rounding: str, num_visual: int
         (lambda: tp.Schedule.pyramid(num_layers=2, layers=[1, 2]), "expected layers below 2"),
         (lambda: tp.Schedule.pyramid(0, 1), "num_layers: expected an integer >= 1, got 0"),
         (lambda: tp.Schedule.one_shot(9, 0.5).lengths(8, 5), "expected layers below 8"),
+        (lambda: tp.Schedule().lengths(0, 5), "lengths.num_layers: expected an integer >= 1, got"),
         (lambda: tp.Schedule().lengths(8, -1), "num_visual: expected an integer >= 0"),
     ],
 )

@@ -199,6 +199,19 @@ def test_a_cache_of_fixed_size_gives_what_a_growing_one_gives(attention, layer) 
     assert torch.equal(fixed, growing)
 
 
+def test_a_cache_cropped_by_text_of_the_prompt_is_that_of_a_shorter_prompt() -> None:
+    """Under eager attention, whose masks ask the record for the columns of what is held."""
+    model = build("llava", "eager")
+    inputs, turn = batch(model, ROWS[:1]), torch.tensor([[7, 8, 9]])
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    with torch.no_grad(), tp.prune(model, Frozen(), SCHEDULE):
+        cache = model(ids, pixel_values=pixels, use_cache=True).past_key_values
+        cache.crop(-2)
+        got = model(input_ids=turn, past_key_values=cache).logits
+        cache = model(ids[:, :-2], pixel_values=pixels, use_cache=True).past_key_values
+        assert_close(got, model(input_ids=turn, past_key_values=cache).logits)
+
+
 class Terse(LlamaForCausalLM):
     """A model that gives all logits, whatever number is asked for."""
 
