@@ -42,6 +42,8 @@ def test_pyramid_with_layers() -> None:
     schedule = tp.Schedule.pyramid(layers=[2, 5], lam=0.5)
     assert schedule.stages == (tp.Stage(2, 0.5), tp.Stage(5, 0.25))
     assert tp.Schedule.pyramid(num_layers=8, num_stages=3, layers=[2, 5]) == schedule
+    nearest = tp.Schedule.pyramid(layers=[1], lam=0.5, rounding="nearest")
+    assert nearest.lengths(2, 7) == [7, 4]
 
 
 @given(

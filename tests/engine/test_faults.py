@@ -98,6 +98,25 @@ def test_where_the_token_that_asks_is_gone_the_last_one_asks() -> None:
     assert_close(trace.stages[1].scores[0], expected)
 
 
+def test_random_numbers_of_rows_without_ids_are_fixed_by_their_counts() -> None:
+    model = build("llama")
+    ids, visual = torch.randint(1, 90, (3, 20)), torch.zeros(3, 20, dtype=torch.bool)
+    visual[:2, 2:12] = True
+    visual[2, 2:14] = True
+    call = {"inputs_embeds": model.get_input_embeddings()(ids), "visual_mask": visual}
+    with (
+        torch.no_grad(),
+        tp.prune(model, tp.build_strategy("random"), tp.Schedule.one_shot(2, 0.5)) as trace,
+    ):
+        model(**call)
+        first, same, other = (scores[:10] for scores in trace.stages[0].scores)
+        model(**{name: value[1:2] for name, value in call.items()})
+        alone = trace.stages[0].scores[0]
+    assert torch.equal(first, same)
+    assert torch.equal(first, alone)
+    assert not torch.equal(first, other)
+
+
 # -------------------------------------------------------------------------------------------- masks
 
 
