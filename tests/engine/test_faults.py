@@ -98,6 +98,19 @@ def test_where_the_token_that_asks_is_gone_the_last_one_asks() -> None:
     assert_close(trace.stages[1].scores[0], expected)
 
 
+def test_a_mark_where_a_row_has_no_token_counts_for_nothing() -> None:
+    @dataclass(frozen=True)
+    class Careless(tp.PruningStrategy):
+        def select(self, view, keep):
+            return tp.Selection(kept=torch.ones_like(view.valid))
+
+    model = build("llava")
+    keep_all = tp.Schedule.pyramid(layers=[1, 2, 4], lam=1.0)
+    with torch.no_grad(), tp.prune(model, Careless(), keep_all) as trace:
+        model(**batch(model, ROWS))
+    assert trace.visual_lengths[-1].tolist() == [16, 0, 32, 16]
+
+
 def test_random_numbers_of_rows_without_ids_are_fixed_by_their_counts() -> None:
     model = build("llama")
     ids, visual = torch.randint(1, 90, (3, 20)), torch.zeros(3, 20, dtype=torch.bool)

@@ -50,7 +50,7 @@ def make_view(
     def places() -> Tensor:
         table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
         number_BV = level.numbers(run.at(0, device))()
-        return take(table.to(device), number_BV.clamp_max(table.shape[1] - 1))
+        return take(table.to(device), number_BV)
 
     return TokenView(
         layer=layer,
