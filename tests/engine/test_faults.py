@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import NUM_LAYERS, ROWS, batch, build, text_config
+from models import NUM_LAYERS, ROWS, Row, batch, build, text_config
 from oracles import Frozen, assert_close, decided
 from torch import Tensor
 from transformers import (
@@ -270,6 +270,19 @@ def test_guesses_are_refused_where_a_model_cannot_say_which_they_are() -> None:
         model.generate(prompt, **guess)
     with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no attention
         model.generate(prompt, **guess)
+
+
+def test_the_last_token_of_the_prompt_asks_before_guesses() -> None:
+    """Decoding with guesses appends the first of them to the prompt."""
+    model = build("llava")
+    inputs = batch(model, [Row([6, (30, 60), 5])])
+    inputs["input_ids"][0, -2:] = inputs["input_ids"][0, 1:3]  # what followed once is guessed again
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs)
+        expected = trace.stages[0].scores[0]
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
+    assert trace.lengths[0].tolist() == [inputs["input_ids"].shape[1] + 2]
+    assert_close(trace.stages[0].scores[0], expected)
 
 
 # --------------------------------------------------------------------------------------- positions
