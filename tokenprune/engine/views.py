@@ -70,7 +70,7 @@ def make_view(
             run.copies["places", device] = table.to(device)
         table = run.copies["places", device]
         number_BV = level.numbers(run.at(0, device))()
-        return take(table, number_BV.clamp_max(table.shape[1] - 1))
+        return take(table, number_BV)
 
     return TokenView(
         layer=layer,
