@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         Text,
         TextView,
         TokenView,
+        VisionRows,
+        VisionStates,
         available,
         build_strategy,
         register,
@@ -59,6 +61,8 @@ __all__ = [
     "TokenView",
     "Trace",
     "TracedStage",
+    "VisionRows",
+    "VisionStates",
     "attach",
     "available",
     "build_strategy",
@@ -85,7 +89,8 @@ _NAMES = {
     "strategy": (
         *("POSITIONS", "AttentionStrategy", "DecoderRows", "Need", "PerStage", "Projected"),
         *("PruningStrategy", "Published", "ScoreStrategy", "Selection", "Text", "TextView"),
-        *("TokenView", "available", "build_strategy", "register"),
+        *("TokenView", "VisionRows", "VisionStates"),
+        *("available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

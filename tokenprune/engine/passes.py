@@ -34,12 +34,14 @@ class Call:
         cache: The cache, if it came from outside.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
+        signals: What the vision tower was heard of, by kind of features, if a strategy asks.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
     cache: Any = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
+    signals: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -93,6 +95,7 @@ class Pass:
         plan: What is on the device; None in a pass that needs nothing there.
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
+        seen: Of a need of the vision tower and a device, its signal (B, V, ...), if one asks.
         places: Finds the places of the visual tokens.
         attended: Attention computed for a cut, by the cut's layer and request.
         rotations: What the rotary modules gave.
@@ -113,6 +116,7 @@ class Pass:
     places: Callable[[], list[Tensor]]
     positions: Tensor | None = None
     embeddings: Tensor | None = None
+    seen: Callable[[Any, torch.device], Tensor] | None = None
     attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from tokenprune.engine.passes import Pass
 from tokenprune.engine.rows import Rows
-from tokenprune.strategy import DecoderRows, Need, Projected, Text, TextView, TokenView
+from tokenprune.strategy import (
+    DecoderRows,
+    HasPatches,
+    Need,
+    Projected,
+    Text,
+    TextView,
+    TokenView,
+    VisionNeed,
+    VisionRows,
+    vision_needs,
+)
 from tokenprune.tensors import take, to_device
 
 
@@ -38,13 +49,16 @@ def make_view(
     strategy = run.settings.strategies[number - 1]
 
     def signal(need: Need) -> Any:
-        if need not in strategy.needs():
+        declared = vision_needs(strategy) if need == HasPatches() else need in strategy.needs()
+        if not declared:
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
                 f"{list(strategy.needs())}, got {need}. Declare it there."
             )
         if isinstance(need, DecoderRows):
             return attended[need]
+        if isinstance(need, VisionNeed):
+            return _vision(run, number, need, device)
         return {Projected(): _projected, Text(): _text}[need](run, number, device)
 
     def positions() -> Tensor:
@@ -77,6 +91,13 @@ def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
     assert run.embeddings is not None
     assert first is not None
     return _alive(run, number, take(to_device(run.embeddings, device), first))
+
+
+def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Tensor:
+    """What the vision tower says of the visual tokens alive before a cut."""
+    assert run.seen is not None
+    signal = _alive(run, number, run.seen(need, device))
+    return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
 
 
 def _alive(run: Pass, number: int, values: Tensor) -> Tensor:
