@@ -1,0 +1,56 @@
+"""Qwen-VL: the processor hands patches over in runs of those that are merged into one token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.tower import Patches, Tower
+
+
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """Runs of patches."""
+    return Patches(index.view(-1, model.visual.spatial_merge_size**2))
+
+
+def windowed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """Runs of patches, which the tower sorts by window, and its features back again."""
+    visual = model.visual
+    find = getattr(visual, "get_window_index", None)  # a method up to transformers 5.17
+    if find is not None:
+        order, _ = find(_grid(named))
+    else:
+        order, _ = sys.modules[type(visual).__module__].get_vision_window_index(
+            _grid(named),
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+    runs = patches(model, named, index).index
+    return Patches(runs[torch.as_tensor(order).cpu().argsort()])
+
+
+def frame_sizes(named: Mapping[str, Any]) -> Tensor:
+    """Patches of each patch's frame; windows do not cross frames."""
+    time, height, width = _grid(named).T
+    return (height * width).repeat_interleave(time * height * width)
+
+
+def _grid(named: Mapping[str, Any]) -> Tensor:
+    grid = named.get("image_grid_thw", named.get("video_grid_thw"))
+    assert grid is not None
+    return grid  # type: ignore[no-any-return]
+
+
+_FUSED = {"attention": "attn", "queries": "qkv", "keys": "qkv"}
+for _model_type in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"):
+    register_adapter(_model_type, Adapter(tower=Tower("visual", patches, **_FUSED)))
+register_adapter(
+    "qwen2_5_vl",
+    Adapter(tower=Tower("visual", windowed_patches, sizes=frame_sizes, **_FUSED)),
+)
