@@ -112,8 +112,7 @@ class HasPatches(VisionNeed):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
-            f"{name}: expected one of {list(choices)}, got {value!r}. "
-            "Say what the strategy reads."
+            f"{name}: expected one of {list(choices)}, got {value!r}. Say what the strategy reads."
         )
 
 

@@ -329,7 +329,9 @@ class Handle:
         self._thread.run = None
         if run is not None:
             records.in_call(run.cache, begins=False)
-            run.embeddings = run.seen = None  # the pass may live on, for layers that are computed anew
+            run.embeddings = run.seen = (
+                None  # the pass may live on, for layers that are computed anew
+            )
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)

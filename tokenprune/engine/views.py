@@ -96,7 +96,10 @@ def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
 def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Tensor:
     """What the vision tower says of the visual tokens alive before a cut."""
     assert run.seen is not None
-    signal = _alive(run, number, run.seen(need, device))
+    signal = run.seen(need, device)
+    if need == HasPatches():
+        return _alive(run, number, signal[..., None])[..., 0]
+    signal = _alive(run, number, signal)
     return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
 
 

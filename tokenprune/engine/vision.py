@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.masks import dense
-from tokenprune.engine.rows import Ints, Rows
+from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
 from tokenprune.families.tower import Attending, Patches, VisionParts, fused, separate
 from tokenprune.strategy import HasPatches, Need, VisionNeed, VisionRows, VisionStates
@@ -133,7 +133,8 @@ class Watch:
         def method(*args: Any, **kwargs: Any) -> Any:
             if getattr(self._thread, "layers", None) is not None:  # one that calls another
                 return features(*args, **kwargs)
-            self._thread.layers = layers = {}
+            layers: dict[int, Heard] = {}
+            self._thread.layers = layers
             try:
                 output = features(*args, **kwargs)
             finally:
@@ -396,7 +397,7 @@ def match(
     return Seen(parts, torch.from_numpy(index_BV), ragged)
 
 
-def _numbers(marked: Ints, count: int) -> Ints | None:
+def _numbers(marked: Bools, count: int) -> Ints | None:
     """Numbers of marked tokens among the features', int64 (B, T); None where they do not fit.
 
     Generation repeats rows (beams, several returned sequences), and shows each the same features.
@@ -409,7 +410,8 @@ def _numbers(marked: Ints, count: int) -> Ints | None:
     if (groups != groups[:, :1]).any():
         return None
     before = np.cumsum(groups[:, 0]) - groups[:, 0]
-    return np.cumsum(marked, 1) - 1 + np.repeat(before, times)[:, None]
+    numbers: Ints = np.cumsum(marked, 1) - 1 + np.repeat(before, times)[:, None]
+    return numbers
 
 
 def _of_visual(index_BT: Ints, rows: Rows, pad: int) -> Ints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,19 +39,18 @@ def windowed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Pat
 def frame_sizes(named: Mapping[str, Any]) -> Tensor:
     """Patches of each patch's frame; windows do not cross frames."""
     time, height, width = _grid(named).T
-    return (height * width).repeat_interleave(time * height * width)
+    sizes: Tensor = (height * width).repeat_interleave(time * height * width)
+    return sizes
 
 
 def _grid(named: Mapping[str, Any]) -> Tensor:
-    grid = named.get("image_grid_thw", named.get("video_grid_thw"))
-    assert grid is not None
-    return grid  # type: ignore[no-any-return]
+    grid: Tensor = named["image_grid_thw" if "image_grid_thw" in named else "video_grid_thw"]
+    return grid
 
 
-_FUSED = {"attention": "attn", "queries": "qkv", "keys": "qkv"}
+ORDINARY = Tower("visual", patches, attention="attn", queries="qkv", keys="qkv")
+WINDOWED = replace(ORDINARY, patches=windowed_patches, sizes=frame_sizes)
+
 for _model_type in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"):
-    register_adapter(_model_type, Adapter(tower=Tower("visual", patches, **_FUSED)))
-register_adapter(
-    "qwen2_5_vl",
-    Adapter(tower=Tower("visual", windowed_patches, sizes=frame_sizes, **_FUSED)),
-)
+    register_adapter(_model_type, Adapter(tower=ORDINARY))
+register_adapter("qwen2_5_vl", Adapter(tower=WINDOWED))

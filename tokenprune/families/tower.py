@@ -136,7 +136,7 @@ def separate(attention: Any, queries: Tensor, keys: Tensor, valid: Tensor | None
     """
 
     def heads(values: Tensor) -> Tensor:  # (N, L, H * E) -> (N, H, L, E)
-        return values.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        return values.view(*values.shape[:2], attention.num_heads, -1).transpose(1, 2)
 
     return Attending(heads(queries), heads(keys), valid, attention.scale)
 
@@ -149,7 +149,7 @@ def fused(attention: Any, projected: Tensor, named: Mapping[str, Any]) -> Attend
         projected: What its projection gave.
         named: Its other arguments.
     """
-    split = projected.unflatten(-1, (3, attention.num_heads, -1))  # (P, 3, H, E)
+    split = projected.view(len(projected), 3, attention.num_heads, -1)  # (P, 3, H, E)
     queries, keys = split[:, 0], split[:, 1]
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     queries, keys = rotate(queries, keys, *named["position_embeddings"])
