@@ -109,6 +109,11 @@ class HasPatches(VisionNeed):
     """Which visual tokens have patches; there with every other need of the vision tower."""
 
 
+@dataclass(frozen=True)
+class Tiles(VisionNeed):
+    """In which tile each visual token's patches are; there with every other need, too."""
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
@@ -239,6 +244,17 @@ class TokenView:
         There for strategies that ask for anything else of the tower.
         """
         signal: Tensor = self._signal(HasPatches())
+        return signal
+
+    @property
+    def tiles(self) -> Tensor:
+        """What the vision tower looked at by itself, int64 (B, V): a tile, an image, a frame.
+
+        Numbered within the row from 0; -1 for tokens without patches. A token that was mixed at an
+        earlier cut counts where its seat is. There for strategies that ask for anything else of the
+        tower.
+        """
+        signal: Tensor = self._signal(Tiles())
         return signal
 
     def random(self, seed: int) -> Tensor:

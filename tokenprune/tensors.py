@@ -92,6 +92,52 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
     return quota_BU + top_k(share_BU, sizes_BU > 0, left_B).long()
 
 
+def share_out(keep_B: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits each row's budget over units by size; tokens in none get what units leave over.
+
+    Args:
+        keep_B: int64, tokens to keep per row.
+        unit_BV: int64, number of each token's unit, from 0; -1 for tokens in none.
+        valid_BV: False where a row has no such token.
+
+    Returns:
+        Units int64 (B, V), where tokens in none are in unit V, and quotas int64 (B, V + 1).
+    """
+    last = unit_BV.shape[1]
+    unit_BV = unit_BV.masked_fill(~valid_BV | (unit_BV < 0), last)
+    sizes_BU = keep_B.new_zeros(len(unit_BV), last + 1)
+    sizes_BU = sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+    quota_BU = split_budget(keep_B, sizes_BU[:, :last])
+    left_B1 = keep_B[:, None] - quota_BU.sum(1, keepdim=True)
+    return unit_BV, torch.cat([quota_BU, left_B1], 1)
+
+
+def top_of_units(
+    scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor, quota_BU: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Marks the highest-scoring valid tokens of each unit; the lower index wins ties.
+
+    Args:
+        scores_BV: Scores, compared in float32; of the last unit, which has none, the index counts.
+        unit_BV: int64, number of each token's unit.
+        valid_BV: False where a row has no such token; never marked.
+        quota_BU: int64, how many of each unit.
+
+    Returns:
+        Bool mask (B, V), and the order that it is taken from, int64 (B, V): unit after unit, in
+        each from the highest score to the lowest.
+    """
+    low = torch.finfo(torch.float32).min
+    scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
+    scores_BV = scores_BV.masked_fill(unit_BV == quota_BU.shape[1] - 1, 0)
+    order_BV = scores_BV.masked_fill(~valid_BV, -torch.inf).argsort(1, descending=True, stable=True)
+    order_BV = order_BV.gather(1, unit_BV.gather(1, order_BV).argsort(1, stable=True))
+    sizes_BU = torch.zeros_like(quota_BU).scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+    first_BV = (sizes_BU.cumsum(1) - sizes_BU).gather(1, unit_BV)
+    kept_BV = order_BV.argsort(1) - first_BV < quota_BU.gather(1, unit_BV)
+    return kept_BV & valid_BV, order_BV
+
+
 def attention_rows(
     queries_BHQE: Tensor,
     keys_BGKE: Tensor,

@@ -22,6 +22,7 @@ from tokenprune.strategy import (
     Projected,
     Text,
     TextView,
+    Tiles,
     TokenView,
     VisionNeed,
     VisionRows,
@@ -49,8 +50,8 @@ def make_view(
     strategy = run.settings.strategies[number - 1]
 
     def signal(need: Need) -> Any:
-        declared = vision_needs(strategy) if need == HasPatches() else need in strategy.needs()
-        if not declared:
+        beside = need in (HasPatches(), Tiles()) and vision_needs(strategy)
+        if need not in strategy.needs() and not beside:
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
                 f"{list(strategy.needs())}, got {need}. Declare it there."
@@ -96,11 +97,28 @@ def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
 def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Tensor:
     """What the vision tower says of the visual tokens alive before a cut."""
     assert run.seen is not None
-    signal = run.seen(need, device)
     if need == HasPatches():
-        return _alive(run, number, signal[..., None])[..., 0]
-    signal = _alive(run, number, signal)
+        return _alive(run, number, run.seen(Tiles(), device)[..., None] >= 0)[..., 0]
+    if need == Tiles():
+        return _numbered(_seated(run, number, run.seen(need, device)))
+    signal = _alive(run, number, run.seen(need, device))
     return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
+
+
+def _numbered(tiles_BV: Tensor) -> Tensor:
+    """Numbers of tiles, counted from each row's first; -1 stays."""
+    none_BV = tiles_BV < 0
+    last = torch.iinfo(tiles_BV.dtype).max
+    first_B1 = tiles_BV.masked_fill(none_BV, last).amin(1, keepdim=True)
+    return (tiles_BV - first_B1).masked_fill(none_BV, -1)
+
+
+def _seated(run: Pass, number: int, values: Tensor) -> Tensor:
+    """What cannot be mixed of a call's visual tokens (B, V), of the seats alive before a cut."""
+    for earlier in range(1, number):
+        chosen = run.at(earlier, values.device).chosen
+        values = values if chosen is None else take(values, chosen)
+    return values
 
 
 def _alive(run: Pass, number: int, values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from tokenprune.engine.masks import dense
 from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
 from tokenprune.families.tower import Attending, Patches, VisionParts, fused, separate
-from tokenprune.strategy import HasPatches, Need, VisionNeed, VisionRows, VisionStates
+from tokenprune.strategy import Need, Tiles, VisionNeed, VisionRows, VisionStates
 from tokenprune.tensors import attention_rows, single_precision, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
@@ -51,6 +51,10 @@ class Heard:
     keys: Tensor | None = None
     named: Mapping[str, Any] = field(default_factory=dict)
     hidden: Tensor | None = None
+
+    def some(self) -> Tensor:
+        """Whichever was noted: it says how many positions there are, (N, L, C) or (P, C)."""
+        return next(v for v in (self.hidden, self.keys, self.queries) if v is not None)
 
 
 #: Signals of the visual tokens that one call of a features' method made, each (T, ...).
@@ -76,7 +80,7 @@ class Watch:
     def hook(self) -> list[Any]:
         """Hooks on the layers that are asked, and on nothing else."""
         found, names = [], self.parts.tower
-        for number in sorted({need.layer for need in self.needs if need != HasPatches()}):
+        for number in sorted({need.layer for need in self.needs}):
             kinds = {_kind(need) for need in self.needs if need.layer == number}
             attention, layer = self.parts.attention(number), self.parts.layers[number]
             if "rows" in kinds:
@@ -201,26 +205,26 @@ def make_signals(
     Raises:
         ValueError: If it cannot be said which patches make up each token.
     """
-    made: dict[Need, Tensor] = {}
-    patches: Patches | None = None
+    hidden = layers[next(iter(needs)).layer].some()
+    shape = hidden.shape[:-1] if hidden.dim() == 3 else (1, len(hidden))
+    index = torch.arange(shape[0] * (shape[1] - parts.num_class)).view(shape[0], -1)
+    tiles = torch.arange(shape[0]).repeat_interleave(index.shape[1])
+    if parts.tower.frames is not None:
+        tiles = parts.tower.frames(named)
+    index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
+    patches = parts.tower.patches(parts.base, named, index)
+    if len(patches.index) != num_tokens:
+        raise ValueError(
+            f"prune: expected the patches of {num_tokens} visual tokens, got those of "
+            f"{len(patches.index)} from what is known of {type(parts.base).__name__}. "
+            "Choose a strategy that does not read the vision tower."
+        )
+    largest = patches.index.amax(1)
+    of_token = tiles[largest.clamp_min(0)].where(largest >= 0, -1)
+    patches = _placed(patches, hidden.device)
+    made: dict[Need, Tensor] = {Tiles(): of_token.to(hidden.device)}
     for need in sorted(needs, key=repr):
-        if need == HasPatches():
-            continue
-        heard = layers[need.layer]
-        shape, values = _of_patches(parts, need, heard, named)
-        if patches is None:
-            index = torch.arange(shape[0] * shape[1]).view(shape)
-            index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
-            patches = parts.tower.patches(parts.base, named, index)
-            if len(patches.index) != num_tokens:
-                raise ValueError(
-                    f"prune: expected the patches of {num_tokens} visual tokens, got those of "
-                    f"{len(patches.index)} from what is known of {type(parts.base).__name__}. "
-                    "Choose a strategy that does not read the vision tower."
-                )
-            patches = _placed(patches, values.device)
-            made[HasPatches()] = (patches.index >= 0).any(1)
-        made[need] = _mean(values, patches)
+        made[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
     return made
 
 
@@ -239,18 +243,16 @@ def _mean(values: Tensor, patches: Patches) -> Tensor:
     return torch.einsum("tk...,tk->t...", taken, shares)
 
 
-def _of_patches(
-    parts: VisionParts, need: VisionNeed, heard: Heard, named: Mapping[str, Any]
-) -> tuple[tuple[int, int], Tensor]:
-    """Tiles and patches of each, and what is asked of each patch, (P, H) or (P, C)."""
+def _of_patches(parts: VisionParts, need: VisionNeed, heard: Heard, tiles: Tensor) -> Tensor:
+    """What is asked of each patch, (P, H) or (P, C)."""
     first = parts.num_class
     if isinstance(need, VisionStates):
-        values = getattr(heard, need.what)
+        values: Tensor = getattr(heard, need.what)
         if need.what != "hidden" and parts.tower.is_fused:
             values = values.chunk(3, -1)[0 if need.what == "queries" else 1]
         values = values if values.dim() == 3 else values[None]  # (N, L, C)
         values = values[:, first:].to(torch.promote_types(values.dtype, torch.float32))
-        return (values.shape[0], values.shape[1]), values.flatten(0, 1)
+        return values.flatten(0, 1)
     assert isinstance(need, VisionRows)
     assert heard.keys is not None
     attention = parts.attention(need.layer)
@@ -262,17 +264,18 @@ def _of_patches(
         attending = separate(attention, heard.queries, heard.keys, valid)
     with single_precision(heard.keys.device):
         if need.queries == "class":
-            received = _rows(attending, 0, 1)[:, :, 0, first:]
-        else:
-            received = _received(attending, first, parts.tower.sizes is None)
-    values = received.transpose(1, 2).flatten(0, 1)  # (N, H, L) -> (N * L, H)
+            return _rows(attending, 0, 1)[:, :, 0, first:].transpose(1, 2).flatten(0, 1)
+        received = _received(attending, first).transpose(1, 2)  # (N, P, H)
     if not attending.packed:
-        return (received.shape[0], received.shape[2]), values
+        if attending.valid is None:
+            return received.flatten(0, 1) / received.shape[1]
+        asking = attending.valid[:, first:].sum(1).clamp_min(1)
+        return (received / asking[:, None, None]).flatten(0, 1)
+    values = received.flatten(0, 1)
     if attending.valid is not None:
         values = values[attending.valid.flatten()]
-    if parts.tower.sizes is not None and need.queries == "all":
-        values = values / parts.tower.sizes(named).to(values.device)[:, None]
-    return (1, len(values)), values
+    asking = tiles.bincount()[tiles]  # of windows, those of the whole frame
+    return values / asking.to(values.device)[:, None]
 
 
 def _valid(mask: Any, keys: Tensor) -> Tensor | None:
@@ -294,28 +297,21 @@ def _rows(attending: Attending, start: int, stop: int) -> Tensor:
     )
 
 
-def _received(attending: Attending, first: int, averages: bool) -> Tensor:
-    """Attention that patches get from all patches of their sequence, (N, H, P), float32.
+def _received(attending: Attending, first: int) -> Tensor:
+    """Attention that patches get from all patches of their sequence, summed (N, H, P), float32.
 
     Args:
         attending: What the attention is made of.
         first: Positions before the first patch, which do not ask.
-        averages: Whether the sum is divided by how many ask.
     """
     num_sequences, num_heads, length, _ = attending.keys.shape
-    asking_NL = attending.valid
     chunk = max(1, CHUNK_BYTES // (4 * num_sequences * num_heads * length))
     total = attending.keys.new_zeros(num_sequences, num_heads, length, dtype=torch.float32)
     for start in range(first, length, chunk):
         rows = _rows(attending, start, start + chunk)
-        if asking_NL is not None:
-            rows = rows * asking_NL[:, None, start : start + chunk, None]
+        if attending.valid is not None:
+            rows = rows * attending.valid[:, None, start : start + chunk, None]
         total += rows.sum(2)
-    if averages:
-        count: Any = length - first
-        if asking_NL is not None:
-            count = asking_NL[:, None, first:].sum(2, keepdim=True).clamp_min(1)
-        total = total / count
     return total[:, :, first:]
 
 
@@ -338,10 +334,17 @@ class Seen:
     ragged: bool
 
     def signal(self, need: Need, device: torch.device) -> Tensor:
-        """A signal of the call's visual tokens, (B, V, ...)."""
+        """A signal of the call's visual tokens, (B, V, ...); zeros for what does not exist.
+
+        Tiles are numbered through all of the call's, and what does not exist is in none.
+        """
         known = [to_device(part[need], device) for part in self.parts]
+        if need == Tiles():
+            for number in range(1, len(known)):
+                known[number] = known[number] + (known[number] >= 0) * (known[number - 1].max() + 1)
         if self.ragged:
-            known.append(known[0].new_zeros(1, *known[0].shape[1:]))
+            none = -1 if need == Tiles() else 0
+            known.append(known[0].new_full((1, *known[0].shape[1:]), none))
         joined = known[0] if len(known) == 1 else torch.cat(known)
         index_BV = self.index.to(device, non_blocking=True)
         return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, *joined.shape[1:])
@@ -378,7 +381,7 @@ def match(
             marked = np.isin(rows.ids, anatomy.placeholders(kind))
         if signals is None or not marked.any():
             continue
-        count = len(signals[HasPatches()])
+        count = len(signals[Tiles()])
         number_BT = _numbers(marked, count)
         if number_BT is None:
             continue

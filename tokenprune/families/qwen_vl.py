@@ -36,11 +36,11 @@ def windowed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Pat
     return Patches(runs[torch.as_tensor(order).cpu().argsort()])
 
 
-def frame_sizes(named: Mapping[str, Any]) -> Tensor:
-    """Patches of each patch's frame; windows do not cross frames."""
-    time, height, width = _grid(named).T
-    sizes: Tensor = (height * width).repeat_interleave(time * height * width)
-    return sizes
+def frames(named: Mapping[str, Any]) -> Tensor:
+    """The frame of each patch; the order of windows does not cross frames."""
+    time, height, width = _grid(named).cpu().T
+    sizes = (height * width).repeat_interleave(time)
+    return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 
 def _grid(named: Mapping[str, Any]) -> Tensor:
@@ -48,8 +48,8 @@ def _grid(named: Mapping[str, Any]) -> Tensor:
     return grid
 
 
-ORDINARY = Tower("visual", patches, attention="attn", queries="qkv", keys="qkv")
-WINDOWED = replace(ORDINARY, patches=windowed_patches, sizes=frame_sizes)
+ORDINARY = Tower("visual", patches, "attn", "qkv", "qkv", frames)
+WINDOWED = replace(ORDINARY, patches=windowed_patches)
 
 for _model_type in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"):
     register_adapter(_model_type, Adapter(tower=ORDINARY))

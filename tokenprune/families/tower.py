@@ -43,9 +43,9 @@ class Tower:
         attention: Name of a layer's attention.
         queries: Name of what gives an attention's queries.
         keys: Name of what gives its keys; the same name where one projection gives queries, keys
-            and values, (P, 3 * C), of which runs attend to themselves, as `cu_seqlens` says.
-        sizes: Of the arguments: patches of each patch's image or frame, int64 (P,), in the tower's
-            order, where its attention sees less than that at a time.
+            and values, (P, 3 * C), of a packed sequence, whose runs `cu_seqlens` says.
+        frames: Of the arguments: the image or frame of each patch, numbered from 0, int64 (P,), in
+            the tower's order; for towers that pack them into one sequence.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Tower:
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
-    sizes: Callable[[Mapping[str, Any]], Tensor] | None = None
+    frames: Callable[[Mapping[str, Any]], Tensor] | None = None
 
     @property
     def is_fused(self) -> bool:
