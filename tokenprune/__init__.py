@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Projected,
         PruningStrategy,
         Published,
+        RandomNumbers,
         ScoreStrategy,
         Selection,
         Text,
@@ -52,6 +53,7 @@ __all__ = [
     "Published",
     "PruningStrategy",
     "QueriesAndKeys",
+    "RandomNumbers",
     "Schedule",
     "ScoreStrategy",
     "Selection",
@@ -88,8 +90,8 @@ _NAMES = {
     "strategies.published": ("published",),
     "strategy": (
         *("POSITIONS", "AttentionStrategy", "DecoderRows", "Need", "PerStage", "Projected"),
-        *("PruningStrategy", "Published", "ScoreStrategy", "Selection", "Text", "TextView"),
-        *("TokenView", "VisionRows", "VisionStates"),
+        *("PruningStrategy", "Published", "RandomNumbers", "ScoreStrategy", "Selection"),
+        *("Text", "TextView", "TokenView", "VisionRows", "VisionStates"),
         *("available", "build_strategy", "register"),
     ),
 }

@@ -62,6 +62,17 @@ class Text(Need):
 
 
 @dataclass(frozen=True)
+class RandomNumbers(Need):
+    """Numbers by chance, which a row gets alone and in a batch alike.
+
+    Args:
+        seed: Another one gives other numbers.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class VisionNeed(Need):
     """Something of the vision tower's own.
 
@@ -114,6 +125,15 @@ class Tiles(VisionNeed):
     """In which tile each visual token's patches are; there with every other need, too."""
 
 
+@dataclass(frozen=True)
+class TileShape(VisionNeed):
+    """How many tiles, and of how many tokens, there are; there with every other need, too."""
+
+
+#: What every strategy that asks anything of the vision tower gets.
+BESIDE = (HasPatches(), Tiles(), TileShape())
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
@@ -158,7 +178,6 @@ class TokenView:
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
     _signal: Callable[[Need], Any] = field(repr=False)
-    _random: Callable[[int], Tensor] = field(repr=False)
 
     @property
     def valid(self) -> Tensor:
@@ -257,12 +276,23 @@ class TokenView:
         signal: Tensor = self._signal(Tiles())
         return signal
 
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tiles that a row has at most, and tokens that one of them has at most before any cut.
+
+        Known without waiting for the device; there for strategies that have `tiles`.
+        """
+        shape: tuple[int, int] = self._signal(TileShape())
+        return shape
+
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
 
         A row gets the same numbers alone and in a batch; no global generator is touched.
+        `RandomNumbers` in `needs`.
         """
-        return self._random(seed)
+        signal: Tensor = self._signal(RandomNumbers(seed))
+        return signal
 
 
 @dataclass(frozen=True, eq=False)

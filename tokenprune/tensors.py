@@ -105,37 +105,36 @@ def share_out(keep_B: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor
     """
     last = unit_BV.shape[1]
     unit_BV = unit_BV.masked_fill(~valid_BV | (unit_BV < 0), last)
-    sizes_BU = keep_B.new_zeros(len(unit_BV), last + 1)
-    sizes_BU = sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
-    quota_BU = split_budget(keep_B, sizes_BU[:, :last])
+    quota_BU = split_budget(keep_B, sizes_of_units(unit_BV)[:, :last])
     left_B1 = keep_B[:, None] - quota_BU.sum(1, keepdim=True)
     return unit_BV, torch.cat([quota_BU, left_B1], 1)
 
 
-def top_of_units(
-    scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor, quota_BU: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Marks the highest-scoring valid tokens of each unit; the lower index wins ties.
+def rank_in_units(scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Places of tokens among those of their unit, from the highest score; ties by index.
 
     Args:
-        scores_BV: Scores, compared in float32; of the last unit, which has none, the index counts.
-        unit_BV: int64, number of each token's unit.
-        valid_BV: False where a row has no such token; never marked.
-        quota_BU: int64, how many of each unit.
+        scores_BV: Scores, compared in float32; in unit V, which is none, the index counts.
+        unit_BV: int64, unit of each token, as `share_out` numbers them.
+        valid_BV: False where a row has no such token; those come last.
 
     Returns:
-        Bool mask (B, V), and the order that it is taken from, int64 (B, V): unit after unit, in
-        each from the highest score to the lowest.
+        int64 (B, V), from 0.
     """
-    low = torch.finfo(torch.float32).min
+    last, low = unit_BV.shape[1], torch.finfo(torch.float32).min
     scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
-    scores_BV = scores_BV.masked_fill(unit_BV == quota_BU.shape[1] - 1, 0)
-    order_BV = scores_BV.masked_fill(~valid_BV, -torch.inf).argsort(1, descending=True, stable=True)
-    order_BV = order_BV.gather(1, unit_BV.gather(1, order_BV).argsort(1, stable=True))
-    sizes_BU = torch.zeros_like(quota_BU).scatter_add(1, unit_BV, torch.ones_like(unit_BV))
-    first_BV = (sizes_BU.cumsum(1) - sizes_BU).gather(1, unit_BV)
-    kept_BV = order_BV.argsort(1) - first_BV < quota_BU.gather(1, unit_BV)
-    return kept_BV & valid_BV, order_BV
+    scores_BV = scores_BV.masked_fill(unit_BV == last, 0).masked_fill(~valid_BV, -torch.inf)
+    order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
+    order_BV = order_BV.gather(1, unit_BV.gather(1, order_BV).argsort(dim=1, stable=True))
+    sizes_BU = sizes_of_units(unit_BV)
+    first_BU = sizes_BU.cumsum(1) - sizes_BU
+    return order_BV.argsort(dim=1) - first_BU.gather(1, unit_BV)
+
+
+def sizes_of_units(unit_BV: Tensor) -> Tensor:
+    """Tokens of each unit, int64 (B, V + 1); of the last, what does not exist, too."""
+    sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+    return sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
 
 
 def attention_rows(

@@ -21,7 +21,7 @@ VIEWS = (
 PER_CUT = {
     "pyramiddrop": {1: (34, 44), 8: (41, 49)},
     "fastv": {1: (34, 44), 8: (41, 49)},
-    "random": {1: (8, 18), 8: (19, 27)},
+    "random": {1: (8, 18), 8: (20, 28)},
     "uniform": {1: (74, 84), 8: (93, 101)},
 }
 #: At most so many in a decoding step beyond the unpruned model's.

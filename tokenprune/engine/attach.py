@@ -34,7 +34,7 @@ from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import Settings
 from tokenprune.engine.trace import Trace
-from tokenprune.engine.vision import METHODS, Watch, match
+from tokenprune.engine.vision import METHODS, Watch
 from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
@@ -241,11 +241,10 @@ class Handle:
         tokens = named["input_ids"] if embeds is None else embeds
         records.in_call(inputs.get("past_key_values"), begins=True)
         generating = getattr(self._thread, "generation", None) is not None
-        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens, generating)
+        run = self._thread.run = plan_pass(
+            self._settings, call, inputs, tokens, generating, self._watch
+        )
         self._tell_of_labels(run)
-        if self._watch is not None and run.prunes:
-            anatomy = self._settings.anatomy
-            run.seen = match(self._watch, anatomy, inputs, call.signals, run.rows).signal
         return (rest, named) if named.pop("visual_mask", None) is not None else None
 
     def _tell_of_labels(self, run: Pass) -> None:

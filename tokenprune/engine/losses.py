@@ -41,24 +41,48 @@ def finish(run: Pass, output: Any) -> Any:
     settings, level = run.settings, run.levels[-1]
     if not run.call.late_labels and not (settings.full and level.columns is not None):
         return output
-    labels, shifted = _labels(run, output.last_hidden_state.device)
+    hidden = output.last_hidden_state
+    if settings.supervised and run.rows.targets is not None and run.plan is not None:
+        output.last_hidden_state, learned = _learned(run, hidden)
+        _keep_promise(run, learned, learned)
+        return output
+    labels, shifted = _labels(run, hidden.device)
     if settings.full:
         if level.columns is not None:
-            output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
+            output.last_hidden_state = _at_full_length(run, hidden)
     elif level.columns is not None and labels is not None:
         labels, shifted = _of_survivors(run, labels, shifted)
     if settings.supervised and shifted is not None:
-        hidden = output.last_hidden_state
         chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]
         labels = shifted = shifted.flatten()[chosen][None]
+    _keep_promise(run, labels, shifted)
+    return output
+
+
+def _keep_promise(run: Pass, labels: Tensor | None, shifted: Tensor | None) -> None:
     for tensor, is_shifted in run.call.late_labels:
         filled = shifted if is_shifted else labels
         assert filled is not None
         tensor.data = filled.to(tensor.device).contiguous()
-    return output
+
+
+def _learned(run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (1, M, D) that predict a label each, and these labels, (1, M).
+
+    Which they are is known before the pass: the device is not waited for.
+    """
+    device = hidden.device
+    level, plan = run.at(len(run.levels) - 1, device), run.plan_on(device)
+    assert plan.targets is not None
+    assert plan.learned is not None
+    rows_B1 = torch.arange(len(plan.targets), device=device)[:, None]
+    before_BL = level.find(plan.targets) - 1 + rows_B1 * level.length
+    labels_BL = take(run.call.inputs["labels"].to(device), plan.targets)
+    chosen = before_BL.flatten()[plan.learned]
+    return hidden.flatten(0, 1)[chosen][None], labels_BL.flatten()[plan.learned][None]
 
 
 def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -118,7 +142,8 @@ def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor | None) -> tuple[Te
         return take(labels, columns), take(shifted, before_next)
     followed = nn.functional.pad(real, (0, 1), value=True)[:, 1:]
     before_next = torch.where(followed, before_next, columns).clamp_min(0)
+    preceded = real & nn.functional.pad(real, (1, 0))[:, :-1]  # no pad predicts a row's first
     return (
-        take(labels, columns).masked_fill(~real, IGNORED),
+        take(labels, columns).masked_fill(~preceded, IGNORED),
         take(shifted, before_next).masked_fill(~real, IGNORED),
     )

@@ -20,6 +20,7 @@ from tokenprune.strategy import (
     PerStage,
     Projected,
     PruningStrategy,
+    RandomNumbers,
     Text,
     VisionNeed,
     VisionRows,
@@ -165,7 +166,7 @@ class Settings:
                     "Move the first cut."
                 )
         for need in self.needs:
-            if not isinstance(need, (DecoderRows, Projected, Text, VisionNeed)):
+            if not isinstance(need, (DecoderRows, Projected, RandomNumbers, Text, VisionNeed)):
                 raise ValueError(
                     f"prune: expected needs that the engine knows, got {need!r}. "
                     "See tokenprune.strategy."

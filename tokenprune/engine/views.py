@@ -5,24 +5,25 @@ Shape suffixes: B batch rows, V visual tokens alive.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine import chance
 from tokenprune.engine.passes import Pass
-from tokenprune.engine.rows import Rows
 from tokenprune.strategy import (
+    BESIDE,
     DecoderRows,
     HasPatches,
     Need,
     Projected,
+    RandomNumbers,
     Text,
     TextView,
     Tiles,
+    TileShape,
     TokenView,
     VisionNeed,
     VisionRows,
@@ -50,7 +51,7 @@ def make_view(
     strategy = run.settings.strategies[number - 1]
 
     def signal(need: Need) -> Any:
-        beside = need in (HasPatches(), Tiles()) and vision_needs(strategy)
+        beside = need in BESIDE and vision_needs(strategy)
         if need not in strategy.needs() and not beside:
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
@@ -60,6 +61,12 @@ def make_view(
             return attended[need]
         if isinstance(need, VisionNeed):
             return _vision(run, number, need, device)
+        if isinstance(need, RandomNumbers):
+            known = plan.random.get((number - 1, need))
+            if known is None:  # an earlier cut has left as many as it pleased
+                drawn = chance.draw(run.rows, level.num_visual, need.seed, layer)
+                known = torch.from_numpy(drawn).to(device)
+            return known
         return {Projected(): _projected, Text(): _text}[need](run, number, device)
 
     def positions() -> Tensor:
@@ -68,9 +75,12 @@ def make_view(
         return take(known, visual_BV) - _start(run, known)
 
     def places() -> Tensor:
-        table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+        if ("places", device) not in run.copies:  # the same at all cuts
+            table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+            run.copies["places", device] = table.to(device)
+        table = run.copies["places", device]
         number_BV = level.numbers(run.at(0, device))()
-        return take(table.to(device), number_BV.clamp_max(table.shape[1] - 1))
+        return take(table, number_BV.clamp_max(table.shape[1] - 1))
 
     return TokenView(
         layer=layer,
@@ -82,7 +92,6 @@ def make_view(
         _hidden=lambda: take(hidden, level.seats()).detach(),
         _places=places,
         _signal=signal,
-        _random=lambda seed: random(run.rows, level.num_visual, seed, layer).to(device),
     )
 
 
@@ -94,14 +103,18 @@ def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
     return _alive(run, number, take(to_device(run.embeddings, device), first))
 
 
-def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Tensor:
+def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Any:
     """What the vision tower says of the visual tokens alive before a cut."""
     assert run.seen is not None
+    if need == TileShape():
+        return run.seen.tile_shape
+    index_BV = run.plan_on(device).seen
+    assert index_BV is not None
     if need == HasPatches():
-        return _alive(run, number, run.seen(Tiles(), device)[..., None] >= 0)[..., 0]
+        return _alive(run, number, run.seen.signal(Tiles(), index_BV)[..., None] >= 0)[..., 0]
     if need == Tiles():
-        return _numbered(_seated(run, number, run.seen(need, device)))
-    signal = _alive(run, number, run.seen(need, device))
+        return _numbered(_seated(run, number, run.seen.signal(need, index_BV)))
+    signal = _alive(run, number, run.seen.signal(need, index_BV))
     return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
 
 
@@ -150,20 +163,3 @@ def _start(run: Pass, positions_BT: Tensor) -> Tensor | int:
     if run.record is not None or real_BT is None:
         return 0
     return positions_BT.masked_fill(~real_BT, positions_BT.max()).amin(1, keepdim=True)
-
-
-def random(rows: Rows, num_alive: list[int], seed: int, layer: int) -> Tensor:
-    """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
-    drawn = []
-    for row, count in enumerate(num_alive):
-        if rows.ids is None:
-            own = [rows.num_real[row], rows.num_visual[row]]
-        else:
-            own = rows.ids[row][rows.real[row]].tolist()
-        digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        drawn.append(torch.rand(count, generator=generator).numpy())
-    table = np.zeros((len(num_alive), max(num_alive)), dtype=np.float32)
-    for row, own_numbers in enumerate(drawn):
-        table[row, : len(own_numbers)] = own_numbers
-    return torch.from_numpy(table)

@@ -57,8 +57,17 @@ class Heard:
         return next(v for v in (self.hidden, self.keys, self.queries) if v is not None)
 
 
-#: Signals of the visual tokens that one call of a features' method made, each (T, ...).
-Signals = Mapping[Need, Tensor]
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What is known of the visual tokens that one call of a features' method made.
+
+    Attributes:
+        values: By need, (T, ...).
+        tiles: int64 (T,), the tile of each, on the host; -1 for tokens without patches.
+    """
+
+    values: Mapping[Need, Tensor]
+    tiles: Ints
 
 
 class Watch:
@@ -222,10 +231,10 @@ def make_signals(
     largest = patches.index.amax(1)
     of_token = tiles[largest.clamp_min(0)].where(largest >= 0, -1)
     patches = _placed(patches, hidden.device)
-    made: dict[Need, Tensor] = {Tiles(): of_token.to(hidden.device)}
+    values: dict[Need, Tensor] = {Tiles(): of_token.to(hidden.device)}
     for need in sorted(needs, key=repr):
-        made[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
-    return made
+        values[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
+    return Signals(values, of_token.numpy())
 
 
 def _placed(patches: Patches, device: torch.device) -> Patches:
@@ -326,28 +335,51 @@ class Seen:
         parts: Those of its features.
         index: int64 (B, V), of each visual token its number in them, one after another; what does
             not exist has the number after the last.
-        ragged: Whether some entries do not exist.
     """
 
     parts: list[Signals]
-    index: Tensor
-    ragged: bool
+    index: Ints
 
-    def signal(self, need: Need, device: torch.device) -> Tensor:
+    def signal(self, need: Need, index_BV: Tensor) -> Tensor:
         """A signal of the call's visual tokens, (B, V, ...); zeros for what does not exist.
 
         Tiles are numbered through all of the call's, and what does not exist is in none.
+
+        Args:
+            need: Which.
+            index_BV: The index, on the device where it is needed.
         """
-        known = [to_device(part[need], device) for part in self.parts]
+        known = [to_device(part.values[need], index_BV.device) for part in self.parts]
+        none = 0
         if need == Tiles():
-            for number in range(1, len(known)):
-                known[number] = known[number] + (known[number] >= 0) * (known[number - 1].max() + 1)
-        if self.ragged:
-            none = -1 if need == Tiles() else 0
+            none = -1
+            known = [
+                known[number] + first * (known[number] >= 0)
+                for number, first in enumerate(self._first_tiles)
+            ]
+        if (self.index == sum(len(part.tiles) for part in self.parts)).any():
             known.append(known[0].new_full((1, *known[0].shape[1:]), none))
         joined = known[0] if len(known) == 1 else torch.cat(known)
-        index_BV = self.index.to(device, non_blocking=True)
         return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, *joined.shape[1:])
+
+    @functools.cached_property
+    def _first_tiles(self) -> list[int]:
+        """Number of each part's first tile."""
+        counts = [int(part.tiles.max(initial=-1)) + 1 for part in self.parts]
+        return [sum(counts[:number]) for number in range(len(counts))]
+
+    @functools.cached_property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tiles that a row has at most, and tokens that a tile has at most."""
+        firsts = zip(self.parts, self._first_tiles, strict=True)
+        tiles = [np.where(part.tiles < 0, -1, part.tiles + first) for part, first in firsts]
+        of_token = np.concatenate([*tiles, [-1]])[self.index]
+        most, length = 1, 1
+        for row in of_token:
+            numbers, counts = np.unique(row[row >= 0], return_counts=True)
+            most = max(most, int(np.ptp(numbers)) + 1 if len(numbers) else 0)
+            length = max(length, int(counts.max(initial=0)))
+        return most, length
 
 
 def match(
@@ -381,7 +413,7 @@ def match(
             marked = np.isin(rows.ids, anatomy.placeholders(kind))
         if signals is None or not marked.any():
             continue
-        count = len(signals[Tiles()])
+        count = len(signals.tiles)
         number_BT = _numbers(marked, count)
         if number_BT is None:
             continue
@@ -396,8 +428,7 @@ def match(
             "visual tokens whose features were made before, elsewhere, or in parts. Pass pixels, "
             "and leave prefill_chunk_size out."
         )
-    ragged = len(set(rows.num_visual)) > 1
-    return Seen(parts, torch.from_numpy(index_BV), ragged)
+    return Seen(parts, index_BV)
 
 
 def _numbers(marked: Bools, count: int) -> Ints | None:

@@ -40,12 +40,12 @@ class FasterVLM(PruningStrategy):
         return (VisionRows(self.layer, self.queries),)
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
-        from tokenprune.tensors import share_out, top_of_units
+        from tokenprune.tensors import rank_in_units, share_out
 
         attention_BV = view.vision_rows(self.layer, self.queries).mean(1)  # over heads
         unit_BV, quota_BU = share_out(keep, view.tiles, view.valid)
-        kept_BV, _ = top_of_units(attention_BV, unit_BV, view.valid, quota_BU)
-        return Selection(kept=kept_BV)
+        rank_BV = rank_in_units(attention_BV, unit_BV, view.valid)
+        return Selection(kept=(rank_BV < quota_BU.gather(1, unit_BV)) & view.valid)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

@@ -57,38 +57,30 @@ class VisPruner(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import share_out, top_of_units
+        from tokenprune.tensors import rank_in_units, share_out, sizes_of_units, take
 
         attention_BV = view.vision_rows(self.layer, self.queries).mean(1)  # over heads
         states = torch.nn.functional.normalize(view.vision_states(self.layer), dim=-1)
         unit_BV, quota_BU = share_out(keep, view.tiles, view.valid)
         first_BU = (quota_BU * self.important).long()
         first_BU[:, -1] = quota_BU[:, -1]
-        kept_BV, order_BV = top_of_units(attention_BV, unit_BV, view.valid, first_BU)
-        # One transfer: how many rounds there are depends on it.
-        sizes_BU = torch.zeros_like(quota_BU).scatter_add(1, unit_BV, torch.ones_like(unit_BV))
-        sizes, firsts, quotas = torch.stack([sizes_BU, first_BU, quota_BU]).tolist()
-        rows, tokens, targets = [], [], []
-        for row, own in enumerate(sizes):
-            start = 0
-            for size, first, quota in zip(own[:-1], firsts[row], quotas[row], strict=False):
-                if quota > first:
-                    rows.append(row)
-                    tokens.append(order_BV[row, start + first : start + size])
-                    targets.append(quota - first)
-                start += size
-        if not rows:
-            return Selection(kept=kept_BV)
-        index_UL = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        row_U1 = torch.tensor(rows, device=keep.device)[:, None]
-        own = states[row_U1, index_UL]  # (U, L, C)
-        left = _thin(own @ own.transpose(1, 2), [len(part) for part in tokens], targets)
-        found = left.nonzero(as_tuple=True)
-        kept_BV = kept_BV.index_put(
-            (row_U1.expand_as(index_UL)[found], index_UL[found]),
-            torch.ones((), dtype=torch.bool, device=keep.device),
+        first_BV = first_BU.gather(1, unit_BV)
+        rank_BV = rank_in_units(attention_BV, unit_BV, view.valid)
+        most, length = view.tile_shape
+        # The others of each tile, from the most to the least attended.
+        is_rest = (rank_BV >= first_BV) & (unit_BV < most) & view.valid
+        seat_BV = (unit_BV * length + rank_BV - first_BV).where(is_rest, most * length)
+        place_BV = torch.arange(rank_BV.shape[1], device=keep.device).expand_as(rank_BV)
+        table = place_BV.new_zeros(len(keep), most * length + 1).scatter(1, seat_BV, place_BV)
+        rest_ULC = take(states, table[:, :-1]).view(-1, length, states.shape[2])
+        count_BU = (sizes_of_units(unit_BV) - first_BU)[:, :most]
+        target_BU = (quota_BU - first_BU)[:, :most]
+        left_UL = _thin(
+            rest_ULC @ rest_ULC.transpose(1, 2), count_BU.reshape(-1), target_BU.reshape(-1)
         )
-        return Selection(kept=kept_BV)
+        left = torch.nn.functional.pad(left_UL.view(len(keep), -1), (0, 1))
+        kept_BV = (rank_BV < first_BV) | left.gather(1, seat_BV)
+        return Selection(kept=kept_BV & view.valid)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
@@ -96,54 +88,47 @@ class VisPruner(PruningStrategy):
         return Published("one_shot", {"layer": 0, "keep": 0.2222}, positions="renumbered")
 
 
-def _thin(alike_ULL: Tensor, counts: list[int], targets: list[int]) -> Tensor:
+def _thin(alike_ULL: Tensor, count_U: Tensor, target_U: Tensor) -> Tensor:
     """Which tokens are left of each tile, bool (U, L).
 
     Args:
         alike_ULL: Likeness of any two.
-        counts: How many of the L tokens each tile has.
-        targets: How many are to be left.
+        count_U: int64, how many of the L tokens each tile has.
+        target_U: int64, how many are to be left.
     """
     import torch
 
     num_tiles, length, _ = alike_ULL.shape
-    device = alike_ULL.device
-    place_L = torch.arange(length, device=device)
-    tile_U1 = torch.arange(num_tiles, device=device)[:, None]
+    place_L = torch.arange(length, device=alike_ULL.device)
+    tile_U11 = torch.arange(num_tiles, device=alike_ULL.device)[:, None, None]
+    count_U1, target_U1 = count_U[:, None], target_U[:, None]
     order_UL = place_L.expand(num_tiles, -1)
-    count_U1 = torch.tensor(counts, device=device)[:, None]
-    target_U1 = torch.tensor(targets, device=device)[:, None]
-    for _ in range(max(map(_num_rounds, counts, targets))):
+    for _ in range(_most_rounds(length)):
         even, odd = order_UL[:, ::2], order_UL[:, 1::2]
-        num_even, num_odd = (count_U1 + 1) // 2, count_U1 // 2
+        is_even = place_L[: even.shape[1]] < (count_U1 + 1) // 2
+        is_odd = place_L[: odd.shape[1]] < count_U1 // 2
+        num_even = (count_U1 + 1) // 2
         drop_U1 = (count_U1 - target_U1).clamp(0, _ROUND).minimum(num_even)
-        alike = alike_ULL[tile_U1[..., None], even[..., None], odd[:, None]]  # (U, E, O)
-        alike = alike.masked_fill((place_L[: odd.shape[1]] >= num_odd)[:, None], -torch.inf)
+        alike = alike_ULL[tile_U11, even[..., None], odd[:, None]]  # (U, E, O)
+        alike = alike.masked_fill(~is_odd[:, None], -torch.inf)
         nearest = torch.nn.functional.pad(alike, (0, 1), value=-torch.inf).amax(2)
-        nearest = nearest.masked_fill(place_L[: even.shape[1]] >= num_even, -torch.inf)
+        nearest = nearest.masked_fill(~is_even, -torch.inf)
         even = even.gather(1, nearest.argsort(dim=1, descending=True, stable=True))
-        # The most alike fall away at the front.
+        # The most alike fall away at the front; what does not stay goes to a seat beyond the last.
         seat_even = place_L[: even.shape[1]] - drop_U1
-        stays = (seat_even >= 0) & (place_L[: even.shape[1]] < num_even)
-        seat_odd = place_L[: odd.shape[1]] + num_even - drop_U1
-        seats = torch.cat(
-            [
-                seat_even.where(stays, length),
-                seat_odd.where(place_L[: odd.shape[1]] < num_odd, length),
-            ],
-            1,
-        )
+        seat_even = seat_even.where((seat_even >= 0) & is_even, length)
+        seat_odd = (place_L[: odd.shape[1]] + num_even - drop_U1).where(is_odd, length)
         table = order_UL.new_zeros(num_tiles, length + 1)
-        order_UL = table.scatter(1, seats, torch.cat([even, odd], 1))[:, :length]
-        count_U1 = count_U1 - drop_U1
-    left = torch.zeros(num_tiles, length + 1, dtype=torch.bool, device=device)
+        table = table.scatter(1, torch.cat([seat_even, seat_odd], 1), torch.cat([even, odd], 1))
+        order_UL, count_U1 = table[:, :length], count_U1 - drop_U1
+    left = torch.zeros(num_tiles, length + 1, dtype=torch.bool, device=alike_ULL.device)
     return left.scatter(1, order_UL.where(place_L < count_U1, length), True)[:, :length]
 
 
-def _num_rounds(count: int, target: int) -> int:
-    """Rounds until a tile of `count` tokens has `target`."""
+def _most_rounds(count: int) -> int:
+    """Rounds until nothing is left of a tile: how many there are must not depend on its values."""
     rounds = 0
-    while count > target:
-        count -= min(_ROUND, count - target, (count + 1) // 2)
+    while count > 0:
+        count -= min(_ROUND, (count + 1) // 2)
         rounds += 1
     return rounds
