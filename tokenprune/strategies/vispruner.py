@@ -72,13 +72,13 @@ class VisPruner(PruningStrategy):
         seat_BV = (unit_BV * length + rank_BV - first_BV).where(is_rest, most * length)
         place_BV = torch.arange(rank_BV.shape[1], device=keep.device).expand_as(rank_BV)
         table = place_BV.new_zeros(len(keep), most * length + 1).scatter(1, seat_BV, place_BV)
-        rest_ULC = take(states, table[:, :-1]).view(-1, length, states.shape[2])
+        rest_ULC = take(states, table[:, :-1]).reshape(-1, length, states.shape[2])
         count_BU = (sizes_of_units(unit_BV) - first_BU)[:, :most]
         target_BU = (quota_BU - first_BU)[:, :most]
         left_UL = _thin(
             rest_ULC @ rest_ULC.transpose(1, 2), count_BU.reshape(-1), target_BU.reshape(-1)
         )
-        left = torch.nn.functional.pad(left_UL.view(len(keep), -1), (0, 1))
+        left = torch.nn.functional.pad(left_UL.reshape(len(keep), -1), (0, 1))
         kept_BV = (rank_BV < first_BV) | left.gather(1, seat_BV)
         return Selection(kept=kept_BV & view.valid)
 
