@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         Text,
         TextView,
         TokenView,
+        VisionRows,
+        VisionStates,
         available,
         build_strategy,
         register,
@@ -61,6 +63,8 @@ __all__ = [
     "TokenView",
     "Trace",
     "TracedStage",
+    "VisionRows",
+    "VisionStates",
     "attach",
     "available",
     "build_strategy",
@@ -87,7 +91,8 @@ _NAMES = {
     "strategy": (
         *("POSITIONS", "AttentionStrategy", "DecoderRows", "Need", "PerStage", "Projected"),
         *("PruningStrategy", "Published", "RandomNumbers", "ScoreStrategy", "Selection"),
-        *("Text", "TextView", "TokenView", "available", "build_strategy", "register"),
+        *("Text", "TextView", "TokenView", "VisionRows", "VisionStates"),
+        *("available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
+VISION_QUERIES = ("class", "all")
+VISION_STATES = ("hidden", "keys", "queries")
 POSITIONS = ("original", "renumbered")
 
 
@@ -46,11 +48,7 @@ class DecoderRows(Need):
             ("queries", self.queries, QUERIES),
             ("source", self.source, SOURCES),
         ):
-            if value not in choices:
-                raise ValueError(
-                    f"DecoderRows.{name}: expected one of {list(choices)}, got {value!r}. "
-                    "Say which attention the strategy reads."
-                )
+            _check_choice(f"DecoderRows.{name}", value, choices)
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,75 @@ class RandomNumbers(Need):
     """
 
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class VisionNeed(Need):
+    """Something of the vision tower's own.
+
+    Args:
+        layer: Layer of the tower, from 0, or from -1 backwards. Layer -2 is the one whose output
+            LLaVA projects.
+    """
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class VisionRows(VisionNeed):
+    """Attention that a layer of the vision tower pays each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        queries: `"class"`, the class token, or `"all"`, every patch of the image or frame.
+    """
+
+    queries: str = "class"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionRows.queries", self.queries, VISION_QUERIES)
+
+
+@dataclass(frozen=True)
+class VisionStates(VisionNeed):
+    """What a layer of the vision tower makes of each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        what: `"hidden"`, the layer's output; `"keys"` or `"queries"` of its attention, all heads
+            side by side, normed where the tower norms them, before any rotation.
+    """
+
+    what: str = "hidden"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionStates.what", self.what, VISION_STATES)
+
+
+@dataclass(frozen=True)
+class HasPatches(VisionNeed):
+    """Which visual tokens have patches; there with every other need of the vision tower."""
+
+
+@dataclass(frozen=True)
+class Tiles(VisionNeed):
+    """In which tile each visual token's patches are; there with every other need, too."""
+
+
+@dataclass(frozen=True)
+class TileShape(VisionNeed):
+    """How many tiles, and of how many tokens, there are; there with every other need, too."""
+
+
+#: What every strategy that asks anything of the vision tower gets.
+BESIDE = (HasPatches(), Tiles(), TileShape())
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}: expected one of {list(choices)}, got {value!r}. Say what the strategy reads."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +231,59 @@ class TokenView:
         """The prompt's text as it entered the decoder; `Text` in `needs`."""
         signal: TextView = self._signal(Text())
         return signal
+
+    def vision_rows(self, layer: int = -2, queries: str = "class") -> Tensor:
+        """Attention in the vision tower, as `VisionRows` in `needs` names it.
+
+        The softmax is the tower's own: over the keys of an image, tile, frame or window. `"all"` is
+        the sum over the patches that ask, divided by those of the image, tile or frame, so that
+        windows of different sizes compare.
+
+        Returns:
+            float32 (B, H, V), H the tower's heads: the mean over the token's patches, zero for a
+            token without any. A token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionRows(layer, queries))
+        return signal
+
+    def vision_states(self, layer: int = -2, what: str = "hidden") -> Tensor:
+        """States of the vision tower, as `VisionStates` in `needs` names them.
+
+        Returns:
+            float32 (B, V, C): the mean over the token's patches, zero for a token without any. A
+            token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionStates(layer, what))
+        return signal
+
+    @property
+    def has_patches(self) -> Tensor:
+        """Which tokens have patches of the vision tower, bool (B, V); a newline has none.
+
+        There for strategies that ask for anything else of the tower.
+        """
+        signal: Tensor = self._signal(HasPatches())
+        return signal
+
+    @property
+    def tiles(self) -> Tensor:
+        """What the vision tower looked at by itself, int64 (B, V): a tile, an image, a frame.
+
+        Numbered within the row from 0; -1 for tokens without patches. A token that was mixed at an
+        earlier cut counts where its seat is. There for strategies that ask for anything else of the
+        tower.
+        """
+        signal: Tensor = self._signal(Tiles())
+        return signal
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tiles that a row has at most, and tokens that one of them has at most before any cut.
+
+        Known without waiting for the device; there for strategies that have `tiles`.
+        """
+        shape: tuple[int, int] = self._signal(TileShape())
+        return shape
 
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
@@ -313,6 +433,11 @@ class PerStage(PruningStrategy):
         raise ValueError(
             "PerStage: expected a cut's own strategy to be asked, at(cut), got them all."
         )
+
+
+def vision_needs(strategy: PruningStrategy) -> tuple[VisionNeed, ...]:
+    """What a strategy needs of the vision tower."""
+    return tuple(need for need in strategy.needs() if isinstance(need, VisionNeed))
 
 
 def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:

@@ -20,6 +20,7 @@ from oracles import (
     generate,
     is_decided,
     masked,
+    runnable,
     split,
     survivors,
 )
@@ -36,6 +37,7 @@ STRATEGIES = [tp.build_strategy(name) for name in tp.available()] + [
     tp.build_strategy("fastv", queries="all"),
     tp.build_strategy("pyramiddrop", source="previous", queries="all"),
 ]
+RUNNABLE = runnable(FAMILIES, STRATEGIES)
 
 
 def ids(value) -> str:
@@ -48,8 +50,7 @@ def ids(value) -> str:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_identity(family, strategy, attention, side, policy) -> None:
     model = build(family, attention)
     inputs, mask = split(batch(model, ROWS, side))
@@ -76,8 +77,7 @@ def test_identity(family, strategy, attention, side, policy) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_drop_is_mask(family, strategy, attention, side) -> None:
     model = build(family, attention)
     full = batch(model, ROWS, side)
@@ -103,8 +103,7 @@ def test_drop_is_mask(family, strategy, attention, side) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
     """In float64, where rounding hides nothing: what differs by 1e-10 is not the same."""
     model = build(family, "sdpa").double()
@@ -127,8 +126,7 @@ def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_batch_is_alone(family, strategy, attention, side, policy) -> None:
     model = build(family, attention)
     inputs, mask = split(batch(model, ROWS, side))

@@ -80,8 +80,8 @@ def asked(work) -> Counter[str]:
 
 #: What a call with images asks: its tokens, and the upload of the plan.
 PLAN = {"fetch: numpy": 1, "_upload: from_numpy": 1}
-#: Beside it, of the host alone: numbers by chance are drawn there, and places found.
-ON_THE_HOST = {"draw: numpy", "<lambda>: from_numpy"}
+#: Beside it, of the host alone: numbers by chance are drawn there, places and tiles found.
+ON_THE_HOST = {"draw: numpy", "<lambda>: from_numpy", "make_signals: numpy"}
 
 
 @pytest.fixture(scope="module")

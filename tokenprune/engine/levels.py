@@ -37,6 +37,8 @@ class Plan:
         num_follow: int64 (B, 1), how many of them come after the last visual token, or None.
         targets: int64 (B, L), columns of labelled tokens, pads hold 0; None if nobody asks.
         learned: int64 (M,), which of the B * L entries exist, or None.
+        seen: int64 (B, V), numbers of the visual tokens in what the vision tower says of them; None
+            if nobody asks.
         pad: What sorts to the side on which pads stand, -1 or T.
         random: float32 (B, V), numbers by chance, by cut and what asks for them.
     """
@@ -53,6 +55,7 @@ class Plan:
     num_follow: Tensor | None
     targets: Tensor | None
     learned: Tensor | None
+    seen: Tensor | None
     pad: int
     random: dict[Any, Tensor]
 

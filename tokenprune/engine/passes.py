@@ -19,6 +19,7 @@ from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
+from tokenprune.engine.vision import Seen, Signals, Watch, match
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
@@ -35,12 +36,14 @@ class Call:
         cache: The cache, if it came from outside.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
+        signals: What the vision tower was heard of, by kind of features, if a strategy asks.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
     cache: Any = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
+    signals: dict[str, Signals] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -94,6 +97,7 @@ class Pass:
         plan: What is on the device; None in a pass that needs nothing there.
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
+        seen: What the vision tower says of the visual tokens, if a strategy asks.
         places: Finds the places of the visual tokens.
         attended: Attention computed for a cut, by the cut's layer and request.
         rotations: What the rotary modules gave.
@@ -114,6 +118,7 @@ class Pass:
     places: Callable[[], list[Tensor]]
     positions: Tensor | None = None
     embeddings: Tensor | None = None
+    seen: Seen | None = None
     attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
@@ -167,7 +172,12 @@ def merge(
 
 
 def plan_pass(
-    settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor, generating: bool
+    settings: Settings,
+    call: Call,
+    inputs: dict[str, Any],
+    tokens: Tensor,
+    generating: bool,
+    watch: Watch | None = None,
 ) -> Pass:
     """A pass over new tokens: which are visual, which ask, how many of each row may stay.
 
@@ -177,6 +187,7 @@ def plan_pass(
         inputs: Arguments of the decoder and of the modules above it.
         tokens: Ids (B, T) or embeddings (B, T, D).
         generating: Whether the call is one of a `generate`.
+        watch: What hears the vision tower, if a strategy asks.
 
     Raises:
         ValueError: If the call cannot be honoured.
@@ -209,10 +220,13 @@ def plan_pass(
         ]
         for stage in range(len(settings.cuts) if prunes else 0)
     ]
+    seen = None
+    if prunes and watch is not None:
+        seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     differs = record is not None and record.cut
     plan = None
     if prunes or rows.padded or rows.targets is not None:
-        plan = _upload(settings, rows, budgets, tokens.device)
+        plan = _upload(settings, rows, budgets, seen, tokens.device)
     level = Level(
         length=length,
         num_real=rows.num_real,
@@ -238,6 +252,7 @@ def plan_pass(
         # Where nothing is cut, all levels are there from the start.
         levels=[level] if prunes else _levels(level, record, len(settings.cuts)),
         plan=plan,
+        seen=seen,
         places=cache(_place_finder(settings, inputs, rows)),
     )
 
@@ -252,10 +267,16 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
 
 
 #: Parts of a plan that not every pass has.
-_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned")
+_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned", "seen")
 
 
-def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
+def _upload(
+    settings: Settings,
+    rows: Rows,
+    budgets: list[list[int]],
+    seen: Seen | None,
+    device: torch.device,
+) -> Plan:
     """What is known of a pass, on the device by one upload."""
     length = rows.real.shape[1]
     pad = -1 if rows.ends_real else length
@@ -279,6 +300,8 @@ def _upload(settings: Settings, rows: Rows, budgets: list[list[int]], device: to
         tables["targets"] = columns(rows.targets, -1)
         tables["learned"] = np.flatnonzero(tables["targets"] >= 0)
         tables["targets"] = tables["targets"].clip(0)
+    if seen is not None:
+        tables["seen"] = seen.index
     drawn = chance.foreseen(settings, rows, budgets)
     for key, numbers in drawn.items():  # their bits, as integers like all else
         tables[key] = numbers.view(np.int32).astype(np.int64)

@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from tokenprune.engine import chance
 from tokenprune.engine.passes import Pass
 from tokenprune.strategy import (
+    BESIDE,
     DecoderRows,
+    HasPatches,
     Need,
     Projected,
     RandomNumbers,
     Text,
     TextView,
+    Tiles,
+    TileShape,
     TokenView,
+    VisionNeed,
+    VisionRows,
+    vision_needs,
 )
 from tokenprune.tensors import take, to_device
 
@@ -44,13 +51,16 @@ def make_view(
     strategy = run.settings.strategies[number - 1]
 
     def signal(need: Need) -> Any:
-        if need not in strategy.needs():
+        beside = need in BESIDE and vision_needs(strategy)
+        if need not in strategy.needs() and not beside:
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
                 f"{list(strategy.needs())}, got {need}. Declare it there."
             )
         if isinstance(need, DecoderRows):
             return attended[need]
+        if isinstance(need, VisionNeed):
+            return _vision(run, number, need, device)
         if isinstance(need, RandomNumbers):
             known = plan.random.get((number - 1, need))
             if known is None:  # an earlier cut has left as many as it pleased
@@ -91,6 +101,37 @@ def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
     assert run.embeddings is not None
     assert first is not None
     return _alive(run, number, take(to_device(run.embeddings, device), first))
+
+
+def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Any:
+    """What the vision tower says of the visual tokens alive before a cut."""
+    assert run.seen is not None
+    if need == TileShape():
+        return run.seen.tile_shape
+    index_BV = run.plan_on(device).seen
+    assert index_BV is not None
+    if need == HasPatches():
+        return _alive(run, number, run.seen.signal(Tiles(), index_BV)[..., None] >= 0)[..., 0]
+    if need == Tiles():
+        return _numbered(_seated(run, number, run.seen.signal(need, index_BV)))
+    signal = _alive(run, number, run.seen.signal(need, index_BV))
+    return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
+
+
+def _numbered(tiles_BV: Tensor) -> Tensor:
+    """Numbers of tiles, counted from each row's first; -1 stays."""
+    none_BV = tiles_BV < 0
+    last = torch.iinfo(tiles_BV.dtype).max
+    first_B1 = tiles_BV.masked_fill(none_BV, last).amin(1, keepdim=True)
+    return (tiles_BV - first_B1).masked_fill(none_BV, -1)
+
+
+def _seated(run: Pass, number: int, values: Tensor) -> Tensor:
+    """What cannot be mixed of a call's visual tokens (B, V), of the seats alive before a cut."""
+    for earlier in range(1, number):
+        chosen = run.at(earlier, values.device).chosen
+        values = values if chosen is None else take(values, chosen)
+    return values
 
 
 def _alive(run: Pass, number: int, values: Tensor) -> Tensor:
