@@ -21,7 +21,7 @@ from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attenti
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
-from tokenprune.strategy import DecoderRows
+from tokenprune.strategy import Need
 
 
 @dataclass(eq=False)
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(eq=False)
 class Asked:
-    """A layer that is asked for attention: the module, what enters it, its other arguments.
+    """A layer that is asked for attention or keys: the module, what enters it, its other arguments.
 
     Attributes:
         layer: Its number.
@@ -94,7 +94,7 @@ class Pass:
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
         places: Finds the places of the visual tokens.
-        attended: Attention computed for a cut, by the cut's layer and request.
+        heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
         copies: Levels and plans on other devices than where they were made.
@@ -113,7 +113,7 @@ class Pass:
     places: Callable[[], list[Tensor]]
     positions: Tensor | None = None
     embeddings: Tensor | None = None
-    attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
+    heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
     copies: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
