@@ -23,6 +23,13 @@ PER_CUT = {
     "fastv": {1: (34, 44), 8: (41, 49)},
     "random": {1: (8, 18), 8: (19, 27)},
     "uniform": {1: (74, 84), 8: (93, 101)},
+    # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
+    "cdpruner": {1: (364, 374), 8: (411, 419)},
+    "dart": {1: (154, 164), 8: (167, 175)},
+    "divprune": {1: (90, 100), 8: (116, 124)},
+    "pool": {1: (110, 120), 8: (131, 139)},
+    "sparsevlm": {1: (180, 190), 8: (199, 207)},
+    "vtw": {1: (9, 19), 8: (14, 22)},
 }
 #: At most so many in a decoding step beyond the unpruned model's.
 PER_STEP = {"original": 0, "renumbered": 9}

@@ -1,4 +1,4 @@
-"""CDPruner: Zhang et al., 2025, arXiv 2506.10967 (NeurIPS 2025): a conditional DPP, by MAP.
+"""CDPruner: Zhang et al., 2025, arXiv 2506.10967 (NeurIPS 2025).
 
 Tokens that are unlike each other and like the question: of the kernel relevance_i cos_ij
 relevance_j, greedily the token that adds most to the determinant of those picked (Chen et al.,
@@ -6,11 +6,11 @@ relevance_j, greedily the token that adds most to the determinant of those picke
 
 Departures. Relevance is the mean cosine to the question's own embeddings in the decoder; the
 released code asks CLIP's text tower, which few models have, and turns the sign, because CLIP's
-patches answer to a text by being unlike it. It is scaled per row, where the released code scales
-over all crops. The question is the text after the last image, or all of it if there is none. With
-more tokens asked than the embeddings have dimensions the released code divides by nothing: here a
-token that is no more than 1e-5 its own counts as explained, adds nothing, and is picked when no
-other is left, the lower index first.
+patches answer to a text by being unlike it. All tokens of a row are one pool, where the released
+code picks crop by crop and scales relevance over all of them. The question is the text after the
+last image, or all of it if there is none. With more tokens asked than the embeddings have
+dimensions the released code divides by nothing: here a token that is no more than 1e-5 its own
+counts as explained, adds nothing, and is picked when no other is left, the lower index first.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class CDPruner(PruningStrategy):
 
         valid_BV = view.valid
         unit_BVD = _unit(view.projected)
-        relevance_BV = _relevance(unit_BVD, view.text, valid_BV)
+        weight_BV = _relevance(unit_BVD, view.text, valid_BV) ** 2
         likeness_BVV = unit_BVD @ unit_BVD.mT
         # Of each token what the picked ones do not explain: its gain, but for its relevance.
         own_BV = unit_BVD.any(-1).float()
-        open_BV = valid_BV
+        shut_BV = ~valid_BV
         picks: list[Tensor] = []
         factors = likeness_BVV.new_zeros(len(valid_BV), view.max_keep, valid_BV.shape[1])
         for number in range(view.max_keep):
-            gain_BV = (relevance_BV**2 * own_BV).masked_fill(~open_BV, -torch.inf)
+            gain_BV = (weight_BV * own_BV).masked_fill(shut_BV, -torch.inf)
             pick_B1 = gain_BV.argmax(1, keepdim=True)  # the first of equal ones
             picks.append(pick_B1)
-            open_BV = open_BV.scatter(1, pick_B1, False)
+            shut_BV = shut_BV.scatter(1, pick_B1, True)
             before_BPV = factors[:, :number]
             known_B1P = take(before_BPV, pick_B1, dim=2).mT
             row_BV = (take(likeness_BVV, pick_B1) - known_B1P @ before_BPV)[:, 0]

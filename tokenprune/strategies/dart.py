@@ -1,4 +1,4 @@
-"""DART: Wen et al., 2025, arXiv 2502.11494 (EMNLP 2025): what duplicates no pivot.
+"""DART: Wen et al., 2025, arXiv 2502.11494 (EMNLP 2025).
 
 Pivots are the visual tokens, and the text tokens after the image, with the largest L1 norm of the
 key in the layer before the cut. Each pivot in turn keeps, of the visual tokens left, the share that

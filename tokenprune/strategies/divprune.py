@@ -1,4 +1,4 @@
-"""DivPrune: Alvar et al., 2025, arXiv 2503.02175 (CVPR 2025): max-min diversity.
+"""DivPrune: Alvar et al., 2025, arXiv 2503.02175 (CVPR 2025).
 
 Greedy: first the token that is farthest from its nearest neighbour, then always the one that is
 farthest from those picked; the distance is 1 - cosine of what enters the decoder. Departures:

@@ -1,4 +1,4 @@
-"""SparseVLM: Zhang et al., 2024, arXiv 2410.04417 (ICML 2025): the question's words rate the image.
+"""SparseVLM: Zhang et al., 2024, arXiv 2410.04417 (ICML 2025).
 
 Raters are the text tokens after the image that the image is most like, by their embeddings; a token
 is worth what they pay it in the layer before the cut. As in the released code's version 1.5 some of

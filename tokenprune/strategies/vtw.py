@@ -1,9 +1,10 @@
-"""VTW: Lin et al., 2024, arXiv 2405.05803 (AAAI 2025): all visual tokens leave at one layer.
+"""VTW: Lin et al., 2024, arXiv 2405.05803 (AAAI 2025).
 
 The premise: deep layers read the image through the text, which has taken it up by then. It depends
 on the model: in some the attention to visual tokens rises with depth. The layer K is the schedule's
-(`keep` 0 at K): 15 for LLaVA-1.5-7B. For others the paper takes the least K from 5 on at which the
-mean divergence KL(withdrawn | whole) of the next token over 20 samples is at most .003 (7B).
+(`keep` 0 at K): 15 for LLaVA-1.5-7B. Elsewhere the paper takes the least K from 5 on at which the
+divergence KL(withdrawn | whole) of the next token, mean over 20 samples, is at most .003 (.0005 for
+LLaVA-1.5-13B, .0001 for LLaVA-NeXT-7B).
 
 Which tokens are chosen is no question there, so all score alike. With another schedule the first
 tokens of a row stay, which nobody has proposed.
