@@ -46,6 +46,24 @@ def test_pyramid_with_layers() -> None:
     assert nearest.lengths(2, 7) == [7, 4]
 
 
+def test_explicit_cuts_of_a_shallower_decoder_lie_at_the_same_depth() -> None:
+    cuts = ((3, 0.5), (7, 0.3), (16, 0.2))
+    as_given = tp.Schedule(tuple(tp.Stage(*cut) for cut in cuts), "nearest")
+    for num_layers in (None, 32, 40):
+        assert tp.Schedule.explicit(cuts, "nearest", 32, num_layers) == as_given
+    assert tp.Schedule.explicit(cuts, "nearest", num_layers=8) == as_given
+    eight = tp.Schedule.explicit(cuts, of_layers=32, num_layers=8)
+    assert eight.stages == (tp.Stage(1, 0.5), tp.Stage(2, 0.3), tp.Stage(4, 0.2))
+    assert eight.rounding == "floor"
+    # No cut moves to layer 0, and of two at one layer the later stays.
+    four = tp.Schedule.explicit(cuts, of_layers=32, num_layers=4)
+    assert four.stages == (tp.Stage(1, 0.3), tp.Stage(2, 0.2))
+    with pytest.raises(ValueError, match=r"expected layers below 16, .* got \[16\]"):
+        tp.Schedule.explicit(cuts, of_layers=16, num_layers=8)
+    with pytest.raises(ValueError, match="of_layers: expected an integer >= 1, got 0"):
+        tp.Schedule.explicit(cuts, of_layers=0)
+
+
 @given(
     num_layers=st.integers(1, 48),
     num_stages=st.integers(1, 48),

@@ -389,7 +389,9 @@ def document() -> str:
         "",
         "## What the published schedules give",
         "",
-        "Scoring is the strategy's share of the exact FLOPs: a row of queries, keys of all tokens.",
+        "Scoring is the strategy's share of the exact FLOPs: rows of queries, keys of all tokens.",
+        "What a method computes besides is not in it: for n tokens of width d, the cosines of all",
+        "pairs (`divprune`, `cdpruner`) are 2n²d, those to eight pivots (`dart`) 16nd.",
         "",
         *strategy_table(),
     ]
