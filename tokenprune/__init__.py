@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenprune.families.anatomy import visual_mask
     from tokenprune.families.positions import fixed_positions
     from tokenprune.families.projection import QueriesAndKeys
+    from tokenprune.families.tower import Patches, Tower
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
@@ -48,6 +49,7 @@ __all__ = [
     "DecoderRows",
     "Handle",
     "Need",
+    "Patches",
     "PerStage",
     "Projected",
     "Published",
@@ -61,6 +63,7 @@ __all__ = [
     "Text",
     "TextView",
     "TokenView",
+    "Tower",
     "Trace",
     "TracedStage",
     "VisionRows",
@@ -86,6 +89,7 @@ _NAMES = {
     "families.anatomy": ("visual_mask",),
     "families.positions": ("fixed_positions",),
     "families.projection": ("QueriesAndKeys",),
+    "families.tower": ("Patches", "Tower"),
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (

@@ -30,8 +30,8 @@ PER_CUT = {
     "fastv": {1: (34, 44), 8: (41, 49)},
     "random": {1: (8, 18), 8: (20, 28)},
     "uniform": {1: (74, 84), 8: (93, 101)},
-    "fastervlm": {1: (68, 78), 8: (77, 84)},
-    "vispruner": {1: (425, 435), 8: (436, 444)},
+    "fastervlm": {1: (60, 70), 8: (68, 76)},
+    "vispruner": {1: (417, 427), 8: (428, 436)},
 }
 READS_TOWER = {name for name in PER_CUT if vision_needs(tp.build_strategy(name))}
 #: At most so many in a decoding step beyond the unpruned model's.

@@ -27,6 +27,7 @@ from tokenprune.families.anatomy import examine
 TYPES = [name for name in ZOO if adapter_of(name).tower is not None]
 WITH_CLASS_TOKEN = [name for name in TYPES if name in ("llava", "llava_next", "internvl")]
 CLOSE = {"rtol": 0, "atol": 1e-5}
+TILES = "tiles"
 LAYERS = (0, -1)  # of two: in Qwen2.5-VL the first sees windows, the last whole frames
 
 
@@ -54,7 +55,13 @@ class Listening(tp.ScoreStrategy):
                 seen[need] = view.vision_rows(need.layer, need.queries).transpose(1, 2)
             else:
                 seen[need] = view.vision_states(need.layer, need.what)
+        seen[TILES] = view.tiles
         self.notes.append((seen, view.has_patches, view.valid))
+        fullest = [int(row[row >= 0].bincount().max()) for row in view.tiles if (row >= 0).any()]
+        most, length = view.tile_shape
+        assert most == int(view.tiles.max()) + 1
+        assert length >= max(fullest)
+        assert len(self.notes) > 1 or length == max(fullest)
         return (view.positions * 37 % 101).float()
 
 
@@ -163,6 +170,7 @@ def expected_signals(
     with recorded(model) as notes:
         make_features(model, inputs, kind)
     signals: dict[Any, Tensor] = {None: shares.sum(1) > 0}
+    signals[TILES] = _tiles(model, inputs, shares, kind)
     for need in needs:
         known = notes[parts.attention(need.layer)]
         if isinstance(need, tp.VisionRows):
@@ -181,6 +189,25 @@ def expected_signals(
             values = state[:, parts.num_class :].flatten(0, 1)
         signals[need] = shares @ values
     return signals
+
+
+def _tiles(model: Any, inputs: dict[str, Tensor], shares: Tensor, kind: str) -> Tensor:
+    """The tile, or frame, of each token's last patch, through the whole call; -1 for none."""
+    num_patches = shares.shape[1]
+    last = (shares > 0).float() * torch.arange(1, num_patches + 1)
+    last = last.amax(1).long() - 1
+    if f"{kind}_grid_thw" in inputs:
+        sizes = [h * w for t, h, w in inputs[f"{kind}_grid_thw"].tolist() for _ in range(t)]
+    else:
+        vision = model.config.vision_config
+        own = (vision.image_size[0] if isinstance(vision.image_size, (list, tuple))
+               else vision.image_size)  # fmt: skip
+        patch = (vision.patch_size[0] if isinstance(vision.patch_size, (list, tuple))
+                 else vision.patch_size)  # fmt: skip
+        size = (own // patch) ** 2
+        sizes = [size] * (num_patches // size)
+    of_patch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return of_patch[last.clamp_min(0)].where(last >= 0, -1)
 
 
 def _attention_per_patch(weights: list[Tensor], queries: str, num_class: int) -> Tensor:
@@ -217,6 +244,14 @@ def assert_heard(strategy: Listening, expected: dict[Any, Tensor], counts: list[
     """What the view of the first cut showed, against signals of all tokens, row after row."""
     seen, has, valid = strategy.notes[0]
     assert valid.sum(1).tolist() == counts
+    start = 0
+    for row, count in enumerate(counts):
+        own = expected[TILES][start : start + count]
+        _, order = own[own >= 0].unique(return_inverse=True)
+        own = own.masked_scatter(own >= 0, order)
+        assert torch.equal(seen[TILES][row][valid[row]], own)
+        start += count
+    assert (seen[TILES][~valid] == -1).all()
     assert torch.equal(has[valid], expected[None])
     assert not has[~valid].any()
     for need in strategy.wants:
@@ -383,7 +418,8 @@ def test_images_and_videos_in_one_call(model_type) -> None:
     kinds = torch.where(torch.isin(ids, torch.tensor(parts("video"))), 1, 0)
     kinds = kinds[tp.visual_mask(model, ids)]
     expected = {}
-    for need in (None, *strategy.wants):
+    by_kind[1][TILES] += (by_kind[1][TILES] >= 0) * (by_kind[0][TILES].max() + 1)
+    for need in (None, TILES, *strategy.wants):
         joined = torch.zeros(len(kinds), *by_kind[0][need].shape[1:], dtype=by_kind[0][need].dtype)
         for kind, known_signals in enumerate(by_kind):
             joined[kinds == kind] = known_signals[need]
