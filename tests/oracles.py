@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IMAGE, NUM_LAYERS
+from models import IMAGE, NUM_LAYERS, ROWS, batch, build
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -47,7 +47,33 @@ def runnable(
     return [(family, own) for family, own in pairs if family != "llama" or not vision_needs(own)]
 
 
+def merges(strategy: tp.PruningStrategy) -> bool:
+    """Whether a strategy mixes its survivors from others."""
+    model = build("llava")
+    schedule = tp.Schedule.one_shot(1, 0.6)
+    with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
+        model(**batch(model, [ROWS[0]]))
+    return trace.stages[0].weights is not None
+
+
+#: One of each method, those that merge apart: no mask gives what a mixture gives.
+EVERY = [tp.build_strategy(name) for name in tp.available()]
+MERGING = [strategy for strategy in EVERY if merges(strategy)]
+DROPPING = [strategy for strategy in EVERY if strategy not in MERGING]
+
+
 # ------------------------------------------------------------------------------------------- calls
+
+
+def counted(strategy: tp.PruningStrategy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs whose positions count from each row's first token where a method depends on that.
+
+    Keys are rotated by their positions, and a forward call counts pads, where `generate` does not.
+    """
+    if not any(isinstance(need, tp.DecoderKeys) for need in strategy.needs()):
+        return inputs
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return {**inputs, "position_ids": positions}
 
 
 def split(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -44,16 +44,37 @@ class DecoderRows(Need):
     source: str = "next"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("queries", self.queries, QUERIES),
-            ("source", self.source, SOURCES),
-        ):
-            _check_choice(f"DecoderRows.{name}", value, choices)
+        _check_choice("DecoderRows.queries", self.queries, QUERIES)
+        _check_choice("DecoderRows.source", self.source, SOURCES)
+
+
+@dataclass(frozen=True)
+class DecoderKeys(Need):
+    """Keys that a decoder layer makes of the visual tokens and of the prompt's text, rotated.
+
+    Args:
+        source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
+    """
+
+    source: str = "next"
+
+    def __post_init__(self) -> None:
+        _check_choice("DecoderKeys.source", self.source, SOURCES)
 
 
 @dataclass(frozen=True)
 class Projected(Need):
     """The visual tokens as they entered the decoder."""
+
+
+@dataclass(frozen=True)
+class Entered(Need):
+    """All visual tokens of the call as they entered the decoder, those dropped since included."""
+
+
+@dataclass(frozen=True)
+class Normed(Need):
+    """Hidden states of visual tokens and prompt's text at the cut, after the model's last norm."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +170,26 @@ class TextView:
         embeddings: (B, S, D), what entered the decoder, detached.
         valid: Bool (B, S), which entries exist.
         follows: Bool (B, S), which of them come after the row's last visual token.
+        positions: int64 (B, S), as the visual tokens' in `TokenView.positions`.
     """
 
     embeddings: Tensor
     valid: Tensor
     follows: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokensAndText:
+    """What is known of the visual tokens alive at a cut, and of the prompt's text.
+
+    Attributes:
+        visual: (B, V, ...), entries as in `TokenView.valid`.
+        text: (B, S, ...), entries as in `TextView.valid`.
+    """
+
+    visual: Tensor
+    text: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +202,14 @@ class TokenView:
         layer: Layer before which the cut happens.
         num_layers: Decoder layers of the model.
         num_original: int64 (B,), visual tokens of each row before any cut.
+        max_keep: Most tokens that a row will keep, so that no device need be asked for it.
         ragged: Whether some entries do not exist; if not, `valid` need not be asked.
     """
 
     layer: int
     num_layers: int
     num_original: Tensor
+    max_keep: int
     ragged: bool
     _valid: Callable[[], Tensor] = field(repr=False)
     _positions: Callable[[], Tensor] = field(repr=False)
@@ -224,6 +262,29 @@ class TokenView:
         A token that was mixed at an earlier cut is mixed alike.
         """
         signal: Tensor = self._signal(Projected())
+        return signal
+
+    @property
+    def entered(self) -> Tensor:
+        """All tokens as they entered the decoder (B, U, D), detached; `Entered` in `needs`.
+
+        Of each row the first `num_original` exist.
+        """
+        signal: Tensor = self._signal(Entered())
+        return signal
+
+    def keys(self, source: str = "next") -> TokensAndText:
+        """Keys (B, ..., G, E) of the tokens and the text, as `DecoderKeys` in `needs` names them.
+
+        G key heads of width E, rotated by the tokens' positions.
+        """
+        signal: TokensAndText = self._signal(DecoderKeys(source))
+        return signal
+
+    @property
+    def normed(self) -> TokensAndText:
+        """Hidden states (B, ..., D) after the model's last norm, detached; `Normed` in `needs`."""
+        signal: TokensAndText = self._signal(Normed())
         return signal
 
     @property
@@ -318,7 +379,7 @@ class Published:
     """How a method's released code runs it, as plain data.
 
     Attributes:
-        schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
+        schedule: Name of a `Schedule` constructor, `"pyramid"`, `"one_shot"` or `"explicit"`.
         options: Its keyword arguments.
         positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
     """

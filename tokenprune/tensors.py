@@ -6,6 +6,7 @@ H query heads, G key heads, Q query rows, K keys, E head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -135,6 +136,56 @@ def sizes_of_units(unit_BV: Tensor) -> Tensor:
     """Tokens of each unit, int64 (B, V + 1); of the last, what does not exist, too."""
     sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
     return sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+
+
+def mark(picks: Sequence[Tensor], keep_B: Tensor, valid_BV: Tensor) -> Tensor:
+    """Marks the first `keep` of each row's picks.
+
+    Args:
+        picks: Picks one after the other, int64 (B, 1) each; a row may pick again what it has.
+        keep_B: int64, how many of them count.
+        valid_BV: False where a row has no such token; never marked.
+
+    Returns:
+        Bool mask (B, V).
+    """
+    if not picks:
+        return torch.zeros_like(valid_BV)
+    picks_BN = torch.cat(tuple(picks), 1)
+    counts_BN = (torch.arange(len(picks), device=keep_B.device) < keep_B[:, None]).long()
+    times_BV = torch.zeros(valid_BV.shape, dtype=torch.int64, device=keep_B.device)
+    return (times_BV.scatter_add(1, picks_BN, counts_BN) > 0) & valid_BV
+
+
+def mixture(row_BV: Tensor, share_BV: Tensor, num_rows: int) -> Tensor:
+    """How survivors are mixed, where each token goes into one of them at most.
+
+    Args:
+        row_BV: int64, which survivor a token goes into.
+        share_BV: float32, its weight there; 0 where it goes into none.
+        num_rows: Survivors of the row that keeps the most.
+
+    Returns:
+        Weights (B, num_rows, V) for `Selection`.
+    """
+    weights = share_BV.new_zeros(len(row_BV), num_rows, row_BV.shape[1])
+    if num_rows == 0:
+        return weights
+    return weights.scatter(1, row_BV.clamp(0, num_rows - 1)[:, None], share_BV[:, None])
+
+
+def number_grids(places: Tensor) -> Tensor:
+    """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit.
+
+    Args:
+        places: int64 (B, V, 4), image, grid, row and column of each token, -1 where unknown.
+
+    Returns:
+        int64 (B, V).
+    """
+    grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
+    changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
+    return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
 
 
 def attention_rows(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build, labelled, turns
 from oracles import (
+    DROPPING,
     PDROP,
     SCHEDULE,
     STEPS,
@@ -169,7 +170,7 @@ def converse(model, calls, cache=None, trace=None):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", [strategy.name for strategy in DROPPING])
 def test_images_in_a_later_turn(name, attention) -> None:
     model = build("llava", attention)
     calls = turns(model)

@@ -32,6 +32,13 @@ PER_CUT = {
     "uniform": {1: (74, 84), 8: (93, 101)},
     "fastervlm": {1: (60, 70), 8: (68, 76)},
     "vispruner": {1: (417, 427), 8: (428, 436)},
+    # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
+    "cdpruner": {1: (364, 374), 8: (411, 419)},
+    "dart": {1: (154, 164), 8: (167, 175)},
+    "divprune": {1: (90, 100), 8: (116, 124)},
+    "pool": {1: (110, 120), 8: (131, 139)},
+    "sparsevlm": {1: (180, 190), 8: (199, 207)},
+    "vtw": {1: (9, 19), 8: (14, 22)},
 }
 READS_TOWER = {name for name in PER_CUT if vision_needs(tp.build_strategy(name))}
 #: At most so many in a decoding step beyond the unpruned model's.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import ROWS, batch, build, labelled
-from oracles import all_visual, assert_close, generate
+from oracles import MERGING, all_visual, assert_close, generate
 
 import tokenprune as tp
 from tokenprune.tensors import causal
@@ -82,16 +82,23 @@ def embeddings(model, inputs):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
-@pytest.mark.parametrize("layers", [[0], [2], [0, 3], [1, 2, 4]])
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [
+        *((Mixing(), layers) for layers in ([0], [2], [0, 3], [1, 2, 4])),
+        *((strategy, layers) for strategy in MERGING for layers in ([2], [1, 2, 4])),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llama"])
-def test_a_merged_cut_is_mixed_by_hand(family, layers, positions, attention):
+def test_a_merged_cut_is_mixed_by_hand(family, strategy, layers, positions, attention):
     model = build(family, attention)
     schedule = tp.Schedule.pyramid(layers=layers, lam=0.6)
     for row in (ROWS[0], ROWS[2]):
         inputs = batch(model, [row])
         visual = all_visual(model, inputs)
         embeds = embeddings(model, inputs)
-        with torch.no_grad(), tp.prune(model, Mixing(), schedule, positions) as trace:
+        with torch.no_grad(), tp.prune(model, strategy, schedule, positions) as trace:
             logits = model(**inputs).logits
         assert [stage.weights[0].shape[0] for stage in trace.stages] == [
             len(stage.kept[0]) for stage in trace.stages
@@ -121,6 +128,10 @@ def test_at_layer_0_it_is_the_model_fed_mixed_embeddings():
         )
         theirs = model.lm_head(whole.last_hidden_state)
     assert_close(ours, theirs)
+
+
+def test_methods_that_merge_are_known():
+    assert [strategy.name for strategy in MERGING] == ["pool", "sparsevlm"]
 
 
 @pytest.mark.parametrize("positions", ["original", "renumbered"])

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = [
     "tests/test_tensors.py",
     "tests/engine/test_golden.py",
+    "tests/engine/test_cases.py",
+    "tests/engine/test_hunt.py",
     "tests/engine/test_faults.py",
     "tests/engine/test_corners.py",
     "tests/engine/test_overhead.py",

@@ -37,6 +37,7 @@ def view(
         layer=2,
         num_layers=8,
         num_original=valid.sum(1),
+        max_keep=valid.shape[1],
         ragged=not valid.all(),
         _valid=lambda: valid,
         _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
@@ -289,6 +290,17 @@ def test_published_runs() -> None:
     strategy, schedule, positions = tp.published("fastv", num_layers=32)
     assert (strategy.queries, strategy.source, positions) == ("last", "previous", "original")
     assert schedule == tp.Schedule.one_shot(layer=2, keep=0.5)
+    for name, layers, counts, positions in (
+        ("divprune", [0], [56], "renumbered"),
+        ("cdpruner", [0], [64], "renumbered"),
+        ("dart", [2], [132], "original"),
+        ("vtw", [15], [0], "original"),
+        ("sparsevlm", [3, 7, 16], [309, 204, 113], "renumbered"),
+    ):
+        _, schedule, policy = tp.published(name, num_layers=32)
+        assert [stage.layer for stage in schedule.stages] == layers
+        assert [schedule.count(cut, 576) for cut in range(len(layers))] == counts
+        assert policy == positions
     with pytest.raises(KeyError, match="Did you mean 'fastv'"):
         tp.published("fastw", num_layers=32)
     with pytest.raises(ValueError, match="expected layers below 2"):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.bench import table
 from tokenprune.bench.check import MEASURES, check
-from tokenprune.cli.jobs import Job, names, tidy
+from tokenprune.cli.jobs import Job, names, tidy, told
 from tokenprune.runs.compose import plain
 
 
@@ -31,9 +31,10 @@ def _task(config: DictConfig) -> float:
         called = names(plain(config))
         shape = OmegaConf.select(config, "shape.path")
         shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
-        told = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
-        row = run(config, folder, told, again=not sweeps)
+        own = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
+        row = run(config, folder, own, again=not sweeps)
     home = folder.parent if sweeps else folder
-    rows = table.publish(home)
+    with told(home):  # what was measured stays
+        rows = table.publish(home)
     table.print_table([row] if sweeps else rows, str(folder if sweeps else home / table.TABLE))
     return float(row.get("time_ratio", "nan"))

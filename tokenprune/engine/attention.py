@@ -1,4 +1,4 @@
-"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for.
+"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for; its keys.
 
 Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, Q query rows, K keys,
 H heads.
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.side import allowed_keys, known_keys
-from tokenprune.families.projection import Positions
-from tokenprune.strategy import DecoderRows
+from tokenprune.families.projection import Positions, QueriesAndKeys
+from tokenprune.strategy import DecoderKeys, DecoderRows
 from tokenprune.tensors import attention_rows, hide_pads, single_precision, take, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
@@ -23,6 +23,31 @@ CHUNK_BYTES = 2**27
 
 
 @torch.no_grad()
+def hear(
+    run: Pass, number: int, asked: Asked, request: DecoderRows | DecoderKeys
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a strategy asks of a layer: its attention, or its keys of visual tokens and of text."""
+    if isinstance(request, DecoderRows):
+        return attend(run, number, asked, request)
+    return keys(run, number, asked)
+
+
+def keys(run: Pass, number: int, asked: Asked) -> tuple[Tensor, Tensor]:
+    """Keys of a layer, (B, V, G, E) of the visual tokens and (B, S, G, E) of the prompt's text.
+
+    Args:
+        run: The pass.
+        number: Level of the tokens.
+        asked: The layer.
+    """
+    device = asked.hidden.device
+    plan, level = run.plan_on(device), run.at(number, device)
+    own = _project(run, asked, slice(-1, None)).keys.transpose(1, 2)  # (B, T, G, E)
+    assert plan.prompt is not None
+    text_BS = level.find(plan.prompt).clamp(0, level.length - 1)
+    return take(own, level.seats()), take(own, text_BS)
+
+
 def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor:
     """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows.
 
@@ -34,12 +59,10 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
         asked: The layer.
         request: Which rows.
     """
-    hidden, device = asked.hidden, asked.hidden.device
+    device = asked.hidden.device
     level = run.at(number, device)
     rows, weights_BQ = _rows(run, number, request, device)
-    named = {name: to_device(value, device) for name, value in asked.named.items()}
-    with _without_dropout(asked.module):
-        projected = run.settings.anatomy.adapter.project(asked.module, hidden, rows, named)
+    projected = _project(run, asked, rows)
     keys = projected.keys
     holding = run.settings.level_of[asked.layer]  # at a cut, the cache is one level further
     before = run.held(holding)
@@ -86,6 +109,13 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
         return take(total, seats_BV, dim=2)
 
 
+def _project(run: Pass, asked: Asked, rows: Positions) -> QueriesAndKeys:
+    """Queries of the asked rows and keys of all, as the layer makes them."""
+    named = {name: to_device(value, asked.hidden.device) for name, value in asked.named.items()}
+    with _without_dropout(asked.module):
+        return run.settings.anatomy.adapter.project(asked.module, asked.hidden, rows, named)
+
+
 def _rows(
     run: Pass, number: int, request: DecoderRows, device: torch.device
 ) -> tuple[Positions, Tensor | None]:
@@ -117,7 +147,7 @@ def _rows(
     if not run.rows.visual_asks or level.columns is None:
         return rows_BQ, weights
     # A row that asks may be a visual token, and go: the others count on, or else the last token.
-    rows_BQ = rows_BQ.clamp(0, level.length - 1)
+    rows_BQ = rows_BQ.clamp_max(level.length - 1)
     weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
     total_B1 = weights.sum(1, keepdim=True)
     first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0

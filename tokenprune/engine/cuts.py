@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.engine import side
-from tokenprune.engine.attention import attend
+from tokenprune.engine.attention import hear
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
 from tokenprune.strategy import PruningStrategy, Selection
-from tokenprune.tensors import ascending, single_precision, take
+from tokenprune.tensors import ascending, single_precision, take, to_device
 
 
 def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]) -> None:
@@ -39,8 +39,8 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     late = [request for request in requests if request.source == "next"]
     if late:
         listen(run, number - 1, module, hidden, named, late, layer, layer)
-    attended = {request: run.attended.pop((layer, request)).to(device) for request in requests}
-    view = make_view(run, number, hidden, attended)
+    heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
+    view = make_view(run, number, hidden, heard)
     with torch.no_grad(), single_precision(device):
         selection = strategy.select(view, plan.counts[number])
     kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
@@ -77,7 +77,7 @@ def listen(
     side.follow(run, number, module, hidden, own)
     asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
     for request in requests:
-        run.attended[cut_layer, request] = attend(run, number, asked, request)
+        run.heard[cut_layer, request] = hear(run, number, asked, request)
 
 
 def _checked(

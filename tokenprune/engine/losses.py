@@ -39,7 +39,9 @@ def promise_labels(
 def finish(run: Pass, output: Any) -> Any:
     """What the decoder gives its head, with the labels for it: the promise of `promise_labels`."""
     settings, level = run.settings, run.levels[-1]
-    if not run.call.late_labels and not (settings.full and level.columns is not None):
+    if settings.full and level.columns is not None:
+        output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
+    if not run.call.late_labels:
         return output
     hidden = output.last_hidden_state
     if settings.supervised and run.rows.targets is not None and run.plan is not None:
@@ -47,12 +49,9 @@ def finish(run: Pass, output: Any) -> Any:
         _keep_promise(run, learned, learned)
         return output
     labels, shifted = _labels(run, hidden.device)
-    if settings.full:
-        if level.columns is not None:
-            output.last_hidden_state = _at_full_length(run, hidden)
-    elif level.columns is not None and labels is not None:
+    if level.columns is not None and not settings.full:
         labels, shifted = _of_survivors(run, labels, shifted)
-    if settings.supervised and shifted is not None:
+    if settings.supervised:
         chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
@@ -62,10 +61,9 @@ def finish(run: Pass, output: Any) -> Any:
     return output
 
 
-def _keep_promise(run: Pass, labels: Tensor | None, shifted: Tensor | None) -> None:
+def _keep_promise(run: Pass, labels: Tensor, shifted: Tensor) -> None:
     for tensor, is_shifted in run.call.late_labels:
         filled = shifted if is_shifted else labels
-        assert filled is not None
         tensor.data = filled.to(tensor.device).contiguous()
 
 
@@ -85,10 +83,8 @@ def _learned(run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.flatten(0, 1)[chosen][None], labels_BL.flatten()[plan.learned][None]
 
 
-def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _labels(run: Pass, device: torch.device) -> tuple[Tensor, Tensor]:
     """Labels (B, T), and shifted to where they are predicted; what no survivor predicts is none."""
-    if not run.call.late_labels:
-        return None, None
     labels = run.call.inputs["labels"].to(device)
     shifted = run.call.inputs.get("shift_labels")
     if shifted is None:
@@ -129,12 +125,11 @@ def _at_full_length(run: Pass, hidden: Tensor) -> Tensor:
     return take(hidden, index.clamp_min(0))
 
 
-def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of the survivors, (B, N), and shifted to the survivors that predict them."""
     level = run.at(len(run.levels) - 1, labels.device)
     columns, real = level.columns, level.real
     assert columns is not None
-    assert shifted is not None
     # What a survivor predicts stands, shifted, just before the next survivor.
     ends = torch.full_like(columns[:, :1], labels.shape[1])
     before_next = torch.cat([columns[:, 1:], ends], 1) - 1

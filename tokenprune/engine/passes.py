@@ -23,7 +23,7 @@ from tokenprune.engine.vision import Seen, Signals, Watch, match
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
-from tokenprune.strategy import DecoderRows
+from tokenprune.strategy import Need
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(eq=False)
 class Asked:
-    """A layer that is asked for attention: the module, what enters it, its other arguments.
+    """A layer that is asked for attention or keys: the module, what enters it, its other arguments.
 
     Attributes:
         layer: Its number.
@@ -99,7 +99,7 @@ class Pass:
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
         seen: What the vision tower says of the visual tokens, if a strategy asks.
         places: Finds the places of the visual tokens.
-        attended: Attention computed for a cut, by the cut's layer and request.
+        heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
         copies: Levels and plans on other devices than where they were made, and the places.
@@ -119,7 +119,7 @@ class Pass:
     positions: Tensor | None = None
     embeddings: Tensor | None = None
     seen: Seen | None = None
-    attended: dict[tuple[int, DecoderRows], Tensor] = field(default_factory=dict)
+    heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
     copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)

@@ -305,7 +305,7 @@ def _by_sight(sights: Ints) -> Bools:
     for row in range(len(sights)):
         ends = np.flatnonzero(seen[row])
         end = int(ends[-1]) + 1 if len(ends) else 0
-        starts = itself[row, :end] & ~sees[row, :end] & (np.cumsum(seen[row, :end]) > 0)
+        starts = itself[row, :end] & ~sees[row, :end]
         starts[: int(ends[0]) + 1 if len(ends) else 0] = False
         if starts.any():
             raise packed("an attention_mask under which a token sees nothing before it")

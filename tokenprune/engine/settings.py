@@ -10,13 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.engine.record import Policy
-from tokenprune.families.anatomy import Anatomy, window
+from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
     POSITIONS,
+    DecoderKeys,
     DecoderRows,
+    Entered,
     Need,
+    Normed,
     PerStage,
     Projected,
     PruningStrategy,
@@ -24,7 +27,6 @@ from tokenprune.strategy import (
     Text,
     VisionNeed,
     VisionRows,
-    decoder_rows,
     vision_needs,
 )
 
@@ -90,9 +92,13 @@ class Settings:
         return tuple(self.strategy.at(cut) for cut in range(len(self.cuts)))
 
     @cached_property
-    def requests(self) -> tuple[tuple[DecoderRows, ...], ...]:
-        """Attention that the strategy of each cut asks for."""
-        return tuple(decoder_rows(strategy) for strategy in self.strategies)
+    def requests(self) -> tuple[tuple[DecoderRows | DecoderKeys, ...], ...]:
+        """What the strategy of each cut asks of a layer: attention and keys."""
+        kinds = (DecoderRows, DecoderKeys)
+        return tuple(
+            tuple(need for need in strategy.needs() if isinstance(need, kinds))
+            for strategy in self.strategies
+        )
 
     @cached_property
     def needs(self) -> frozenset[Need]:
@@ -102,13 +108,15 @@ class Settings:
     @cached_property
     def reads_embeddings(self) -> bool:
         """Whether a strategy asks for what enters the decoder."""
-        return bool(self.needs & {Projected(), Text()})
+        return bool(self.needs & {Projected(), Entered(), Text()})
 
     @cached_property
     def reads_text(self) -> bool:
         """Whether a strategy asks for the prompt's text, or what it attends to."""
-        return Text() in self.needs or any(
-            isinstance(need, DecoderRows) and need.queries == "text" for need in self.needs
+        return any(
+            isinstance(need, (Text, DecoderKeys, Normed))
+            or (isinstance(need, DecoderRows) and need.queries == "text")
+            for need in self.needs
         )
 
     @cached_property
@@ -165,8 +173,17 @@ class Settings:
                     f"{type(strategy).__name__} on {name}, got {list(self.cuts)}. "
                     "Move the first cut."
                 )
+        if Normed() in self.needs and final_norm(self.anatomy.decoder) is None:
+            raise ValueError(
+                f"prune: expected a decoder whose last norm is known, for hidden states after it, "
+                f"got {type(self.anatomy.decoder).__name__} in {name}. Choose another strategy."
+            )
+        known = (
+            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, RandomNumbers, Text),
+            VisionNeed,
+        )
         for need in self.needs:
-            if not isinstance(need, (DecoderRows, Projected, RandomNumbers, Text, VisionNeed)):
+            if not isinstance(need, known):
                 raise ValueError(
                     f"prune: expected needs that the engine knows, got {need!r}. "
                     "See tokenprune.strategy."

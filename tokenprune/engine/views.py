@@ -13,17 +13,22 @@ from torch import Tensor, nn
 
 from tokenprune.engine import chance
 from tokenprune.engine.passes import Pass
+from tokenprune.families.anatomy import device_of, final_norm
 from tokenprune.strategy import (
     BESIDE,
+    DecoderKeys,
     DecoderRows,
+    Entered,
     HasPatches,
     Need,
+    Normed,
     Projected,
     RandomNumbers,
     Text,
     TextView,
     Tiles,
     TileShape,
+    TokensAndText,
     TokenView,
     VisionNeed,
     VisionRows,
@@ -33,7 +38,7 @@ from tokenprune.tensors import take, to_device
 
 
 def make_view(
-    run: Pass, number: int, hidden: Tensor, attended: Mapping[DecoderRows, Tensor]
+    run: Pass, number: int, hidden: Tensor, heard: Mapping[DecoderRows | DecoderKeys, Any]
 ) -> TokenView:
     """What the strategy sees at cut `number`.
 
@@ -41,7 +46,8 @@ def make_view(
         run: The pass.
         number: The cut's.
         hidden: (B, N, D), what enters the layer after the cut.
-        attended: Attention (B, H, V) for each request that the strategy declared.
+        heard: What layers answered to each request that the strategy declared: attention
+            (B, H, V), or keys of visual tokens and of text.
     """
     device, layer = hidden.device, run.settings.cuts[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
@@ -58,7 +64,7 @@ def make_view(
                 f"{list(strategy.needs())}, got {need}. Declare it there."
             )
         if isinstance(need, DecoderRows):
-            return attended[need]
+            return heard[need]
         if isinstance(need, VisionNeed):
             return _vision(run, number, need, device)
         if isinstance(need, RandomNumbers):
@@ -67,7 +73,12 @@ def make_view(
                 drawn = chance.draw(run.rows, level.num_visual, need.seed, layer)
                 known = torch.from_numpy(drawn).to(device)
             return known
-        return {Projected(): _projected, Text(): _text}[need](run, number, device)
+        if isinstance(need, DecoderKeys):
+            return TokensAndText(*heard[need])
+        if isinstance(need, Normed):
+            return _normed(run, number, hidden)
+        makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
+        return makers[need](run, number, device)
 
     def positions() -> Tensor:
         assert run.positions is not None
@@ -80,27 +91,50 @@ def make_view(
             run.copies["places", device] = table.to(device)
         table = run.copies["places", device]
         number_BV = level.numbers(run.at(0, device))()
-        return take(table, number_BV.clamp_max(table.shape[1] - 1))
+        return take(table, number_BV)
 
     return TokenView(
         layer=layer,
         num_layers=len(run.settings.anatomy.layers),
         num_original=plan.counts[0],
+        max_keep=max(map(min, level.num_visual, run.budgets[number - 1])),
         ragged=level.ragged,
         _valid=lambda: level.valid(plan),
-        _positions=positions,
+        _positions=lambda: _positions(run, visual_BV),
         _hidden=lambda: take(hidden, level.seats()).detach(),
         _places=places,
         _signal=signal,
     )
 
 
-def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
-    """What entered the decoder, of the visual tokens alive before a cut, (B, V, D)."""
+def _entered(run: Pass, number: int, device: torch.device) -> Tensor:
+    """What entered the decoder, of the visual tokens of the call, (B, U, D)."""
     first = run.at(0, device).visual
     assert run.embeddings is not None
     assert first is not None
-    return _alive(run, number, take(to_device(run.embeddings, device), first))
+    return take(to_device(run.embeddings, device), first)
+
+
+def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
+    """What entered the decoder, of the visual tokens alive before a cut, (B, V, D)."""
+    return _alive(run, number, _entered(run, number, device))
+
+
+def _normed(run: Pass, number: int, hidden: Tensor) -> TokensAndText:
+    """What enters the layer after a cut, as the model's last norm would leave it."""
+    device = hidden.device
+    level, plan = run.at(number - 1, device), run.plan_on(device)
+    norm = final_norm(run.settings.anatomy.decoder)
+    assert norm is not None
+    assert plan.prompt is not None
+    text_BS = level.find(plan.prompt).clamp(0, level.length - 1)
+    place = device_of(norm, hidden)
+
+    def normed(seats: Tensor) -> Tensor:
+        made: Tensor = norm(take(hidden, seats).detach().to(place))
+        return made.to(device)
+
+    return TokensAndText(normed(level.seats()), normed(text_BS))
 
 
 def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Any:
@@ -147,7 +181,15 @@ def _text(run: Pass, number: int, device: torch.device) -> TextView:
         embeddings=take(to_device(run.embeddings, device), plan.prompt),
         valid=valid_BS,
         follows=valid_BS & (order_S >= plan.num_prompt - plan.num_follow),
+        positions=_positions(run, plan.prompt),
     )
+
+
+def _positions(run: Pass, columns: Tensor) -> Tensor:
+    """Positions of some columns (B, N), counted from the row's first token."""
+    assert run.positions is not None
+    known = to_device(run.positions, columns.device)
+    return take(known, columns) - _start(run, known)
 
 
 def _start(run: Pass, positions_BT: Tensor) -> Tensor | int:

@@ -20,6 +20,7 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
+from tokenprune.runs.loggers import CSVCurve
 from tokenprune.runs.models import LoadedModel
 
 _PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
@@ -157,6 +158,14 @@ class Evaluator(pl.LightningModule):
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         pictured = records[: self.num_pictures]
         pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
+        if self.trainer.loggers:
+            row = results.row(metrics, self.folder.name)
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            for logger in self.trainer.loggers:
+                if isinstance(logger, CSVCurve):
+                    logger.begin()  # an earlier run may have left one
+                logger.log_metrics(numbers)
+                logger.save()
         results.write_run(
             folder=self.folder,
             config=self.config,
@@ -173,9 +182,3 @@ class Evaluator(pl.LightningModule):
             },
             versions=self.marks | {"device": on},
         )
-        if self.trainer.loggers:
-            row = results.row(metrics, self.folder.name)
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers)
-                logger.save()

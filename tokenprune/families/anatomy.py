@@ -164,6 +164,12 @@ def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
+def final_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm after the last layer; None where it is not known."""
+    found = (getattr(decoder, name, None) for name in ("norm", "final_layernorm"))
+    return next((norm for norm in found if isinstance(norm, nn.Module)), None)
+
+
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Which prompt tokens are visual, by the model's own placeholder ids: bool (B, T)."""
     return mark_visual(examine(model).visual_ids, input_ids)
