@@ -26,7 +26,14 @@ from torch import Tensor
 from tokenprune.engine.masks import dense
 from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
-from tokenprune.families.tower import Attending, Patches, VisionParts, fused, separate
+from tokenprune.families.tower import (
+    Attending,
+    Patches,
+    VisionParts,
+    fused,
+    num_tokens,
+    separate,
+)
 from tokenprune.strategy import Need, VisionNeed, VisionRows, VisionStates
 from tokenprune.tensors import attention_rows, single_precision, to_device
 
@@ -154,7 +161,7 @@ class Watch:
                 self._thread.layers = None
             named = dict(parameters.bind(*args, **kwargs).arguments)
             named |= named.pop("kwargs", {})
-            signals = make_signals(self.parts, self.needs, layers, named, _length(output))
+            signals = make_signals(self.parts, self.needs, layers, named, num_tokens(output))
             self._keep(output, signals)
             found(kind, signals)
             return output
@@ -183,14 +190,6 @@ def _kind(need: VisionNeed) -> str:
     return need.what if isinstance(need, VisionStates) else "rows"
 
 
-def _length(output: Any) -> int:
-    """Visual tokens of a features' method's output."""
-    pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-    if isinstance(pooled, Tensor):
-        return pooled.shape[:-1].numel()
-    return sum(part.shape[:-1].numel() for part in pooled)
-
-
 # ------------------------------------------------------------------------------------------ signals
 
 
@@ -200,7 +199,7 @@ def make_signals(
     needs: frozenset[VisionNeed],
     layers: Mapping[int, Heard],
     named: Mapping[str, Any],
-    num_tokens: int,
+    count: int,
 ) -> Signals:
     """Signals (T, ...) of the visual tokens that one run of the tower made.
 
@@ -209,7 +208,7 @@ def make_signals(
         needs: What is asked.
         layers: What the asked layers did.
         named: Arguments of the method that ran the tower.
-        num_tokens: Visual tokens T that it made.
+        count: Visual tokens T that it made.
 
     Raises:
         ValueError: If it cannot be said which patches make up each token.
@@ -222,9 +221,9 @@ def make_signals(
         tiles = parts.tower.frames(named)
     index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
     patches = parts.tower.patches(parts.base, named, index)
-    if len(patches.index) != num_tokens:
+    if len(patches.index) != count:
         raise ValueError(
-            f"prune: expected the patches of {num_tokens} visual tokens, got those of "
+            f"prune: expected the patches of {count} visual tokens, got those of "
             f"{len(patches.index)} from what is known of {type(parts.base).__name__}. "
             "Choose a strategy that does not read the vision tower."
         )

@@ -102,6 +102,13 @@ def find_tower(tower: Tower, base: nn.Module) -> VisionParts | None:
     return VisionParts(tower, base, tuple(layers), int(bool(names & _CLASS_TOKENS)))
 
 
+def num_tokens(features: Any) -> int:
+    """Visual tokens in what `get_image_features` returned: one tensor, or one an image."""
+    made = features.pooler_output if hasattr(features, "pooler_output") else features
+    parts = [made] if isinstance(made, Tensor) else made
+    return sum(part.shape[:-1].numel() for part in parts)
+
+
 #: Names that transformers gives the parameter of a class token.
 _CLASS_TOKENS = {"class_embedding", "cls_token"}
 
