@@ -34,6 +34,8 @@ LAYERS = (0, -1)  # of two: in Qwen2.5-VL the first sees windows, the last whole
 def needs_of(model_type: str) -> tuple[Any, ...]:
     queries = ["all", "class"] if model_type in WITH_CLASS_TOKEN else ["all"]
     rows = [tp.VisionRows(layer, asked) for layer in LAYERS for asked in queries]
+    if model_type in WITH_CLASS_TOKEN:
+        rows.append(tp.VisionRows(-1, "class", "one"))
     whats = ("hidden", "keys", "queries")
     return (*rows, *(tp.VisionStates(layer, what) for layer in LAYERS for what in whats))
 
@@ -52,7 +54,8 @@ class Listening(tp.ScoreStrategy):
         seen = {}
         for need in self.wants:
             if isinstance(need, tp.VisionRows):
-                seen[need] = view.vision_rows(need.layer, need.queries).transpose(1, 2)
+                rows = view.vision_rows(need.layer, need.queries, need.heads)
+                seen[need] = rows.transpose(1, 2)
             else:
                 seen[need] = view.vision_states(need.layer, need.what)
         seen[TILES] = view.tiles
@@ -174,7 +177,9 @@ def expected_signals(
     for need in needs:
         known = notes[parts.attention(need.layer)]
         if isinstance(need, tp.VisionRows):
-            if f"{kind}_grid_thw" in inputs:
+            if need.heads == "one":
+                values = _as_one_head(known[parts.tower.queries], known[parts.tower.keys])
+            elif f"{kind}_grid_thw" in inputs:
                 values = _per_frame(known["weights"], inputs[f"{kind}_grid_thw"])
             else:
                 values = _attention_per_patch(known["weights"], need.queries, parts.num_class)
@@ -222,6 +227,13 @@ def _attention_per_patch(weights: list[Tensor], queries: str, num_class: int) ->
         asking = real[real >= num_class]
         parts.append(tile[:, asking][:, :, num_class:].sum(1) / len(asking))
     return torch.cat(parts, 1).T
+
+
+def _as_one_head(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """Per tile, what its patches get from the class token if all channels are one head's."""
+    (queries_NLC,), (keys_NLC,) = queries, keys
+    logits = queries_NLC[:, :1] @ keys_NLC.transpose(1, 2) / queries_NLC.shape[2] ** 0.5
+    return logits.softmax(2)[:, 0, 1:].flatten()[:, None]
 
 
 def _per_frame(weights: list[Tensor], grids: Tensor) -> Tensor:
@@ -596,7 +608,7 @@ def test_features_in_parts_are_refused() -> None:
 def test_a_tower_without_a_class_token_is_refused() -> None:
     specimen = ZOO["gemma3"]
     model = specimen.build("sdpa")
-    match = r"with a class token, for VisionRows\(layer=-2, queries='class'\), got Gemma3"
+    match = r"with a class token, for VisionRows\(layer=-2, queries='class'.*, got Gemma3"
     with pytest.raises(ValueError, match=match):
         tp.attach(model, Listening(), schedule(specimen))
 
@@ -617,6 +629,8 @@ def test_a_layer_that_the_tower_lacks_is_refused() -> None:
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match=r"VisionRows.queries: expected one of .* got 'last'"):
         tp.VisionRows(queries="last")
+    with pytest.raises(ValueError, match=r"VisionRows.heads: expected one of .* got 'all'"):
+        tp.VisionRows(heads="all")
     with pytest.raises(ValueError, match=r"VisionStates.what: expected one of .* got 'values'"):
         tp.VisionStates(what="values")
 

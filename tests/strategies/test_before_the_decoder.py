@@ -27,7 +27,7 @@ def row_of(sizes: list[int], newlines: int, order: list[int]) -> Row:
     return tiles, sorted(left[:newlines])
 
 
-def view_of(rows: list[Row], attention: Tensor, states: Tensor) -> tp.TokenView:
+def view_of(rows: list[Row], attention: Tensor, states: Tensor, max_keep: int = 0) -> tp.TokenView:
     """A view of made-up signals (B, H, V) and (B, V, C)."""
     width = attention.shape[2]
     tiles_BV = torch.full((len(rows), width), -1)
@@ -53,6 +53,7 @@ def view_of(rows: list[Row], attention: Tensor, states: Tensor) -> tp.TokenView:
         layer=0,
         num_layers=8,
         num_original=valid.sum(1),
+        max_keep=max_keep,
         ragged=not bool(valid.all()),
         _valid=lambda: valid,
         _positions=lambda: torch.arange(width).expand(len(rows), -1),
@@ -116,6 +117,53 @@ def vispruner(
     return sorted(chosen)
 
 
+def prumerge(
+    row: Row,
+    scores: list[float],
+    keys: list[list[float]],
+    keep: int,
+    neighbours: int,
+    spread: float,
+) -> dict[int, dict[int, float]]:
+    """Of each survivor's seat, the tokens that it is mixed from, and their weights."""
+
+    def unit(vector: list[float]) -> list[float]:
+        length = sum(x * x for x in vector) ** 0.5
+        return [x / length for x in vector]
+
+    units = [unit(key) for key in keys]
+    parts, rest = budgets(row, keep)
+    mixed: dict[int, dict[int, float]] = {token: {token: 1.0} for token in row[1][:rest]}
+    for tile, count in zip(row[0], parts, strict=True):
+        if count == len(tile):
+            mixed |= {token: {token: 1.0} for token in tile}
+            continue
+        if count == 0:
+            continue
+        order = ranked(tile, scores)
+        even = int((count - 1) * spread)
+        kept = order[: count - 1 - even]
+        others = sorted(set(tile) - set(kept))
+        if even:  # of n tokens and m steps, those at which the rounded number of steps goes on
+            steps = [(place * even + len(others) // 2) // len(others) for place in
+                     range(len(others) + 1)]  # fmt: skip
+            kept = kept + [
+                own for own, a, b in zip(others, steps, steps[1:], strict=False) if b > a
+            ]
+        assert len(kept) == count - 1
+        dropped = [token for token in order if token not in kept]
+        for token in kept:
+            likeness = {
+                other: sum(a * b for a, b in zip(units[token], units[other], strict=True))
+                for other in tile
+                if other != token
+            }
+            near = sorted(likeness, key=lambda other: -likeness[other])[:neighbours]
+            mixed[token] = {token: 1.0} | {other: scores[other] for other in near}
+        mixed[dropped[0]] = {token: scores[token] for token in dropped}
+    return mixed
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Row], int, list[int], int]:
     sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -160,6 +208,36 @@ def test_vispruner(case: Any, important: float) -> None:
         assert kept[number].nonzero()[:, 0].tolist() == expected
 
 
+@given(case=cases(), neighbours=st.sampled_from([0, 3]), spread=st.sampled_from([0.0, 0.5, 1.0]))
+def test_prumerge(case: Any, neighbours: int, spread: float) -> None:
+    rows, width, keep, seed = case
+    attention, keys = signals(rows, width, seed)
+    attention = attention[:, :1]
+    counts = [sum(map(len, tiles)) + len(newlines) for tiles, newlines in rows]
+    most = max(map(min, counts, keep))
+    seen = view_of(rows, attention.float(), keys, most)
+    strategy = tp.build_strategy("prumerge", neighbours=neighbours, spread=spread)
+    selection = strategy.select(seen, torch.tensor(keep))
+    assert selection.weights.shape == (len(rows), most, width)
+    for number, row in enumerate(rows):
+        scores = attention[number, 0].float().tolist()
+        mixed = prumerge(row, scores, keys[number].tolist(), keep[number], neighbours, spread)
+        seats = selection.kept[number].nonzero()[:, 0].tolist()
+        assert seats == sorted(mixed)
+        for place, seat in enumerate(seats):
+            expected = torch.zeros(width)
+            for token, weight in mixed[seat].items():
+                expected[token] += weight
+            torch.testing.assert_close(selection.weights[number, place], expected)
+
+
+def test_prumerge_refuses_what_is_no_part() -> None:
+    with pytest.raises(ValueError, match=r"PruMerge.spread: expected a fraction in \[0, 1\]"):
+        tp.build_strategy("prumerge", spread=2)
+    with pytest.raises(ValueError, match=r"PruMerge.neighbours: expected .* got -1"):
+        tp.build_strategy("prumerge", neighbours=-1)
+
+
 def test_vispruner_refuses_what_is_no_part() -> None:
     with pytest.raises(ValueError, match=r"VisPruner.important: expected a fraction in \[0, 1\]"):
         tp.build_strategy("vispruner", important=2)
@@ -194,6 +272,38 @@ def test_as_published_on_a_model(name: str) -> None:
         if name == "vispruner":
             expected = vispruner((tiles, []), scores, hidden, keep, 0.5)
         assert trace.stages[0].kept[number].tolist() == expected
+
+
+def test_prumerge_on_a_model() -> None:
+    """From the tower's own projections, for an image."""
+    model = build("llava", "eager")
+    inputs = batch(model, [ROWS[0]])
+    strategy = tp.build_strategy("prumerge", neighbours=4, spread=0.5)
+    attention = model.model.vision_tower.encoder.layers[-1].self_attn
+    heard: dict[str, Tensor] = {}
+    hooks = [
+        getattr(attention, name).register_forward_hook(
+            lambda module, args, output, name=name: heard.update({name: output[0]})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        with tp.prune(model, strategy, tp.Schedule.one_shot(0, 0.4), "renumbered") as trace:
+            model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    logits = heard["k_proj"].double() @ heard["q_proj"][0].double() / 32**0.5
+    scores = logits.softmax(0)[1:].tolist()
+    keys = heard["k_proj"][1:].double().tolist()
+    expected = prumerge(([list(range(16))], []), scores, keys, 6, 4, 0.5)
+    stage = trace.stages[0]
+    assert stage.kept[0].tolist() == sorted(expected)
+    for own, seat in zip(stage.weights[0], sorted(expected), strict=True):
+        theirs = torch.zeros(16)
+        for token, weight in expected[seat].items():
+            theirs[token] += weight
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 
 
 def test_tiles_of_a_mosaic_share_the_budget_and_newlines_go_first() -> None:

@@ -270,6 +270,8 @@ def _of_patches(parts: VisionParts, need: VisionNeed, heard: Heard, tiles: Tenso
         assert heard.queries is not None
         valid = _valid(heard.named.get("attention_mask"), heard.keys)
         attending = separate(attention, heard.queries, heard.keys, valid)
+    if need.heads == "one":
+        attending = attending.as_one_head()
     with single_precision(heard.keys.device):
         if need.queries == "class":
             return _rows(attending, 0, 1)[:, :, 0, first:].transpose(1, 2).flatten(0, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,6 +130,13 @@ class Attending:
     valid: Tensor | None
     scaling: float
     packed: bool = False
+
+    def as_one_head(self) -> Attending:
+        """The same with all heads side by side as one."""
+        queries, keys = (
+            heads.transpose(1, 2).flatten(2)[:, None] for heads in (self.queries, self.keys)
+        )
+        return replace(self, queries=queries, keys=keys, scaling=keys.shape[-1] ** -0.5)
 
 
 def separate(attention: Any, queries: Tensor, keys: Tensor, valid: Tensor | None) -> Attending:
