@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenprune.families.anatomy import visual_mask
     from tokenprune.families.positions import fixed_positions
     from tokenprune.families.projection import QueriesAndKeys
+    from tokenprune.families.tower import Patches, Tower
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
@@ -55,6 +56,7 @@ __all__ = [
     "Handle",
     "Need",
     "Normed",
+    "Patches",
     "PerStage",
     "Projected",
     "Published",
@@ -69,6 +71,7 @@ __all__ = [
     "TextView",
     "TokenView",
     "TokensAndText",
+    "Tower",
     "Trace",
     "TracedStage",
     "VisionRows",
@@ -94,6 +97,7 @@ _NAMES = {
     "families.anatomy": ("visual_mask",),
     "families.positions": ("fixed_positions",),
     "families.projection": ("QueriesAndKeys",),
+    "families.tower": ("Patches", "Tower"),
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
 VISION_QUERIES = ("class", "all")
+VISION_HEADS = ("own", "one")
 VISION_STATES = ("hidden", "keys", "queries")
 POSITIONS = ("original", "renumbered")
 
@@ -112,12 +113,15 @@ class VisionRows(VisionNeed):
     Args:
         layer: Layer of the tower.
         queries: `"class"`, the class token, or `"all"`, every patch of the image or frame.
+        heads: `"own"`, the tower's, or `"one"`, a single head of all channels.
     """
 
     queries: str = "class"
+    heads: str = "own"
 
     def __post_init__(self) -> None:
         _check_choice("VisionRows.queries", self.queries, VISION_QUERIES)
+        _check_choice("VisionRows.heads", self.heads, VISION_HEADS)
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,7 @@ class TokenView:
         signal: TextView = self._signal(Text())
         return signal
 
-    def vision_rows(self, layer: int = -2, queries: str = "class") -> Tensor:
+    def vision_rows(self, layer: int = -2, queries: str = "class", heads: str = "own") -> Tensor:
         """Attention in the vision tower, as `VisionRows` in `needs` names it.
 
         The softmax is the tower's own: over the keys of an image, tile, frame or window. `"all"` is
@@ -301,10 +305,10 @@ class TokenView:
         windows of different sizes compare.
 
         Returns:
-            float32 (B, H, V), H the tower's heads: the mean over the token's patches, zero for a
-            token without any. A token that was mixed at an earlier cut is mixed alike.
+            float32 (B, H, V), H the tower's heads, or 1: the mean over the token's patches, zero
+            for a token without any. A token that was mixed at an earlier cut is mixed alike.
         """
-        signal: Tensor = self._signal(VisionRows(layer, queries))
+        signal: Tensor = self._signal(VisionRows(layer, queries, heads))
         return signal
 
     def vision_states(self, layer: int = -2, what: str = "hidden") -> Tensor:

@@ -30,8 +30,9 @@ PER_CUT = {
     "fastv": {1: (34, 44), 8: (41, 49)},
     "random": {1: (8, 18), 8: (20, 28)},
     "uniform": {1: (74, 84), 8: (93, 101)},
-    "fastervlm": {1: (68, 78), 8: (77, 84)},
-    "vispruner": {1: (425, 435), 8: (436, 444)},
+    "fastervlm": {1: (60, 70), 8: (68, 76)},
+    "prumerge": {1: (106, 116), 8: (115, 123)},
+    "vispruner": {1: (417, 427), 8: (428, 436)},
     # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
     "cdpruner": {1: (364, 374), 8: (411, 419)},
     "dart": {1: (154, 164), 8: (167, 175)},

@@ -27,12 +27,15 @@ from tokenprune.families.anatomy import examine
 TYPES = [name for name in ZOO if adapter_of(name).tower is not None]
 WITH_CLASS_TOKEN = [name for name in TYPES if name in ("llava", "llava_next", "internvl")]
 CLOSE = {"rtol": 0, "atol": 1e-5}
+TILES = "tiles"
 LAYERS = (0, -1)  # of two: in Qwen2.5-VL the first sees windows, the last whole frames
 
 
 def needs_of(model_type: str) -> tuple[Any, ...]:
     queries = ["all", "class"] if model_type in WITH_CLASS_TOKEN else ["all"]
     rows = [tp.VisionRows(layer, asked) for layer in LAYERS for asked in queries]
+    if model_type in WITH_CLASS_TOKEN:
+        rows.append(tp.VisionRows(-1, "class", "one"))
     whats = ("hidden", "keys", "queries")
     return (*rows, *(tp.VisionStates(layer, what) for layer in LAYERS for what in whats))
 
@@ -51,10 +54,17 @@ class Listening(tp.ScoreStrategy):
         seen = {}
         for need in self.wants:
             if isinstance(need, tp.VisionRows):
-                seen[need] = view.vision_rows(need.layer, need.queries).transpose(1, 2)
+                rows = view.vision_rows(need.layer, need.queries, need.heads)
+                seen[need] = rows.transpose(1, 2)
             else:
                 seen[need] = view.vision_states(need.layer, need.what)
+        seen[TILES] = view.tiles
         self.notes.append((seen, view.has_patches, view.valid))
+        fullest = [int(row[row >= 0].bincount().max()) for row in view.tiles if (row >= 0).any()]
+        most, length = view.tile_shape
+        assert most == int(view.tiles.max()) + 1
+        assert length >= max(fullest)
+        assert len(self.notes) > 1 or length == max(fullest)
         return (view.positions * 37 % 101).float()
 
 
@@ -163,10 +173,13 @@ def expected_signals(
     with recorded(model) as notes:
         make_features(model, inputs, kind)
     signals: dict[Any, Tensor] = {None: shares.sum(1) > 0}
+    signals[TILES] = _tiles(model, inputs, shares, kind)
     for need in needs:
         known = notes[parts.attention(need.layer)]
         if isinstance(need, tp.VisionRows):
-            if f"{kind}_grid_thw" in inputs:
+            if need.heads == "one":
+                values = _as_one_head(known[parts.tower.queries], known[parts.tower.keys])
+            elif f"{kind}_grid_thw" in inputs:
                 values = _per_frame(known["weights"], inputs[f"{kind}_grid_thw"])
             else:
                 values = _attention_per_patch(known["weights"], need.queries, parts.num_class)
@@ -183,6 +196,25 @@ def expected_signals(
     return signals
 
 
+def _tiles(model: Any, inputs: dict[str, Tensor], shares: Tensor, kind: str) -> Tensor:
+    """The tile, or frame, of each token's last patch, through the whole call; -1 for none."""
+    num_patches = shares.shape[1]
+    last = (shares > 0).float() * torch.arange(1, num_patches + 1)
+    last = last.amax(1).long() - 1
+    if f"{kind}_grid_thw" in inputs:
+        sizes = [h * w for t, h, w in inputs[f"{kind}_grid_thw"].tolist() for _ in range(t)]
+    else:
+        vision = model.config.vision_config
+        own = (vision.image_size[0] if isinstance(vision.image_size, (list, tuple))
+               else vision.image_size)  # fmt: skip
+        patch = (vision.patch_size[0] if isinstance(vision.patch_size, (list, tuple))
+                 else vision.patch_size)  # fmt: skip
+        size = (own // patch) ** 2
+        sizes = [size] * (num_patches // size)
+    of_patch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return of_patch[last.clamp_min(0)].where(last >= 0, -1)
+
+
 def _attention_per_patch(weights: list[Tensor], queries: str, num_class: int) -> Tensor:
     """Per tile, what its patches get from the class token, or from all that are no padding."""
     (weights_NHLL,) = weights
@@ -195,6 +227,13 @@ def _attention_per_patch(weights: list[Tensor], queries: str, num_class: int) ->
         asking = real[real >= num_class]
         parts.append(tile[:, asking][:, :, num_class:].sum(1) / len(asking))
     return torch.cat(parts, 1).T
+
+
+def _as_one_head(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """Per tile, what its patches get from the class token if all channels are one head's."""
+    (queries_NLC,), (keys_NLC,) = queries, keys
+    logits = queries_NLC[:, :1] @ keys_NLC.transpose(1, 2) / queries_NLC.shape[2] ** 0.5
+    return logits.softmax(2)[:, 0, 1:].flatten()[:, None]
 
 
 def _per_frame(weights: list[Tensor], grids: Tensor) -> Tensor:
@@ -217,6 +256,14 @@ def assert_heard(strategy: Listening, expected: dict[Any, Tensor], counts: list[
     """What the view of the first cut showed, against signals of all tokens, row after row."""
     seen, has, valid = strategy.notes[0]
     assert valid.sum(1).tolist() == counts
+    start = 0
+    for row, count in enumerate(counts):
+        own = expected[TILES][start : start + count]
+        _, order = own[own >= 0].unique(return_inverse=True)
+        own = own.masked_scatter(own >= 0, order)
+        assert torch.equal(seen[TILES][row][valid[row]], own)
+        start += count
+    assert (seen[TILES][~valid] == -1).all()
     assert torch.equal(has[valid], expected[None])
     assert not has[~valid].any()
     for need in strategy.wants:
@@ -383,7 +430,8 @@ def test_images_and_videos_in_one_call(model_type) -> None:
     kinds = torch.where(torch.isin(ids, torch.tensor(parts("video"))), 1, 0)
     kinds = kinds[tp.visual_mask(model, ids)]
     expected = {}
-    for need in (None, *strategy.wants):
+    by_kind[1][TILES] += (by_kind[1][TILES] >= 0) * (by_kind[0][TILES].max() + 1)
+    for need in (None, TILES, *strategy.wants):
         joined = torch.zeros(len(kinds), *by_kind[0][need].shape[1:], dtype=by_kind[0][need].dtype)
         for kind, known_signals in enumerate(by_kind):
             joined[kinds == kind] = known_signals[need]
@@ -560,7 +608,7 @@ def test_features_in_parts_are_refused() -> None:
 def test_a_tower_without_a_class_token_is_refused() -> None:
     specimen = ZOO["gemma3"]
     model = specimen.build("sdpa")
-    match = r"with a class token, for VisionRows\(layer=-2, queries='class'\), got Gemma3"
+    match = r"with a class token, for VisionRows\(layer=-2, queries='class'.*, got Gemma3"
     with pytest.raises(ValueError, match=match):
         tp.attach(model, Listening(), schedule(specimen))
 
@@ -581,6 +629,8 @@ def test_a_layer_that_the_tower_lacks_is_refused() -> None:
 def test_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match=r"VisionRows.queries: expected one of .* got 'last'"):
         tp.VisionRows(queries="last")
+    with pytest.raises(ValueError, match=r"VisionRows.heads: expected one of .* got 'all'"):
+        tp.VisionRows(heads="all")
     with pytest.raises(ValueError, match=r"VisionStates.what: expected one of .* got 'values'"):
         tp.VisionStates(what="values")
 

@@ -39,6 +39,8 @@ class Plan:
         learned: int64 (M,), which of the B * L entries exist, or None.
         seen: int64 (B, V), numbers of the visual tokens in what the vision tower says of them; None
             if nobody asks.
+        tiles: int64 (B, V), the tile of each visual token, numbered within the row, -1 for none;
+            None if nobody asks.
         pad: What sorts to the side on which pads stand, -1 or T.
         random: float32 (B, V), numbers by chance, by cut and what asks for them.
     """
@@ -56,6 +58,7 @@ class Plan:
     targets: Tensor | None
     learned: Tensor | None
     seen: Tensor | None
+    tiles: Tensor | None
     pad: int
     random: dict[Any, Tensor]
 

@@ -267,7 +267,7 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
 
 
 #: Parts of a plan that not every pass has.
-_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned", "seen")
+_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned", "seen", "tiles")
 
 
 def _upload(
@@ -301,7 +301,7 @@ def _upload(
         tables["learned"] = np.flatnonzero(tables["targets"] >= 0)
         tables["targets"] = tables["targets"].clip(0)
     if seen is not None:
-        tables["seen"] = seen.index
+        tables["seen"], tables["tiles"] = seen.index, seen.tiles
     drawn = chance.foreseen(settings, rows, budgets)
     for key, numbers in drawn.items():  # their bits, as integers like all else
         tables[key] = numbers.view(np.int32).astype(np.int64)

@@ -139,25 +139,18 @@ def _normed(run: Pass, number: int, hidden: Tensor) -> TokensAndText:
 
 def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Any:
     """What the vision tower says of the visual tokens alive before a cut."""
+    plan = run.plan_on(device)
     assert run.seen is not None
+    assert plan.seen is not None
+    assert plan.tiles is not None
     if need == TileShape():
         return run.seen.tile_shape
-    index_BV = run.plan_on(device).seen
-    assert index_BV is not None
-    if need == HasPatches():
-        return _alive(run, number, run.seen.signal(Tiles(), index_BV)[..., None] >= 0)[..., 0]
     if need == Tiles():
-        return _numbered(_seated(run, number, run.seen.signal(need, index_BV)))
-    signal = _alive(run, number, run.seen.signal(need, index_BV))
+        return _seated(run, number, plan.tiles)
+    if need == HasPatches():
+        return _alive(run, number, plan.tiles[..., None] >= 0)[..., 0]
+    signal = _alive(run, number, run.seen.signal(need, plan.seen))
     return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
-
-
-def _numbered(tiles_BV: Tensor) -> Tensor:
-    """Numbers of tiles, counted from each row's first; -1 stays."""
-    none_BV = tiles_BV < 0
-    last = torch.iinfo(tiles_BV.dtype).max
-    first_B1 = tiles_BV.masked_fill(none_BV, last).amin(1, keepdim=True)
-    return (tiles_BV - first_B1).masked_fill(none_BV, -1)
 
 
 def _seated(run: Pass, number: int, values: Tensor) -> Tensor:

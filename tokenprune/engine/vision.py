@@ -26,8 +26,15 @@ from torch import Tensor
 from tokenprune.engine.masks import dense
 from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
-from tokenprune.families.tower import Attending, Patches, VisionParts, fused, separate
-from tokenprune.strategy import Need, Tiles, VisionNeed, VisionRows, VisionStates
+from tokenprune.families.tower import (
+    Attending,
+    Patches,
+    VisionParts,
+    fused,
+    num_tokens,
+    separate,
+)
+from tokenprune.strategy import Need, VisionNeed, VisionRows, VisionStates
 from tokenprune.tensors import attention_rows, single_precision, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
@@ -154,7 +161,7 @@ class Watch:
                 self._thread.layers = None
             named = dict(parameters.bind(*args, **kwargs).arguments)
             named |= named.pop("kwargs", {})
-            signals = make_signals(self.parts, self.needs, layers, named, _length(output))
+            signals = make_signals(self.parts, self.needs, layers, named, num_tokens(output))
             self._keep(output, signals)
             found(kind, signals)
             return output
@@ -183,14 +190,6 @@ def _kind(need: VisionNeed) -> str:
     return need.what if isinstance(need, VisionStates) else "rows"
 
 
-def _length(output: Any) -> int:
-    """Visual tokens of a features' method's output."""
-    pooled = output.pooler_output if hasattr(output, "pooler_output") else output
-    if isinstance(pooled, Tensor):
-        return pooled.shape[:-1].numel()
-    return sum(part.shape[:-1].numel() for part in pooled)
-
-
 # ------------------------------------------------------------------------------------------ signals
 
 
@@ -200,7 +199,7 @@ def make_signals(
     needs: frozenset[VisionNeed],
     layers: Mapping[int, Heard],
     named: Mapping[str, Any],
-    num_tokens: int,
+    count: int,
 ) -> Signals:
     """Signals (T, ...) of the visual tokens that one run of the tower made.
 
@@ -209,7 +208,7 @@ def make_signals(
         needs: What is asked.
         layers: What the asked layers did.
         named: Arguments of the method that ran the tower.
-        num_tokens: Visual tokens T that it made.
+        count: Visual tokens T that it made.
 
     Raises:
         ValueError: If it cannot be said which patches make up each token.
@@ -222,16 +221,16 @@ def make_signals(
         tiles = parts.tower.frames(named)
     index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
     patches = parts.tower.patches(parts.base, named, index)
-    if len(patches.index) != num_tokens:
+    if len(patches.index) != count:
         raise ValueError(
-            f"prune: expected the patches of {num_tokens} visual tokens, got those of "
+            f"prune: expected the patches of {count} visual tokens, got those of "
             f"{len(patches.index)} from what is known of {type(parts.base).__name__}. "
             "Choose a strategy that does not read the vision tower."
         )
     largest = patches.index.amax(1)
     of_token = tiles[largest.clamp_min(0)].where(largest >= 0, -1)
     patches = _placed(patches, hidden.device)
-    values: dict[Need, Tensor] = {Tiles(): of_token.to(hidden.device)}
+    values: dict[Need, Tensor] = {}
     for need in sorted(needs, key=repr):
         values[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
     return Signals(values, of_token.numpy())
@@ -271,6 +270,8 @@ def _of_patches(parts: VisionParts, need: VisionNeed, heard: Heard, tiles: Tenso
         assert heard.queries is not None
         valid = _valid(heard.named.get("attention_mask"), heard.keys)
         attending = separate(attention, heard.queries, heard.keys, valid)
+    if need.heads == "one":
+        attending = attending.as_one_head()
     with single_precision(heard.keys.device):
         if need.queries == "class":
             return _rows(attending, 0, 1)[:, :, 0, first:].transpose(1, 2).flatten(0, 1)
@@ -335,51 +336,27 @@ class Seen:
         parts: Those of its features.
         index: int64 (B, V), of each visual token its number in them, one after another; what does
             not exist has the number after the last.
+        tiles: int64 (B, V), the tile of each, numbered within the row; -1 for none.
+        tile_shape: Tiles that a row has at most, and tokens that a tile has at most.
     """
 
     parts: list[Signals]
     index: Ints
+    tiles: Ints
+    tile_shape: tuple[int, int]
 
     def signal(self, need: Need, index_BV: Tensor) -> Tensor:
         """A signal of the call's visual tokens, (B, V, ...); zeros for what does not exist.
-
-        Tiles are numbered through all of the call's, and what does not exist is in none.
 
         Args:
             need: Which.
             index_BV: The index, on the device where it is needed.
         """
         known = [to_device(part.values[need], index_BV.device) for part in self.parts]
-        none = 0
-        if need == Tiles():
-            none = -1
-            known = [
-                known[number] + first * (known[number] >= 0)
-                for number, first in enumerate(self._first_tiles)
-            ]
         if (self.index == sum(len(part.tiles) for part in self.parts)).any():
-            known.append(known[0].new_full((1, *known[0].shape[1:]), none))
+            known.append(known[0].new_zeros(1, *known[0].shape[1:]))
         joined = known[0] if len(known) == 1 else torch.cat(known)
         return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, *joined.shape[1:])
-
-    @functools.cached_property
-    def _first_tiles(self) -> list[int]:
-        """Number of each part's first tile."""
-        counts = [int(part.tiles.max(initial=-1)) + 1 for part in self.parts]
-        return [sum(counts[:number]) for number in range(len(counts))]
-
-    @functools.cached_property
-    def tile_shape(self) -> tuple[int, int]:
-        """Tiles that a row has at most, and tokens that a tile has at most."""
-        firsts = zip(self.parts, self._first_tiles, strict=True)
-        tiles = [np.where(part.tiles < 0, -1, part.tiles + first) for part, first in firsts]
-        of_token = np.concatenate([*tiles, [-1]])[self.index]
-        most, length = 1, 1
-        for row in of_token:
-            numbers, counts = np.unique(row[row >= 0], return_counts=True)
-            most = max(most, int(np.ptp(numbers)) + 1 if len(numbers) else 0)
-            length = max(length, int(counts.max(initial=0)))
-        return most, length
 
 
 def match(
@@ -428,7 +405,21 @@ def match(
             "visual tokens whose features were made before, elsewhere, or in parts. Pass pixels, "
             "and leave prefill_chunk_size out."
         )
-    return Seen(parts, index_BV)
+    return Seen(parts, index_BV, *_tiles(parts, index_BV))
+
+
+def _tiles(parts: list[Signals], index_BV: Ints) -> tuple[Ints, tuple[int, int]]:
+    """Tiles of a call's visual tokens, numbered within the row, and how many of how many tokens."""
+    through, start = [], 0
+    for part in parts:
+        through.append(np.where(part.tiles < 0, -1, part.tiles + start))
+        start = int(through[-1].max(initial=start - 1)) + 1
+    tiles_BV = np.concatenate([*through, [-1]])[index_BV]
+    most, length = 1, 1
+    for row in tiles_BV:
+        _, row[row >= 0], sizes = np.unique(row[row >= 0], return_inverse=True, return_counts=True)
+        most, length = max(most, len(sizes)), max(length, int(sizes.max(initial=0)))
+    return tiles_BV, (most, length)
 
 
 def _numbers(marked: Bools, count: int) -> Ints | None:

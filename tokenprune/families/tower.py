@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,13 @@ def find_tower(tower: Tower, base: nn.Module) -> VisionParts | None:
     return VisionParts(tower, base, tuple(layers), int(bool(names & _CLASS_TOKENS)))
 
 
+def num_tokens(features: Any) -> int:
+    """Visual tokens in what `get_image_features` returned: one tensor, or one an image."""
+    made = features.pooler_output if hasattr(features, "pooler_output") else features
+    parts = [made] if isinstance(made, Tensor) else made
+    return sum(part.shape[:-1].numel() for part in parts)
+
+
 #: Names that transformers gives the parameter of a class token.
 _CLASS_TOKENS = {"class_embedding", "cls_token"}
 
@@ -123,6 +130,13 @@ class Attending:
     valid: Tensor | None
     scaling: float
     packed: bool = False
+
+    def as_one_head(self) -> Attending:
+        """The same with all heads side by side as one."""
+        queries, keys = (
+            heads.transpose(1, 2).flatten(2)[:, None] for heads in (self.queries, self.keys)
+        )
+        return replace(self, queries=queries, keys=keys, scaling=keys.shape[-1] ** -0.5)
 
 
 def separate(attention: Any, queries: Tensor, keys: Tensor, valid: Tensor | None) -> Attending:
