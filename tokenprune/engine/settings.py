@@ -14,6 +14,7 @@ from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
+    LOGITS,
     POSITIONS,
     DecoderKeys,
     DecoderRows,
@@ -30,7 +31,6 @@ from tokenprune.strategy import (
     vision_needs,
 )
 
-LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
