@@ -45,7 +45,7 @@ VARIANTS = [
 ]
 STRATEGIES = [*EVERY, *VARIANTS]
 #: Where rounding could choose a token to say, another model and batch.
-SEEDS = {"vtw": 7}
+SEEDS = {"sparsevlm": 7, "vtw": 7}
 
 
 def ids(value) -> str:
