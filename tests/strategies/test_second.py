@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import second
 import torch
-from made_views import made
+from made_views import Made, made
 from torch import Tensor
 
 import tokenprune as tp
@@ -32,27 +32,35 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_picks_and_the_same_mixes(name: str) -> None:
-    strategy, slow = METHODS[name]
     for seed in range(CASES):
-        batch = made(seed)
-        selection = strategy.select(batch.view, batch.keep)
-        assert selection.kept.dtype == torch.bool
-        for row, count in enumerate(batch.counts):
-            seats, mixes = slow(batch, row)
-            where = f"made({seed}), row {row}"
-            assert selection.kept[row].nonzero()[:, 0].tolist() == seats, where
-            if strategy.keeps_exactly:
-                assert len(seats) == min(count, int(batch.keep[row])), where
-            assert (selection.weights is None) == (mixes is None), where
-            if mixes is None:
-                continue
-            expected = torch.zeros(len(seats), batch.view.valid.shape[1])
-            for survivor, mix in enumerate(mixes):
-                for token, weight in mix.items():
-                    expected[survivor, token] = float(weight)
-            assert selection.weights.shape[1] == batch.view.max_keep
-            ours = selection.weights[row, : len(seats)]
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=where)
+        compare(name, made(seed))
+
+
+def test_the_same_mixes_of_many_clusters() -> None:
+    for seed in range(40):
+        compare("sparsevlm", made(seed, longest=300))
+
+
+def compare(name: str, batch: Made) -> None:
+    """A method and its second implementation on a batch."""
+    strategy, slow = METHODS[name]
+    selection = strategy.select(batch.view, batch.keep)
+    assert selection.kept.dtype == torch.bool
+    for row, count in enumerate(batch.counts):
+        seats, mixes = slow(batch, row)
+        assert selection.kept[row].nonzero()[:, 0].tolist() == seats
+        if strategy.keeps_exactly:
+            assert len(seats) == min(count, int(batch.keep[row]))
+        assert (selection.weights is None) == (mixes is None)
+        if mixes is None:
+            continue
+        expected = torch.zeros(len(seats), batch.view.valid.shape[1])
+        for survivor, mix in enumerate(mixes):
+            for token, weight in mix.items():
+                expected[survivor, token] = float(weight)
+        assert selection.weights.shape[1] == batch.view.max_keep
+        ours = selection.weights[row, : len(seats)]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
