@@ -198,10 +198,8 @@ def _recycle(view: TokenView, scores_BV: Tensor, keep: Tensor) -> Selection:
     share_BV = share_BV.scatter(1, members_BM, part_BM + share_BV.gather(1, members_BM))
     from_end_BV = dropped_BV.flip(1).cumsum(1).flip(1)
     seats_BV = kept_BV | (dropped_BV & (from_end_BV <= clusters_B1))
-    # A row that loses nothing stays as it is.
-    seats_BV = torch.where(whole_B1, valid_BV, seats_BV)
+    # A row that loses nothing has one cluster of one token, which stays where it is.
     row_BV = torch.where(whole_B1, torch.arange(width, device=device), row_BV)
-    share_BV = torch.where(whole_B1, valid_BV.float(), share_BV)
     return Selection(seats_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
 
