@@ -116,7 +116,8 @@ def test_a_call_with_images_asks_once(model, name, positions, rows) -> None:
         model(**inputs)  # the first call compares two ways to the same queries and keys
         found = asked(lambda: model(**inputs, use_cache=True))
         assert len(trace.stages) == 3
-    assert {what: count for what, count in found.items() if what not in ON_THE_HOST} == PLAN
+    counted = {} if strategy.keeps_exactly else {"_checked: tolist": 3}  # how many it kept, by cut
+    assert {what: n for what, n in found.items() if what not in ON_THE_HOST} == PLAN | counted
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 0], [0, 1, 2, 3]], ids=["one", "alike", "ragged"])
