@@ -435,7 +435,7 @@ def test_a_stage_of_a_trace_cannot_be_changed() -> None:
         trace.stages[0].layer = 3
 
 
-@pytest.mark.parametrize("logits", ["all", "full"])
+@pytest.mark.parametrize("logits", ["all", "full", "supervised"])
 def test_labels_of_pads_count_for_nothing(logits) -> None:
     model = build("llava")
     inputs, labels = labelled(model)
