@@ -8,6 +8,7 @@ which make sure that rounding could not have decided otherwise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import IMAGE, NUM_LAYERS
+from models import IMAGE, NUM_LAYERS, ROWS, batch, build
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import tokenprune as tp
+from tokenprune.strategy import vision_needs
 
 SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
 PDROP = tp.build_strategy("pyramiddrop")
@@ -34,7 +36,44 @@ class Frozen(tp.ScoreStrategy):
         return (view.positions * 37 % 101).float()
 
 
+def runnable(
+    families: Iterable[str], strategies: Iterable[tp.PruningStrategy]
+) -> list[tuple[str, tp.PruningStrategy]]:
+    """Families with the strategies that they can run: a plain language model has no vision tower.
+
+    tests/engine/test_vision.py sees that it refuses the others.
+    """
+    pairs = itertools.product(families, strategies)
+    return [(family, own) for family, own in pairs if family != "llama" or not vision_needs(own)]
+
+
+def merges(strategy: tp.PruningStrategy) -> bool:
+    """Whether a strategy mixes its survivors from others."""
+    model = build("llava")
+    schedule = tp.Schedule.one_shot(1, 0.6)
+    with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
+        model(**batch(model, [ROWS[0]]))
+    return trace.stages[0].weights is not None
+
+
+#: One of each method, those that merge apart: no mask gives what a mixture gives.
+EVERY = [tp.build_strategy(name) for name in tp.available()]
+MERGING = [strategy for strategy in EVERY if merges(strategy)]
+DROPPING = [strategy for strategy in EVERY if strategy not in MERGING]
+
+
 # ------------------------------------------------------------------------------------------- calls
+
+
+def counted(strategy: tp.PruningStrategy, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs whose positions count from each row's first token where a method depends on that.
+
+    Keys are rotated by their positions, and a forward call counts pads, where `generate` does not.
+    """
+    if not any(isinstance(need, tp.DecoderKeys) for need in strategy.needs()):
+        return inputs
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return {**inputs, "position_ids": positions}
 
 
 def split(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -42,6 +42,26 @@ def test_pyramid_with_layers() -> None:
     schedule = tp.Schedule.pyramid(layers=[2, 5], lam=0.5)
     assert schedule.stages == (tp.Stage(2, 0.5), tp.Stage(5, 0.25))
     assert tp.Schedule.pyramid(num_layers=8, num_stages=3, layers=[2, 5]) == schedule
+    nearest = tp.Schedule.pyramid(layers=[1], lam=0.5, rounding="nearest")
+    assert nearest.lengths(2, 7) == [7, 4]
+
+
+def test_explicit_cuts_of_a_shallower_decoder_lie_at_the_same_depth() -> None:
+    cuts = ((3, 0.5), (7, 0.3), (16, 0.2))
+    as_given = tp.Schedule(tuple(tp.Stage(*cut) for cut in cuts), "nearest")
+    for num_layers in (None, 32, 40):
+        assert tp.Schedule.explicit(cuts, "nearest", 32, num_layers) == as_given
+    assert tp.Schedule.explicit(cuts, "nearest", num_layers=8) == as_given
+    eight = tp.Schedule.explicit(cuts, of_layers=32, num_layers=8)
+    assert eight.stages == (tp.Stage(1, 0.5), tp.Stage(2, 0.3), tp.Stage(4, 0.2))
+    assert eight.rounding == "floor"
+    # No cut moves to layer 0, and of two at one layer the later stays.
+    four = tp.Schedule.explicit(cuts, of_layers=32, num_layers=4)
+    assert four.stages == (tp.Stage(1, 0.3), tp.Stage(2, 0.2))
+    with pytest.raises(ValueError, match=r"expected layers below 16, .* got \[16\]"):
+        tp.Schedule.explicit(cuts, of_layers=16, num_layers=8)
+    with pytest.raises(ValueError, match="of_layers: expected an integer >= 1, got 0"):
+        tp.Schedule.explicit(cuts, of_layers=0)
 
 
 @given(
@@ -106,6 +126,7 @@ def test_counts_follow_python(keeps: list[float], rounding: str, num_visual: int
         (lambda: tp.Schedule.pyramid(num_layers=2, layers=[1, 2]), "expected layers below 2"),
         (lambda: tp.Schedule.pyramid(0, 1), "num_layers: expected an integer >= 1, got 0"),
         (lambda: tp.Schedule.one_shot(9, 0.5).lengths(8, 5), "expected layers below 8"),
+        (lambda: tp.Schedule().lengths(0, 5), "lengths.num_layers: expected an integer >= 1, got"),
         (lambda: tp.Schedule().lengths(8, -1), "num_visual: expected an integer >= 0"),
     ],
 )

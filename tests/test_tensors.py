@@ -6,7 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.tensors import ascending, attention_rows, causal, split_budget, take, top_k
+from tokenprune.tensors import (
+    ascending,
+    attention_rows,
+    causal,
+    mark,
+    mixture,
+    number_grids,
+    split_budget,
+    take,
+    top_k,
+)
 
 rows = st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=9), min_size=1, max_size=4)
 
@@ -84,6 +94,29 @@ def test_split_budget_gives_the_largest_remainder_first() -> None:
     split = split_budget(torch.tensor([5, 3]), torch.tensor([[10, 10, 4], [2, 2, 2]]))
     assert split.tolist() == [[2, 2, 1], [1, 1, 1]]
     assert split_budget(torch.tensor([2]), torch.tensor([[1, 1, 1]])).tolist() == [[1, 1, 0]]
+
+
+def test_of_picks_the_first_count() -> None:
+    picks = [torch.tensor([[2], [1]]), torch.tensor([[0], [1]]), torch.tensor([[1], [0]])]
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    assert mark(picks, torch.tensor([2, 3]), valid).tolist() == [
+        [True, False, True],
+        [True, False, False],
+    ]
+    assert not mark([], torch.tensor([2, 3]), valid).any()
+
+
+def test_each_token_goes_into_one_mixture() -> None:
+    weights = mixture(torch.tensor([[1, 0, 1, 0]]), torch.tensor([[0.5, 1.0, 0.5, 0.0]]), 2)
+    assert weights.tolist() == [[[0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0]]]
+    assert mixture(torch.tensor([[0, 0]]), torch.ones(1, 2), 0).shape == (1, 0, 2)
+
+
+def test_grids_are_numbered_in_order() -> None:
+    cells = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0), (1, 0, 0, 0), (2, -1, -1, -1)]
+    assert number_grids(torch.tensor([cells])).tolist() == [[0, 0, 1, 2, 3]]
+    unknown = torch.tensor([[(0, -1, -1, -1), (1, -1, -1, -1)]])
+    assert number_grids(unknown).tolist() == [[0, 0]]
 
 
 def test_attention_rows_equal_full_attention() -> None:

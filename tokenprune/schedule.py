@@ -141,6 +141,36 @@ class Schedule:
         """Cuts once, before `layer`, to `keep`: FastV's shape (arXiv 2403.06764, §4)."""
         return cls(stages=(Stage(layer, keep),), rounding=rounding)
 
+    @classmethod
+    def explicit(
+        cls,
+        stages: Sequence[tuple[int, float]],
+        rounding: str = "floor",
+        of_layers: int | None = None,
+        num_layers: int | None = None,
+    ) -> Schedule:
+        """Cuts given one by one, as `(layer, keep)`.
+
+        Args:
+            stages: The cuts, in order.
+            rounding: See `Schedule`.
+            of_layers: Decoder layers of the model that the cuts are meant for. A shallower one is
+                cut at the same depth, rounded up to a layer; of two cuts at one layer the later
+                stays.
+            num_layers: Decoder layers of the model; while they are unknown nothing is moved.
+
+        Raises:
+            ValueError: If the stages are refused, or lie beyond `of_layers`.
+        """
+        schedule = cls(tuple(Stage(layer, keep) for layer, keep in stages), rounding)
+        if of_layers is not None:
+            _check_count("Schedule.explicit.of_layers", of_layers)
+            schedule.check_depth(of_layers)
+        if of_layers is None or num_layers is None or num_layers >= of_layers:
+            return schedule
+        moved = {-(-s.layer * num_layers // of_layers): s.keep for s in schedule.stages}
+        return cls(tuple(Stage(layer, keep) for layer, keep in moved.items()), rounding)
+
     def count(self, stage: int, num_visual: int) -> int:
         """Visual tokens alive after cut number `stage` (0-based) of `num_visual` original ones."""
         exact = num_visual * self.stages[stage].keep

@@ -23,19 +23,27 @@ if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
     from torch import Tensor
 
 SOURCES = ("next", "previous")
-QUERIES = ("last", "all")
+QUERIES = ("last", "all", "text")
+VISION_QUERIES = ("class", "all")
+VISION_HEADS = ("own", "one")
+VISION_STATES = ("hidden", "keys", "queries")
 POSITIONS = ("original", "renumbered")
 #: Of which positions a pruned call makes logits, see `tokenprune.attach`.
 LOGITS = ("all", "supervised", "full")
 
 
+class Need:
+    """Something that a strategy reads of a run, declared before it in `PruningStrategy.needs`."""
+
+
 @dataclass(frozen=True)
-class AttentionRows:
-    """Attention that a strategy will ask for, declared before the run.
+class DecoderRows(Need):
+    """Attention that a decoder layer pays the visual tokens.
 
     Args:
         queries: `"last"`, the last prompt token (with labels: the tokens that predict an answer's
-            first token), or `"all"`, every real position.
+            first token); `"all"`, every real position; or `"text"`, the prompt's text tokens, each
+            by itself.
         source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
     """
 
@@ -43,15 +51,155 @@ class AttentionRows:
     source: str = "next"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("queries", self.queries, QUERIES),
-            ("source", self.source, SOURCES),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"AttentionRows.{name}: expected one of {list(choices)}, got {value!r}. "
-                    "Say which attention the strategy reads."
-                )
+        _check_choice("DecoderRows.queries", self.queries, QUERIES)
+        _check_choice("DecoderRows.source", self.source, SOURCES)
+
+
+@dataclass(frozen=True)
+class DecoderKeys(Need):
+    """Keys that a decoder layer makes of the visual tokens and of the prompt's text, rotated.
+
+    Args:
+        source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
+    """
+
+    source: str = "next"
+
+    def __post_init__(self) -> None:
+        _check_choice("DecoderKeys.source", self.source, SOURCES)
+
+
+@dataclass(frozen=True)
+class Projected(Need):
+    """The visual tokens as they entered the decoder."""
+
+
+@dataclass(frozen=True)
+class Entered(Need):
+    """All visual tokens of the call as they entered the decoder, those dropped since included."""
+
+
+@dataclass(frozen=True)
+class Normed(Need):
+    """Hidden states of visual tokens and prompt's text at the cut, after the model's last norm."""
+
+
+@dataclass(frozen=True)
+class Text(Need):
+    """The prompt's text as it entered the decoder."""
+
+
+@dataclass(frozen=True)
+class RandomNumbers(Need):
+    """Numbers by chance, which a row gets alone and in a batch alike.
+
+    Args:
+        seed: Another one gives other numbers.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VisionNeed(Need):
+    """Something of the vision tower's own.
+
+    Args:
+        layer: Layer of the tower, from 0, or from -1 backwards. Layer -2 is the one whose output
+            LLaVA projects.
+    """
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class VisionRows(VisionNeed):
+    """Attention that a layer of the vision tower pays each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        queries: `"class"`, the class token, or `"all"`, every patch of the image or frame.
+        heads: `"own"`, the tower's, or `"one"`, a single head of all channels.
+    """
+
+    queries: str = "class"
+    heads: str = "own"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionRows.queries", self.queries, VISION_QUERIES)
+        _check_choice("VisionRows.heads", self.heads, VISION_HEADS)
+
+
+@dataclass(frozen=True)
+class VisionStates(VisionNeed):
+    """What a layer of the vision tower makes of each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        what: `"hidden"`, the layer's output; `"keys"` or `"queries"` of its attention, all heads
+            side by side, normed where the tower norms them, before any rotation.
+    """
+
+    what: str = "hidden"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionStates.what", self.what, VISION_STATES)
+
+
+@dataclass(frozen=True)
+class HasPatches(VisionNeed):
+    """Which visual tokens have patches; there with every other need of the vision tower."""
+
+
+@dataclass(frozen=True)
+class Tiles(VisionNeed):
+    """In which tile each visual token's patches are; there with every other need, too."""
+
+
+@dataclass(frozen=True)
+class TileShape(VisionNeed):
+    """How many tiles, and of how many tokens, there are; there with every other need, too."""
+
+
+#: What every strategy that asks anything of the vision tower gets.
+BESIDE = (HasPatches(), Tiles(), TileShape())
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}: expected one of {list(choices)}, got {value!r}. Say what the strategy reads."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TextView:
+    """The text of a prompt: what is no visual token, no pad and no answer.
+
+    Attributes:
+        embeddings: (B, S, D), what entered the decoder, detached.
+        valid: Bool (B, S), which entries exist.
+        follows: Bool (B, S), which of them come after the row's last visual token.
+        positions: int64 (B, S), as the visual tokens' in `TokenView.positions`.
+    """
+
+    embeddings: Tensor
+    valid: Tensor
+    follows: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokensAndText:
+    """What is known of the visual tokens alive at a cut, and of the prompt's text.
+
+    Attributes:
+        visual: (B, V, ...), entries as in `TokenView.valid`.
+        text: (B, S, ...), entries as in `TextView.valid`.
+    """
+
+    visual: Tensor
+    text: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +212,20 @@ class TokenView:
         layer: Layer before which the cut happens.
         num_layers: Decoder layers of the model.
         num_original: int64 (B,), visual tokens of each row before any cut.
+        max_keep: Most tokens that a row will keep, so that no device need be asked for it.
         ragged: Whether some entries do not exist; if not, `valid` need not be asked.
     """
 
     layer: int
     num_layers: int
     num_original: Tensor
+    max_keep: int
     ragged: bool
     _valid: Callable[[], Tensor] = field(repr=False)
     _positions: Callable[[], Tensor] = field(repr=False)
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
-    _attend: Callable[[AttentionRows], Tensor] = field(repr=False)
-    _random: Callable[[int], Tensor] = field(repr=False)
+    _signal: Callable[[Need], Any] = field(repr=False)
 
     @property
     def valid(self) -> Tensor:
@@ -102,24 +251,119 @@ class TokenView:
         return self._places()
 
     def attend(self, queries: str = "last", source: str = "next") -> Tensor:
-        """Attention that the asked query rows pay each visual token, averaged over those rows.
+        """Attention that the asked query rows pay each visual token, as `DecoderRows` names them.
 
         The softmax runs over all keys, text included, in float32.
 
         Returns:
-            float32 (B, H, V).
+            float32 (B, H, V), averaged over the rows; of `"text"` (B, H, S, V), each row of
+            `text` by itself, zero where it does not exist.
 
         Raises:
-            ValueError: If the strategy did not declare these rows in `attention_rows`.
+            ValueError: If the strategy did not declare these rows in `needs`.
         """
-        return self._attend(AttentionRows(queries, source))
+        signal: Tensor = self._signal(DecoderRows(queries, source))
+        return signal
+
+    @property
+    def projected(self) -> Tensor:
+        """The tokens as they entered the decoder (B, V, D), detached; `Projected` in `needs`.
+
+        A token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(Projected())
+        return signal
+
+    @property
+    def entered(self) -> Tensor:
+        """All tokens as they entered the decoder (B, U, D), detached; `Entered` in `needs`.
+
+        Of each row the first `num_original` exist.
+        """
+        signal: Tensor = self._signal(Entered())
+        return signal
+
+    def keys(self, source: str = "next") -> TokensAndText:
+        """Keys (B, ..., G, E) of the tokens and the text, as `DecoderKeys` in `needs` names them.
+
+        G key heads of width E, rotated by the tokens' positions.
+        """
+        signal: TokensAndText = self._signal(DecoderKeys(source))
+        return signal
+
+    @property
+    def normed(self) -> TokensAndText:
+        """Hidden states (B, ..., D) after the model's last norm, detached; `Normed` in `needs`."""
+        signal: TokensAndText = self._signal(Normed())
+        return signal
+
+    @property
+    def text(self) -> TextView:
+        """The prompt's text as it entered the decoder; `Text` in `needs`."""
+        signal: TextView = self._signal(Text())
+        return signal
+
+    def vision_rows(self, layer: int = -2, queries: str = "class", heads: str = "own") -> Tensor:
+        """Attention in the vision tower, as `VisionRows` in `needs` names it.
+
+        The softmax is the tower's own: over the keys of an image, tile, frame or window. `"all"` is
+        the sum over the patches that ask, divided by those of the image, tile or frame, so that
+        windows of different sizes compare.
+
+        Returns:
+            float32 (B, H, V), H the tower's heads, or 1: the mean over the token's patches, zero
+            for a token without any. A token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionRows(layer, queries, heads))
+        return signal
+
+    def vision_states(self, layer: int = -2, what: str = "hidden") -> Tensor:
+        """States of the vision tower, as `VisionStates` in `needs` names them.
+
+        Returns:
+            float32 (B, V, C): the mean over the token's patches, zero for a token without any. A
+            token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionStates(layer, what))
+        return signal
+
+    @property
+    def has_patches(self) -> Tensor:
+        """Which tokens have patches of the vision tower, bool (B, V); a newline has none.
+
+        There for strategies that ask for anything else of the tower.
+        """
+        signal: Tensor = self._signal(HasPatches())
+        return signal
+
+    @property
+    def tiles(self) -> Tensor:
+        """What the vision tower looked at by itself, int64 (B, V): a tile, an image, a frame.
+
+        Numbered within the row from 0; -1 for tokens without patches. A token that was mixed at an
+        earlier cut counts where its seat is. There for strategies that ask for anything else of the
+        tower.
+        """
+        signal: Tensor = self._signal(Tiles())
+        return signal
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tiles that a row has at most, and tokens that one of them has at most before any cut.
+
+        Known without waiting for the device; there for strategies that have `tiles`.
+        """
+        shape: tuple[int, int] = self._signal(TileShape())
+        return shape
 
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
 
         A row gets the same numbers alone and in a batch; no global generator is touched.
+        `RandomNumbers` in `needs`.
         """
-        return self._random(seed)
+        signal: Tensor = self._signal(RandomNumbers(seed))
+        return signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +373,15 @@ class Selection:
     Attributes:
         kept: Bool (B, V).
         scores: float32 (B, V) for the trace, or None for joint choices.
+        weights: float (B, K, V), how each survivor, in ascending order, is mixed from the tokens
+            alive, or None where survivors stay as they are. K is the most that a row keeps; what
+            stands beyond a row's own survivors is not read. Gradients flow through the mixture,
+            not through the weights.
     """
 
     kept: Tensor
     scores: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +389,7 @@ class Published:
     """How a method's released code runs it, as plain data.
 
     Attributes:
-        schedule: Name of a `Schedule` constructor, `"pyramid"` or `"one_shot"`.
+        schedule: Name of a `Schedule` constructor, `"pyramid"`, `"one_shot"` or `"explicit"`.
         options: Its keyword arguments.
         positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
     """
@@ -157,9 +406,16 @@ class PruningStrategy(ABC):
     #: True if `select` always keeps exactly min(keep, alive) tokens; spares the engine a count.
     keeps_exactly: ClassVar[bool] = False
 
-    def attention_rows(self) -> tuple[AttentionRows, ...]:
-        """Rows that `select` will ask of `view.attend`; the engine computes them in time."""
+    def needs(self) -> tuple[Need, ...]:
+        """What `select` will ask of its view besides hidden states, positions and places.
+
+        The engine computes it in time, and nothing else.
+        """
         return ()
+
+    def at(self, cut: int) -> PruningStrategy:
+        """The strategy of a cut, numbered from 0: itself, unless it is one of several."""
+        return self
 
     @abstractmethod
     def select(self, view: TokenView, keep: Tensor) -> Selection:
@@ -211,10 +467,53 @@ class AttentionStrategy(ScoreStrategy):
     source: str = "next"
 
     def __post_init__(self) -> None:
-        AttentionRows(self.queries, self.source)  # refuses bad values here, not at the first cut
+        DecoderRows(self.queries, self.source)  # refuses bad values here, not at the first cut
 
-    def attention_rows(self) -> tuple[AttentionRows, ...]:
-        return (AttentionRows(self.queries, self.source),)
+    def needs(self) -> tuple[Need, ...]:
+        return (DecoderRows(self.queries, self.source),)
+
+
+@dataclass(frozen=True)
+class PerStage(PruningStrategy):
+    """One strategy a cut.
+
+    Args:
+        strategies: As many as the schedule has cuts, in their order.
+    """
+
+    strategies: tuple[PruningStrategy, ...]
+
+    def __post_init__(self) -> None:
+        given = self.strategies
+        if isinstance(given, PruningStrategy) or not all(
+            isinstance(own, PruningStrategy) and not isinstance(own, PerStage) for own in given
+        ):
+            raise ValueError(
+                f"PerStage: expected a strategy for each cut, got {given!r}. "
+                "Write PerStage((first, second))."
+            )
+        object.__setattr__(self, "strategies", tuple(given))
+
+    def needs(self) -> tuple[Need, ...]:
+        return tuple(dict.fromkeys(need for own in self.strategies for need in own.needs()))
+
+    def at(self, cut: int) -> PruningStrategy:
+        return self.strategies[cut]
+
+    def select(self, view: TokenView, keep: Tensor) -> Selection:
+        raise ValueError(
+            "PerStage: expected a cut's own strategy to be asked, at(cut), got them all."
+        )
+
+
+def vision_needs(strategy: PruningStrategy) -> tuple[VisionNeed, ...]:
+    """What a strategy needs of the vision tower."""
+    return tuple(need for need in strategy.needs() if isinstance(need, VisionNeed))
+
+
+def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:
+    """The decoder's attention among a strategy's needs."""
+    return tuple(need for need in strategy.needs() if isinstance(need, DecoderRows))
 
 
 _REGISTRY: dict[str, type[PruningStrategy]] = {}

@@ -6,6 +6,8 @@ H query heads, G key heads, Q query rows, K keys, E head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -91,6 +93,101 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
     return quota_BU + top_k(share_BU, sizes_BU > 0, left_B).long()
 
 
+def share_out(keep_B: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits each row's budget over units by size; tokens in none get what units leave over.
+
+    Args:
+        keep_B: int64, tokens to keep per row.
+        unit_BV: int64, number of each token's unit, from 0; -1 for tokens in none.
+        valid_BV: False where a row has no such token.
+
+    Returns:
+        Units int64 (B, V), where tokens in none are in unit V, and quotas int64 (B, V + 1).
+    """
+    last = unit_BV.shape[1]
+    unit_BV = unit_BV.masked_fill(~valid_BV | (unit_BV < 0), last)
+    quota_BU = split_budget(keep_B, sizes_of_units(unit_BV)[:, :last])
+    left_B1 = keep_B[:, None] - quota_BU.sum(1, keepdim=True)
+    return unit_BV, torch.cat([quota_BU, left_B1], 1)
+
+
+def rank_in_units(scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Places of tokens among those of their unit, from the highest score; ties by index.
+
+    Args:
+        scores_BV: Scores, compared in float32; in unit V, which is none, the index counts.
+        unit_BV: int64, unit of each token, as `share_out` numbers them.
+        valid_BV: False where a row has no such token; those come last.
+
+    Returns:
+        int64 (B, V), from 0.
+    """
+    last, low = unit_BV.shape[1], torch.finfo(torch.float32).min
+    scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
+    scores_BV = scores_BV.masked_fill(unit_BV == last, 0).masked_fill(~valid_BV, -torch.inf)
+    order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
+    order_BV = order_BV.gather(1, unit_BV.gather(1, order_BV).argsort(dim=1, stable=True))
+    sizes_BU = sizes_of_units(unit_BV)
+    first_BU = sizes_BU.cumsum(1) - sizes_BU
+    return order_BV.argsort(dim=1) - first_BU.gather(1, unit_BV)
+
+
+def sizes_of_units(unit_BV: Tensor) -> Tensor:
+    """Tokens of each unit, int64 (B, V + 1); of the last, what does not exist, too."""
+    sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+    return sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+
+
+def mark(picks: Sequence[Tensor], keep_B: Tensor, valid_BV: Tensor) -> Tensor:
+    """Marks the first `keep` of each row's picks.
+
+    Args:
+        picks: Picks one after the other, int64 (B, 1) each; a row may pick again what it has.
+        keep_B: int64, how many of them count.
+        valid_BV: False where a row has no such token; never marked.
+
+    Returns:
+        Bool mask (B, V).
+    """
+    if not picks:
+        return torch.zeros_like(valid_BV)
+    picks_BN = torch.cat(tuple(picks), 1)
+    counts_BN = (torch.arange(len(picks), device=keep_B.device) < keep_B[:, None]).long()
+    times_BV = torch.zeros(valid_BV.shape, dtype=torch.int64, device=keep_B.device)
+    return (times_BV.scatter_add(1, picks_BN, counts_BN) > 0) & valid_BV
+
+
+def mixture(row_BV: Tensor, share_BV: Tensor, num_rows: int) -> Tensor:
+    """How survivors are mixed, where each token goes into one of them at most.
+
+    Args:
+        row_BV: int64, which survivor a token goes into.
+        share_BV: float32, its weight there; 0 where it goes into none.
+        num_rows: Survivors of the row that keeps the most.
+
+    Returns:
+        Weights (B, num_rows, V) for `Selection`.
+    """
+    weights = share_BV.new_zeros(len(row_BV), num_rows, row_BV.shape[1])
+    if num_rows == 0:
+        return weights
+    return weights.scatter(1, row_BV.clamp(0, num_rows - 1)[:, None], share_BV[:, None])
+
+
+def number_grids(places: Tensor) -> Tensor:
+    """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit.
+
+    Args:
+        places: int64 (B, V, 4), image, grid, row and column of each token, -1 where unknown.
+
+    Returns:
+        int64 (B, V).
+    """
+    grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
+    changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
+    return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
+
+
 def attention_rows(
     queries_BHQE: Tensor,
     keys_BGKE: Tensor,
@@ -142,3 +239,11 @@ def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & ~hidden
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def single_precision(device: torch.device) -> AbstractContextManager[None]:
+    """What is computed in float32 stays so, under autocast as well."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

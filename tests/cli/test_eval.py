@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from PIL import Image
 from processes import run
 
-import tokenprune as tp
 from tokenprune.cli import main as cli
 from tokenprune.runs.compose import build_pruning
 
@@ -108,7 +107,7 @@ def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
     assert runs[1][1]["_target_"] == "tokenprune.Schedule.one_shot"
     crossed = {(name, s["lam"], s["num_stages"]) for name, s, _ in runs[2:]}
     assert len(crossed) == 40
-    assert {name for name, _, _ in crossed} == set(tp.available())
+    assert {name for name, _, _ in crossed} == {"fastv", "pyramiddrop", "random", "uniform"}
     assert {place for name, _, place in runs if name == "pyramiddrop"} == {"renumbered"}
     assert {place for name, _, place in runs if name == "fastv"} == {"original"}
 

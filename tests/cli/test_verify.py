@@ -34,3 +34,10 @@ def test_verify_passes_on_an_exact_engine_and_fails_otherwise(
     monkeypatch.setattr(checks, "_masked_logits", lambda *given: exact(*given) * 1.01)
     assert cli.main(["verify", *random_llava(checkpoint)]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_refuses_what_no_mask_does(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(["verify", *random_llava(checkpoint), "strategy=pool"], capsys)
+    assert "verify: expected a strategy that drops tokens, got Pool, which mixes them" in message

@@ -14,6 +14,7 @@ import tokenprune as tp
 from tokenprune.cost.figures import Workload
 from tokenprune.families import projection
 from tokenprune.families.anatomy import examine
+from tokenprune.strategy import decoder_rows
 
 SEVEN = tp.cost.DecoderShape(32, 4096, 11008, 32, 32, 128, 32000)
 THIRTEEN = tp.cost.DecoderShape(40, 5120, 13824, 40, 40, 128, 32000)
@@ -290,6 +291,33 @@ def test_presets_are_found_by_name_and_hub_id() -> None:
             assert tp.cost.DecoderShape.preset(hub_id) == preset.shape
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "padded", "tied", "biases", "norms"),
+    [
+        ("llava-1.5-7b", 6_738_415_616, 64, False, False, 0),  # LLaMA, whose vocabulary is 32 000
+        ("llava-1.5-13b", 13_015_864_320, 64, False, False, 0),
+        ("llava-next-mistral-7b", 7_241_732_096, 64, False, False, 0),
+        ("qwen2-vl-2b", 1_543_714_304, 0, True, True, 0),
+        ("qwen2-vl-7b", 7_615_616_512, 0, False, True, 0),
+        ("qwen2.5-vl-3b", 3_085_938_688, 0, True, True, 0),
+        ("qwen2.5-vl-7b", 7_615_616_512, 0, False, True, 0),
+        ("qwen2.5-vl-72b", 72_706_203_648, 0, False, True, 0),
+        ("qwen3-vl-4b", 4_022_468_096, 0, True, False, 2),
+        ("qwen3-vl-8b", 8_190_735_360, 0, False, False, 2),
+    ],
+)
+def test_presets_have_the_parameters_of_what_they_name(
+    name, published, padded, tied, biases, norms
+) -> None:
+    """The language model's number of parameters, to the last one, from the sizes of a preset."""
+    shape = tp.cost.DecoderShape.preset(name)
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    maps = heads + shape.num_heads * shape.head_dim + 3 * shape.intermediate_size + 2
+    layer = shape.hidden_size * maps + biases * heads + norms * shape.head_dim
+    vocabulary = (shape.vocab_size - padded) * (1 if tied else 2)
+    assert shape.num_layers * layer + shape.hidden_size * (vocabulary + 1) == published
+
+
 # ------------------------------------------------------------------------ exact: against a counter
 
 #: torch's registry lacks the kernel of sdpa on a CPU, which would count as nothing.
@@ -352,7 +380,7 @@ def check_counts(name: str, attention: str) -> tp.cost.DecoderShape:
             count = counted(model, inputs, use_cache=False)
         lengths = trace.visual_lengths[:, 0].tolist()
         assert lengths == schedule.lengths(shape.num_layers, visual)
-        back = int(any(rows.source == "previous" for rows in strategy.attention_rows()))
+        back = int(any(rows.source == "previous" for rows in decoder_rows(strategy)))
         layers = examine(model).layers
         captured = [
             cut
@@ -366,11 +394,11 @@ def check_counts(name: str, attention: str) -> tp.cost.DecoderShape:
             causal=False,
             num_logits=lengths[-1] + text,
             cuts=specimen.cuts,
-            rows=strategy.attention_rows(),
+            strategy=strategy,
             captured=captured,
         )
         assert count == pytest.approx(pruned.total, rel=1e-3), strategy
-        assert (pruned.scoring > 0) == bool(strategy.attention_rows())
+        assert (pruned.scoring > 0) == bool(decoder_rows(strategy))
     return shape
 
 
@@ -425,8 +453,8 @@ def test_decoding_is_what_a_step_takes() -> None:
 
 
 def test_scoring_at_layer_0_counts_all_tokens() -> None:
-    (rows,) = tp.build_strategy("pyramiddrop").attention_rows()
-    cost = tp.cost.exact(SEVEN, [57] * 32, 36, cuts=(0,), rows=(rows,), num_visual=576)
+    strategy = tp.build_strategy("pyramiddrop")
+    cost = tp.cost.exact(SEVEN, [57] * 32, 36, cuts=(0,), strategy=strategy, num_visual=576)
     assert cost.scoring == tp.cost.scoring_flops(SEVEN, 612)
     assert cost.total == cost.layers + cost.scoring + cost.vocabulary
 

@@ -37,13 +37,13 @@ def view(
         layer=2,
         num_layers=8,
         num_original=valid.sum(1),
+        max_keep=valid.shape[1],
         ragged=not valid.all(),
         _valid=lambda: valid,
         _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
         _hidden=lambda: torch.zeros(*valid.shape, 4),
         _places=lambda: places,
-        _attend=lambda rows: attention,
-        _random=lambda seed: random,
+        _signal=lambda need: random if isinstance(need, tp.RandomNumbers) else attention,
     )
 
 
@@ -170,9 +170,9 @@ def test_unknown_names_and_fields() -> None:
         tp.build_strategy("piramiddrop")
     with pytest.raises(ValueError, match=r"expected fields among \['queries', 'source'\], got 'k'"):
         tp.build_strategy("fastv", k=2)
-    with pytest.raises(ValueError, match=r"AttentionRows.queries: expected one of .* got 'first'"):
+    with pytest.raises(ValueError, match=r"DecoderRows.queries: expected one of .* got 'first'"):
         tp.build_strategy("fastv", queries="first")
-    with pytest.raises(ValueError, match=r"AttentionRows.source: expected one of .* got 'own'"):
+    with pytest.raises(ValueError, match=r"DecoderRows.source: expected one of .* got 'own'"):
         tp.build_strategy("pyramiddrop", source="own")
 
 
@@ -262,7 +262,7 @@ def test_strategies_are_listed_and_priced_without_torch() -> None:
     code = (
         "import sys, tokenprune as tp\n"
         "for name in tp.available():\n"
-        "    tp.build_strategy(name).attention_rows(), tp.published(name, 32)\n"
+        "    tp.build_strategy(name).needs(), tp.published(name, 32)\n"
         "    assert 'torch' not in sys.modules, f'strategies/{name}.py loads torch: import types '"
         "        'under TYPE_CHECKING, and torch in the method that uses it'"
     )
@@ -290,6 +290,17 @@ def test_published_runs() -> None:
     strategy, schedule, positions = tp.published("fastv", num_layers=32)
     assert (strategy.queries, strategy.source, positions) == ("last", "previous", "original")
     assert schedule == tp.Schedule.one_shot(layer=2, keep=0.5)
+    for name, layers, counts, positions in (
+        ("divprune", [0], [56], "renumbered"),
+        ("cdpruner", [0], [64], "renumbered"),
+        ("dart", [2], [132], "original"),
+        ("vtw", [15], [0], "original"),
+        ("sparsevlm", [3, 7, 16], [309, 204, 113], "renumbered"),
+    ):
+        _, schedule, policy = tp.published(name, num_layers=32)
+        assert [stage.layer for stage in schedule.stages] == layers
+        assert [schedule.count(cut, 576) for cut in range(len(layers))] == counts
+        assert policy == positions
     with pytest.raises(KeyError, match="Did you mean 'fastv'"):
         tp.published("fastw", num_layers=32)
     with pytest.raises(ValueError, match="expected layers below 2"):

@@ -18,6 +18,7 @@ from tokenprune.bench.clock import Clock
 from tokenprune.bench.load import Load
 from tokenprune.bench.theory import Theory
 from tokenprune.runs.compose import Pruning
+from tokenprune.strategy import decoder_rows
 
 
 class Variant(NamedTuple):
@@ -188,7 +189,7 @@ class Bench:
                 for name, context in contexts.items()
             }
         attention: Any = getattr(self.decoder.layers[0], "self_attn", None)
-        scores = any(r.source for r in self.pruning.strategy.attention_rows())
+        scores = bool(decoder_rows(self.pruning.strategy))
         if measure != "decode" and scores and hasattr(attention, "k_proj"):
             found["keys"] = Variant(nullcontext, self.before_cuts, self.project_keys)
         return found

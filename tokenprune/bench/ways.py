@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.families.projection import Projected, project
-from tokenprune.strategy import AttentionRows, PruningStrategy, Selection, TokenView
+from tokenprune.families.projection import QueriesAndKeys, project
+from tokenprune.strategy import DecoderRows, PruningStrategy, Selection, TokenView
 
 #: Per cut, what the last token of each row pays all others: (B, H, T), or (B, 1, T) over heads.
 Rows = dict[int, Tensor]
@@ -160,8 +160,8 @@ def check(names: Sequence[str], strategy: PruningStrategy, attention: str) -> No
             f"ways: expected attention=sdpa, whose fast path they leave, got {attention!r}. "
             "Set attention=sdpa."
         )
-    asked = AttentionRows("last", "previous")
-    if any(name in SCORES for name in names) and strategy.attention_rows() != (asked,):
+    asked = DecoderRows("last", "previous")
+    if any(name in SCORES for name in names) and strategy.needs() != (asked,):
         raise ValueError(
             f"ways: expected a strategy that reads the last row of the layer before the cut, for "
             f"{' and '.join(SCORES)}, got {strategy}. Set strategy=pyramiddrop "
@@ -189,7 +189,7 @@ class FromRows(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         num_visual = view.valid.shape[1]
         row = self.rows.pop(view.layer)[:, :, self.first : self.first + num_visual]
-        return self.own.select(replace(view, _attend=lambda _: row), keep)
+        return self.own.select(replace(view, _signal=lambda _: row), keep)
 
 
 def causal_mask(hidden: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def causal_mask(hidden: Tensor) -> Tensor:
     return mask.repeat(num_rows, 1, 1, 1)
 
 
-def _project_all(layer: nn.Module, hidden: Tensor, named: Any) -> Projected:
+def _project_all(layer: nn.Module, hidden: Tensor, named: Any) -> QueriesAndKeys:
     """Queries and keys of all tokens, (B, H, T, E) each, as `repeat_kv` makes them."""
     every = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
     with torch.no_grad():

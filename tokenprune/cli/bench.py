@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.bench import table
 from tokenprune.bench.check import MEASURES, check
-from tokenprune.cli.jobs import Job, names, tidy
+from tokenprune.cli.jobs import Job, names, tidy, told
 from tokenprune.runs.compose import plain
 from tokenprune.runs.targets import load_imports
 
@@ -37,10 +37,11 @@ def _task(config: DictConfig) -> float:
         called = names(plain(config))
         shape = OmegaConf.select(config, "shape.path")
         shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
-        told = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
-        row = run(config, folder, told, again=not sweeps)
+        own = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
+        row = run(config, folder, own, again=not sweeps)
     depth = len(Path(HydraConfig.get().sweep.subdir).parts)
     home = folder.parents[depth - 1] if sweeps else folder
-    rows = table.publish(home)
+    with told(home):  # what was measured stays
+        rows = table.publish(home)
     table.print_table([row] if sweeps else rows, str(folder if sweeps else home / table.TABLE))
     return float(row.get("time_ratio", "nan"))

@@ -12,6 +12,7 @@ import tokenprune as tp
 from tokenprune import cost
 from tokenprune.cost.figures import Workload
 from tokenprune.cost.solver import Solution
+from tokenprune.runs import results
 from tokenprune.runs.tables import print_table
 
 _BAR = 16
@@ -25,13 +26,16 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
     """
     shape = workload.shape
     lengths = workload.lengths(schedule)
-    cuts = {stage.layer for stage in schedule.stages}
+    cuts = [stage.layer for stage in schedule.stages]
     convention = "exact" if "exact" in workload.conventions else "pyramiddrop"
     rows = []
     before = workload.num_visual
     for layer, length in enumerate(lengths):
         whole = cost.flops(shape, [length] * shape.num_layers, workload.num_text, convention)
-        asked = workload.rows if layer in cuts else ()
+        scoring = 0.0
+        if layer in cuts and workload.strategy is not None:
+            own = workload.strategy.at(cuts.index(layer))
+            scoring = cost.rows_flops(shape, own, before, workload.num_text)
         rows.append(
             {
                 "layer": layer,
@@ -39,11 +43,7 @@ def layers(workload: Workload, schedule: tp.Schedule) -> list[dict[str, Any]]:
                 "visual": length,
                 "tokens": length + workload.num_text,
                 "gflops": whole / shape.num_layers / 1e9,
-                "scoring_gflops": sum(
-                    cost.scoring_flops(shape, before + workload.num_text, request.queries)
-                    for request in asked
-                )
-                / 1e9,
+                "scoring_gflops": scoring / 1e9,
                 "kv_mb": cost.kv_bytes(
                     shape, [length] * shape.num_layers, workload.num_text, dtype=workload.dtype
                 )
@@ -158,6 +158,7 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
 
     Raises:
         ValueError: If matplotlib does not know the kind of file.
+        OSError: If it cannot be written; names it.
     """
     from matplotlib.figure import Figure
 
@@ -183,11 +184,13 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
     axes[1].set_xlabel("decoder layer")
     axes[1].legend(frameon=False)
     figure.suptitle(title)
-    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+    form = path.suffix.lstrip(".").lower()
+    if form not in figure.canvas.get_supported_filetypes():
         raise ValueError(
             f"flops.output: expected a picture file, got {str(path)!r}. Use a name that ends in "
             ".png or .pdf."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format=form, dpi=150)
+    results.write_bytes(path, content.getvalue())
     return path

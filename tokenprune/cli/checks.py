@@ -65,6 +65,12 @@ def check_jobs(
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
     master = compose(command, leading, args.config_dir, hydra=True)
+    moves = [o for o in args.overrides if o.lstrip("+~").startswith("hydra.job.chdir=")]
+    if OmegaConf.select(master, "hydra.job.chdir") or set(moves) - set(leading):
+        raise BadInput(
+            "hydra.job.chdir: expected false, for relative paths mean the folder that the command "
+            "is started in, got true. Leave it out; hydra.run.dir says where results go."
+        )
     sweeps = args.multirun or OmegaConf.select(master, "hydra.mode") == RunMode.MULTIRUN
     if not sweeps:
         reject_sweep_values(args.overrides)

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from tokenprune.cli.jobs import Job, names, quiet, tidy
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results
-from tokenprune.runs.compose import plain
+from tokenprune.runs.compose import entries, plain
+from tokenprune.runs.devices import check_nodes
 from tokenprune.runs.targets import load_imports
 
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
+    check_nodes(entries(config.trainer, ("num_nodes",)))
 
 
 def _wanted(config: DictConfig) -> tuple[str, str]:

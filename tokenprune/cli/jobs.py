@@ -24,6 +24,8 @@ from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
 from tokenprune.cli.configs import compose, folders
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
+from tokenprune.runs.folders import LOCK, occupied
+from tokenprune.runs.launchers import check_launch
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Job:
         if args.cfg:
             compose(self.command, args.overrides, args.config_dir)
         elif not (args.hydra_help or args.info or args.shell_completion):
+            check_launch()
             check_jobs(self.command, args, self.check, self.wanted)
             importlib.import_module(self.needs)
         with process.Interruptible():
@@ -94,35 +97,58 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def tidy(folder: Path) -> Iterator[None]:
-    """On an error leaves no half-written folder; tells a user's mistake in one line."""
-    before = set(folder.iterdir()) if folder.is_dir() else set()
+    """Holds a run's folder, and on an error leaves none half-written; tells it as `told` does."""
+    with told(folder):
+        try:
+            with occupied(folder), _discarded(folder):
+                yield
+        except BaseException:  # an interruption, too
+            _remove_empty(folder)
+            raise
+
+
+@contextlib.contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Tells a user's mistake in one line, inside what Hydra runs.
+
+    Args:
+        folder: What is written to.
+    """
     try:
         yield
-    except BaseException as error:  # an interruption, too
-        _discard(folder, before)
+    except BaseException as error:
         if is_interruption(error):
             raise KeyboardInterrupt from None
         if not isinstance(error, Exception):
             raise
-        message = explain(error)
+        message = explain(error, folder)
         if message is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         print(f"tokenprune: {message}", file=sys.stderr)
-        # Not an exception: Hydra would print a traceback and exit with 1.
+        # Not an exception: Hydra would tell it once more.
         raise SystemExit(2) from error
 
 
-def _discard(folder: Path, before: set[Path]) -> None:
-    """Removes what a failed run wrote, and its folder if nothing else is in it."""
-    if not folder.is_dir():
-        return
-    if not any(folder.glob("checkpoints/*")):  # a training can go on from those
-        for path in set(folder.iterdir()) - before:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # Hydra makes the folders before the task runs.
-    while folder.is_dir() and not any(folder.iterdir()) and folder != Path.cwd():
-        folder.rmdir()
-        folder = folder.parent
+@contextlib.contextmanager
+def _discarded(folder: Path) -> Iterator[None]:
+    """On an error removes what is new in a folder, unless a training can go on from that."""
+    before = {*folder.iterdir(), folder / LOCK}
+    try:
+        yield
+    except BaseException:
+        if not any(folder.glob("checkpoints/*")):
+            for path in set(folder.iterdir()) - before:
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder, and those above, in which nothing is: Hydra made them."""
+    with contextlib.suppress(OSError):
+        while folder != Path.cwd():
+            folder.rmdir()
+            folder = folder.parent
 
 
 @contextlib.contextmanager

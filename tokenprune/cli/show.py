@@ -18,11 +18,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="where the kept-token picture goes")
     add_config_dir(parser)
     args = parser.parse_intermixed_args(arguments)
+    from PIL import Image
+
     from tokenprune.cli.checks import single_run
 
     config = single_run(args.overrides, args.config_dir)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
+    form = Image.registered_extensions().get((args.output or Path("x.png")).suffix.lower())
+    if form not in Image.SAVE:
+        raise BadInput(
+            f"show: expected a picture file, got --output {str(args.output)!r}. Use a name that "
+            "ends in .png or .jpg."
+        )
     from tokenprune.data.images import read_image
 
     try:
@@ -37,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenprune.evaluation.generation import FirstToken, generate, pruned
     from tokenprune.evaluation.kept import kept_tokens
     from tokenprune.report import pictures
+    from tokenprune.runs import results
     from tokenprune.runs.compose import called, fit_pruning
     from tokenprune.runs.sweeps import run_name
 
@@ -68,8 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     kept = kept_tokens(trace, 0, num_visual)
     cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
     if kept["grids"]:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        pictures.stages(image, kept["grids"], kept["places"], cuts).save(output)
+        picture = pictures.stages(image, kept["grids"], kept["places"], cuts)
+        results.write_image(output, picture, form)
         print(f"picture         {output}")
     else:
         print("picture         none: where this model's tokens sit in the image is unknown")

@@ -6,6 +6,7 @@ from tokenprune.cost.compute import (
     decode_flops,
     exact,
     flops,
+    rows_flops,
     scoring_flops,
 )
 from tokenprune.cost.memory import AVERAGES, DTYPE_BYTES, average_tokens, dtype_bytes, kv_bytes
@@ -26,6 +27,7 @@ __all__ = [
     "find_preset",
     "flops",
     "kv_bytes",
+    "rows_flops",
     "scoring_flops",
     "visual_tokens",
 ]

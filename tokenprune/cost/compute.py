@@ -7,11 +7,11 @@ and equals `torch.utils.flop_counter.FlopCounterMode` on real forwards (tests/co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tokenprune.cost.shape import DecoderShape, check_layers, check_lengths
-from tokenprune.strategy import AttentionRows, unknown_name
+from tokenprune.strategy import PruningStrategy, decoder_rows, unknown_name
 
 CONVENTIONS = ("pyramiddrop", "fastv", "exact")
 
@@ -97,7 +97,7 @@ def exact(
     causal: bool = True,
     num_logits: int = 1,
     cuts: Sequence[int] = (),
-    rows: Iterable[AttentionRows] = (),
+    strategy: PruningStrategy | None = None,
     num_visual: int | None = None,
     captured: Collection[int] = (),
 ) -> ExactFlops:
@@ -115,7 +115,7 @@ def exact(
         num_logits: Rows projected to the vocabulary: 1 when generating, all tokens of the last
             layer in a plain forward.
         cuts: Layers of the cuts, before each of which the strategy scores.
-        rows: Attention that the strategy asks for at each cut, `strategy.attention_rows()`.
+        strategy: Whose attention rows are counted; none of them without one.
         num_visual: Visual tokens before any cut; needed for a cut at layer 0, else `lengths[0]`.
         captured: Cuts whose scores come from the layer's own code (see `scoring_flops`).
 
@@ -125,7 +125,6 @@ def exact(
     check_lengths("exact", shape, lengths)
     check_layers(shape)
     before = [lengths[0] if num_visual is None else num_visual, *lengths]
-    requests = tuple(rows)
     totals = [length + num_text for length in lengths]
     return ExactFlops(
         linear=float(2 * sum(totals) * _linear(shape)),
@@ -134,40 +133,68 @@ def exact(
         ),
         scoring=float(
             sum(
-                scoring_flops(shape, before[cut] + num_text, request.queries, cut in captured)
-                for cut in cuts
-                for request in requests
+                rows_flops(shape, strategy.at(i), before[cut], num_text, cut in captured)
+                for i, cut in enumerate(cuts)
             )
+            if strategy is not None
+            else 0
         ),
         vocabulary=float(2 * num_logits * shape.hidden_size * shape.vocab_size),
     )
 
 
+def rows_flops(
+    shape: DecoderShape,
+    strategy: PruningStrategy,
+    num_visual: float,
+    num_text: float,
+    captured: bool = False,
+) -> float:
+    """What all attention rows take that a cut's strategy asks for.
+
+    Args:
+        shape: The decoder.
+        strategy: The cut's.
+        num_visual: Visual tokens before the cut.
+        num_text: Text tokens beside them.
+        captured: See `scoring_flops`.
+    """
+    requests, num_tokens = decoder_rows(strategy), num_visual + num_text
+    return sum(
+        (scoring_flops(shape, num_tokens, own.queries, captured, num_text) for own in requests), 0.0
+    )
+
+
 def scoring_flops(
-    shape: DecoderShape, num_tokens: float, queries: str = "last", captured: bool = False
+    shape: DecoderShape,
+    num_tokens: float,
+    queries: str = "last",
+    captured: bool = False,
+    num_text: float = 0,
 ) -> float:
     """What one cut's attention rows take, with n tokens before the cut and q rows that ask.
 
     The engine makes queries of the asked rows and keys of all tokens, one row of logits per asked
     row over all keys, and, of several rows, their mean: 2(qdHE + ndGE + qnHE + qnH), the last term
-    only for q > 1. The rows are whole whether attention is causal or not. A layer unlike LLaMA's
-    is "captured": its own code runs up to the attention kernel, so queries, keys and values of all
-    tokens: 2(ndHE + 2ndGE + qnHE + qnH). The first time that a layer is asked, and again when a
-    call is twice as long as any before, both are run, to choose.
+    only for q > 1; text rows are not averaged. The rows are whole whether attention is causal or
+    not. A layer unlike LLaMA's is "captured": its own code runs up to the attention kernel, so
+    queries, keys and values of all tokens: 2(ndHE + 2ndGE + qnHE + qnH). The first time that a
+    layer is asked, and again when a call is twice as long as any before, both are run, to choose.
 
     Args:
         shape: The decoder.
         num_tokens: Visual and text tokens before the cut.
-        queries: `"last"`, one row, or `"all"`, every token.
+        queries: `"last"`, one row, `"all"`, every token, or `"text"`, every text token.
         captured: Whether the layer's own code is run.
+        num_text: Text tokens among them.
     """
-    asking = num_tokens if queries == "all" else 1
+    asking = {"last": 1.0, "all": num_tokens, "text": num_text}[queries]
     wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     if captured:
         projections = num_tokens * (wide + 2 * narrow)
     else:
         projections = asking * wide + num_tokens * narrow
-    per_key = shape.num_heads * (shape.head_dim + (1 if asking > 1 else 0))
+    per_key = shape.num_heads * (shape.head_dim + (1 if asking > 1 and queries == "all" else 0))
     logits = asking * num_tokens * per_key
     return float(2 * (projections * shape.hidden_size + logits))
 

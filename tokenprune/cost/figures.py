@@ -9,7 +9,7 @@ from functools import cache
 from tokenprune.cost import compute, memory
 from tokenprune.cost.shape import DecoderShape
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import AttentionRows
+from tokenprune.strategy import PruningStrategy
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Workload:
         num_text: Text tokens beside them; 0, as in most papers' tables, counts the visual ones
             alone.
         dtype: Type of the cached keys and values.
-        rows: Attention that the strategy asks for at each cut, by layers like LLaMA's (others cost
-            more to ask, see `cost.scoring_flops`).
+        strategy: Whose attention rows count, by layers like LLaMA's (others cost more to ask, see
+            `cost.scoring_flops`), or None.
     """
 
     shape: DecoderShape
     num_visual: int
     num_text: int = 0
     dtype: str = "float16"
-    rows: tuple[AttentionRows, ...] = ()
+    strategy: PruningStrategy | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -83,12 +83,13 @@ class Workload:
         """Prefill of the decoder layers, and of the scoring by the convention `"exact"`."""
         lengths = self.lengths(schedule)
         total = sum(self._layer(convention)(length) for length in lengths)
-        if convention == "exact":
+        if convention == "exact" and self.strategy is not None:
             before = (self.num_visual, *lengths)
             total += sum(
-                self._scoring(before[stage.layer], request.queries)
-                for stage in schedule.stages
-                for request in self.rows
+                compute.rows_flops(
+                    self.shape, self.strategy.at(cut), before[stage.layer], self.num_text
+                )
+                for cut, stage in enumerate(schedule.stages)
             )
         return total
 
@@ -134,9 +135,6 @@ class Workload:
     def _layer(self, convention: str) -> Callable[[int], float]:
         """Cost of one layer by its number of visual tokens, remembered."""
         return _layer_cost(self.shape, self.num_text, convention)
-
-    def _scoring(self, num_visual: int, queries: str) -> float:
-        return compute.scoring_flops(self.shape, num_visual + self.num_text, queries)
 
 
 @cache

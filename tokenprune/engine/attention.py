@@ -1,4 +1,4 @@
-"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for.
+"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for; its keys.
 
 Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, Q query rows, K keys,
 H heads.
@@ -7,24 +7,51 @@ H heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.side import allowed_keys, known_keys
-from tokenprune.families.projection import Positions
-from tokenprune.strategy import AttentionRows
-from tokenprune.tensors import attention_rows, hide_pads, take, to_device
+from tokenprune.families.projection import Positions, QueriesAndKeys
+from tokenprune.strategy import DecoderKeys, DecoderRows
+from tokenprune.tensors import attention_rows, hide_pads, single_precision, take, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
 CHUNK_BYTES = 2**27
 
 
 @torch.no_grad()
-def attend(run: Pass, number: int, asked: Asked, request: AttentionRows) -> Tensor:
+def hear(
+    run: Pass, number: int, asked: Asked, request: DecoderRows | DecoderKeys
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What a strategy asks of a layer: its attention, or its keys of visual tokens and of text."""
+    if isinstance(request, DecoderRows):
+        return attend(run, number, asked, request)
+    return keys(run, number, asked)
+
+
+def keys(run: Pass, number: int, asked: Asked) -> tuple[Tensor, Tensor]:
+    """Keys of a layer, (B, V, G, E) of the visual tokens and (B, S, G, E) of the prompt's text.
+
+    Args:
+        run: The pass.
+        number: Level of the tokens.
+        asked: The layer.
+    """
+    device = asked.hidden.device
+    plan, level = run.plan_on(device), run.at(number, device)
+    own = _project(run, asked, slice(-1, None)).keys.transpose(1, 2)  # (B, T, G, E)
+    assert plan.prompt is not None
+    text_BS = level.find(plan.prompt).clamp(0, level.length - 1)
+    return take(own, level.seats()), take(own, text_BS)
+
+
+def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor:
     """Attention (B, H, V) of a layer to the visual tokens, mean over the asked query rows.
+
+    Text rows stay apart, (B, H, S, V).
 
     Args:
         run: The pass.
@@ -32,23 +59,24 @@ def attend(run: Pass, number: int, asked: Asked, request: AttentionRows) -> Tens
         asked: The layer.
         request: Which rows.
     """
-    hidden, device = asked.hidden, asked.hidden.device
+    device = asked.hidden.device
     level = run.at(number, device)
     rows, weights_BQ = _rows(run, number, request, device)
-    named = {name: to_device(value, device) for name, value in asked.named.items()}
-    with _without_dropout(asked.module):
-        projected = run.settings.anatomy.adapter.project(asked.module, hidden, rows, named)
+    projected = _project(run, asked, rows)
     keys = projected.keys
     holding = run.settings.level_of[asked.layer]  # at a cut, the cache is one level further
     before = run.held(holding)
     if before:
         keys = torch.cat([_held_keys(run, asked.layer, before, keys), keys], 2)
     seats_BV = level.seats()
+    seats_BV = seats_BV + before if before else seats_BV
+    apart = request.queries == "text"
+    parts: list[Tensor] = []
     with single_precision(device):
         if weights_BQ is None and _sees_all(run, number, holding, asked):
             part = attention_rows(projected.queries, keys, None, projected.scaling,
                                   projected.softcap)[:, :, 0]  # fmt: skip
-            return take(part, seats_BV + before if before else seats_BV, dim=2)
+            return take(part, seats_BV, dim=2)
         rows_BQ = rows if isinstance(rows, Tensor) else _last(level.length, run, device)
         allowed_of = allowed_keys(run, number, holding, asked.mask, device)
         known = known_keys(run, number, holding, device)
@@ -70,16 +98,31 @@ def attend(run: Pass, number: int, asked: Asked, request: AttentionRows) -> Tens
                 total = attention[:, :, 0]
                 continue
             weights = weights_BQ[:, start : start + chunk]
+            if apart:
+                parts.append(take(attention, seats_BV, dim=3) * weights[:, None, :, None])
+                continue
             part = torch.einsum("bhqk,bq->bhk", attention, weights)
             total = part if total is None else total + part
+        if apart:
+            return torch.cat(parts, 2)
         assert total is not None
-        return take(total, seats_BV + before if before else seats_BV, dim=2)
+        return take(total, seats_BV, dim=2)
+
+
+def _project(run: Pass, asked: Asked, rows: Positions) -> QueriesAndKeys:
+    """Queries of the asked rows and keys of all, as the layer makes them."""
+    named = {name: to_device(value, asked.hidden.device) for name, value in asked.named.items()}
+    with _without_dropout(asked.module):
+        return run.settings.anatomy.adapter.project(asked.module, asked.hidden, rows, named)
 
 
 def _rows(
-    run: Pass, number: int, request: AttentionRows, device: torch.device
+    run: Pass, number: int, request: DecoderRows, device: torch.device
 ) -> tuple[Positions, Tensor | None]:
-    """Positions that ask, at a level, and their weights (B, Q); None where one asks in each row."""
+    """Positions that ask, at a level, and their weights (B, Q); None where one asks in each row.
+
+    Of text rows, which stay apart, the weights say which exist.
+    """
     level, plan = run.at(number, device), run.plan_on(device)
     num_rows = len(level.num_real)
     if request.queries == "all":
@@ -88,6 +131,11 @@ def _rows(
             return every_BQ, torch.full((num_rows, level.length), 1 / level.length, device=device)
         weights = level.real.float()
         return every_BQ, weights / weights.sum(1, keepdim=True).clamp_min(1)
+    if request.queries == "text":
+        assert plan.prompt is not None
+        assert plan.num_prompt is not None
+        exists_BS = torch.arange(plan.prompt.shape[1], device=device) < plan.num_prompt
+        return level.find(plan.prompt).clamp(0, level.length - 1), exists_BS.float()
     if run.rows.asks_at_its_end:
         return slice(-1, None), None
     if max(run.rows.num_asking) == 0:
@@ -99,7 +147,7 @@ def _rows(
     if not run.rows.visual_asks or level.columns is None:
         return rows_BQ, weights
     # A row that asks may be a visual token, and go: the others count on, or else the last token.
-    rows_BQ = rows_BQ.clamp(0, level.length - 1)
+    rows_BQ = rows_BQ.clamp_max(level.length - 1)
     weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
     total_B1 = weights.sum(1, keepdim=True)
     first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0
@@ -141,14 +189,6 @@ def _held_keys(run: Pass, layer: int, before: int, keys: Tensor) -> Tensor:
             "attention."
         )
     return held.to(keys.dtype)
-
-
-def single_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Scores are made in float32, under autocast as well."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.engine import side
-from tokenprune.engine.attention import attend, single_precision
-from tokenprune.engine.levels import Level
+from tokenprune.engine.attention import hear
+from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
-from tokenprune.strategy import Selection
-from tokenprune.tensors import ascending, take
+from tokenprune.strategy import PruningStrategy, Selection
+from tokenprune.tensors import ascending, single_precision, take, to_device
 
 
 def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]) -> None:
@@ -35,17 +35,17 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     settings, device = run.settings, hidden.device
     layer = settings.cuts[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
-    late = [request for request in settings.requests if request.source == "next"]
+    strategy, requests = settings.strategies[number - 1], settings.requests[number - 1]
+    late = [request for request in requests if request.source == "next"]
     if late:
         listen(run, number - 1, module, hidden, named, late, layer, layer)
-    attended = {
-        request: run.attended.pop((layer, request)).to(device) for request in settings.requests
-    }
-    view = make_view(run, number, hidden, attended)
+    heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
+    view = make_view(run, number, hidden, heard)
     with torch.no_grad(), single_precision(device):
-        selection = settings.strategy.select(view, plan.counts[number])
-    kept_BV, num_kept = _checked(run, number, selection, level)
-    run.levels.append(level.after(kept_BV, num_kept, plan))
+        selection = strategy.select(view, plan.counts[number])
+    kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
+    weights_BKV = _mixture(strategy, selection, num_kept, level, plan)
+    run.levels.append(level.after(kept_BV, num_kept, counts_B1, plan, weights_BKV))
     seen = [0] * len(num_kept) if run.record is None else run.record.num_visual
     run.stages.append(  # it must keep alive neither the model nor the call
         partial(
@@ -56,6 +56,7 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
             level.numbers(run.at(0, device)),
             seen,
             selection.scores,
+            weights_BKV,
             level.num_visual,
         )
     )
@@ -76,14 +77,15 @@ def listen(
     side.follow(run, number, module, hidden, own)
     asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
     for request in requests:
-        run.attended[cut_layer, request] = attend(run, number, asked, request)
+        run.heard[cut_layer, request] = hear(run, number, asked, request)
 
 
 def _checked(
     run: Pass, number: int, selection: Selection, level: Level
-) -> tuple[Tensor, list[int]]:
-    """The survivors that a strategy chose, and how many per row."""
-    kept, strategy, budget = selection.kept, run.settings.strategy, run.budgets[number - 1]
+) -> tuple[Tensor, list[int], Tensor]:
+    """The survivors that a strategy chose, and how many per row, here and on the device."""
+    kept, budget = selection.kept, run.budgets[number - 1]
+    strategy = run.settings.strategies[number - 1]
     expected = (len(level.num_visual), max(level.num_visual))
     if kept.dtype != torch.bool or kept.shape != expected:
         raise ValueError(
@@ -92,17 +94,42 @@ def _checked(
             "Return Selection(kept=mask)."
         )
     most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
+    plan = run.plan_on(kept.device)
     if strategy.keeps_exactly:
-        return kept, most
+        counts_B1 = plan.counts[number][:, None]
+        if most != budget:  # an earlier cut has left fewer
+            assert level.counts is not None
+            counts_B1 = torch.minimum(level.counts, counts_B1)
+        return kept, most, counts_B1
     if level.ragged:
-        kept = kept & level.valid(run.plan_on(kept.device))
-    counts: list[int] = kept.sum(1).tolist()
+        kept = kept & level.valid(plan)
+    counts_B1 = kept.sum(1, keepdim=True)
+    counts: list[int] = counts_B1[:, 0].tolist()
     if any(count > keep for count, keep in zip(counts, most, strict=True)):
         raise ValueError(
             f"{type(strategy).__name__}.select: expected at most {most} "
             f"tokens per row, got {counts}. Respect `keep`."
         )
-    return kept, counts
+    return kept, counts, counts_B1
+
+
+def _mixture(
+    strategy: PruningStrategy, selection: Selection, num_kept: list[int], level: Level, plan: Plan
+) -> Tensor | None:
+    """How the survivors are mixed, (B, K, V), from tokens that exist alone; None if they are not.
+
+    A row that loses nothing is mixed, too, but one whose labels keep it whole.
+    """
+    weights = selection.weights
+    if weights is None:
+        return None
+    expected = (len(num_kept), max(num_kept), max(level.num_visual))
+    if not weights.is_floating_point() or weights.shape != expected:
+        raise ValueError(
+            f"{type(strategy).__name__}.select: expected float weights of shape {expected}, got "
+            f"{weights.dtype} of shape {tuple(weights.shape)}. Give each survivor a row."
+        )
+    return weights.masked_fill(~level.valid(plan)[:, None], 0) if level.ragged else weights
 
 
 def _traced(
@@ -112,6 +139,7 @@ def _traced(
     numbers: Callable[[], Tensor],
     seen: list[int],
     scores_BV: Tensor | None,
+    weights_BKV: Tensor | None,
     num_visual: list[int],
 ) -> TracedStage:
     """The trace of a cut, for people.
@@ -123,6 +151,7 @@ def _traced(
         numbers: Makes the tokens' numbers within the call.
         seen: Visual tokens of each row before the call.
         scores_BV: The strategy's scores, or None.
+        weights_BKV: How the survivors were mixed, or None.
         num_visual: Visual tokens alive before the cut, per row.
     """
     kept = take(numbers(), ascending(kept_BV, max(num_kept)))
@@ -133,4 +162,10 @@ def _traced(
         scores=None
         if scores_BV is None
         else [row[:count] for row, count in zip(scores_BV, num_visual, strict=True)],
+        weights=None
+        if weights_BKV is None
+        else [
+            row[:left, :count]
+            for row, left, count in zip(weights_BKV, num_kept, num_visual, strict=True)
+        ],
     )

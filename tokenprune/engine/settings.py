@@ -10,10 +10,26 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.engine.record import Policy
-from tokenprune.families.anatomy import Anatomy, window
+from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import LOGITS, POSITIONS, AttentionRows, PruningStrategy
+from tokenprune.strategy import (
+    LOGITS,
+    POSITIONS,
+    DecoderKeys,
+    DecoderRows,
+    Entered,
+    Need,
+    Normed,
+    PerStage,
+    Projected,
+    PruningStrategy,
+    RandomNumbers,
+    Text,
+    VisionNeed,
+    VisionRows,
+    vision_needs,
+)
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
@@ -71,14 +87,47 @@ class Settings:
         return window(self.anatomy)
 
     @cached_property
-    def requests(self) -> tuple[AttentionRows, ...]:
-        """Attention that the strategy asks for at each cut."""
-        return tuple(self.strategy.attention_rows())
+    def strategies(self) -> tuple[PruningStrategy, ...]:
+        """The strategy of each cut."""
+        return tuple(self.strategy.at(cut) for cut in range(len(self.cuts)))
+
+    @cached_property
+    def requests(self) -> tuple[tuple[DecoderRows | DecoderKeys, ...], ...]:
+        """What the strategy of each cut asks of a layer: attention and keys."""
+        kinds = (DecoderRows, DecoderKeys)
+        return tuple(
+            tuple(need for need in strategy.needs() if isinstance(need, kinds))
+            for strategy in self.strategies
+        )
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """What the strategies of all cuts ask for."""
+        return frozenset(need for strategy in self.strategies for need in strategy.needs())
+
+    @cached_property
+    def reads_embeddings(self) -> bool:
+        """Whether a strategy asks for what enters the decoder."""
+        return bool(self.needs & {Projected(), Entered(), Text()})
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether a strategy asks for the prompt's text, or what it attends to."""
+        return any(
+            isinstance(need, (Text, DecoderKeys, Normed))
+            or (isinstance(need, DecoderRows) and need.queries == "text")
+            for need in self.needs
+        )
+
+    @cached_property
+    def vision_needs(self) -> frozenset[VisionNeed]:
+        """What the strategies of all cuts ask of the vision tower."""
+        return frozenset(need for strategy in self.strategies for need in vision_needs(strategy))
 
     @cached_property
     def asks_last(self) -> bool:
         """Whether the last prompt token's attention chooses."""
-        return any(request.queries == "last" for request in self.requests)
+        return any(isinstance(need, DecoderRows) and need.queries == "last" for need in self.needs)
 
     def asks_router(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's loss has terms of a mixture's router."""
@@ -110,13 +159,56 @@ class Settings:
                 'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
                 f'got {reason}. Use positions="original".'
             )
-        reads_previous = any(request.source == "previous" for request in self.requests)
-        first = max(self.anatomy.adapter.first_layer, int(reads_previous))
-        early = [cut for cut in self.cuts if cut < first]
-        if early:
+        if isinstance(self.strategy, PerStage) and len(self.strategy.strategies) != len(self.cuts):
             raise ValueError(
-                f"prune: expected cuts at layer {first} or later for "
-                f"{type(self.strategy).__name__} on {name}, got {early}. Move the first cut."
+                f"PerStage: expected a strategy for each of the cuts at {list(self.cuts)}, got "
+                f"{len(self.strategy.strategies)}. Name as many strategies as stages."
+            )
+        for cut, strategy, requests in zip(self.cuts, self.strategies, self.requests, strict=True):
+            reads_previous = any(request.source == "previous" for request in requests)
+            first = max(self.anatomy.adapter.first_layer, int(reads_previous))
+            if cut < first:
+                raise ValueError(
+                    f"prune: expected cuts at layer {first} or later for "
+                    f"{type(strategy).__name__} on {name}, got {list(self.cuts)}. "
+                    "Move the first cut."
+                )
+        if Normed() in self.needs and final_norm(self.anatomy.decoder) is None:
+            raise ValueError(
+                f"prune: expected a decoder whose last norm is known, for hidden states after it, "
+                f"got {type(self.anatomy.decoder).__name__} in {name}. Choose another strategy."
+            )
+        known = (
+            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, RandomNumbers, Text),
+            VisionNeed,
+        )
+        for need in self.needs:
+            if not isinstance(need, known):
+                raise ValueError(
+                    f"prune: expected needs that the engine knows, got {need!r}. "
+                    "See tokenprune.strategy."
+                )
+        for vision_need in sorted(self.vision_needs, key=repr):
+            self._check_vision(vision_need, name)
+
+    def _check_vision(self, need: VisionNeed, name: str) -> None:
+        """Refuses what this model's vision tower cannot give."""
+        parts = self.anatomy.vision
+        if parts is None:
+            raise ValueError(
+                f"prune: expected a model whose vision tower is known, for {need}, got {name} "
+                f"({self.anatomy.config.model_type}). Choose a strategy that does not read the "
+                "tower, or describe the tower with register_adapter."
+            )
+        if not -len(parts.layers) <= need.layer < len(parts.layers):
+            raise ValueError(
+                f"prune: expected one of the {len(parts.layers)} layers of {name}'s vision tower, "
+                f"got {need}. Name another."
+            )
+        if isinstance(need, VisionRows) and need.queries == "class" and not parts.num_class:
+            raise ValueError(
+                f"prune: expected a vision tower with a class token, for {need}, got {name}, whose "
+                'tower has none. Use queries="all", or another strategy.'
             )
 
 

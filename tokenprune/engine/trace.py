@@ -24,11 +24,14 @@ class TracedStage:
             tokens over its whole conversation.
         scores: Per row, float32: scores of the tokens alive before the cut; None for strategies
             that select jointly.
+        weights: Per row, float (K, V): how each survivor was mixed from the tokens alive before
+            the cut; None where survivors stay as they were.
     """
 
     layer: int
     kept: list[Tensor]
     scores: list[Tensor] | None
+    weights: list[Tensor] | None = None
 
 
 class Trace:

@@ -63,7 +63,8 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
             has no counterpart in the unmodified model.
 
     Raises:
-        ValueError: If the schedule drops nothing: all checks would pass.
+        ValueError: If the schedule drops nothing: all checks would pass; or if the strategy mixes
+            tokens, which no mask does.
     """
     model = loaded.model
     plain_logits, plain_ids = _generate(model, inputs)
@@ -84,6 +85,12 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
         raise ValueError(
             f"verify: expected a schedule that drops visual tokens, got one that keeps all "
             f"{num_visual}. Choose another schedule."
+        )
+    if any(stage.weights is not None for stage in trace.stages):
+        raise ValueError(
+            f"verify: expected a strategy that drops tokens, got {type(pruning.strategy).__name__},"
+            " which mixes them: no mask does the same. Choose strategy=pyramiddrop; the engine is "
+            "the same."
         )
     masked = _masked_logits(model, inputs, ids, trace)
     scale = max(masked.abs().max().item(), 1e-6)

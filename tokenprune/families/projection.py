@@ -31,7 +31,7 @@ Positions = Tensor | slice
 
 
 @dataclass(frozen=True)
-class Projected:
+class QueriesAndKeys:
     """What attention weights are made of.
 
     Attributes:
@@ -67,7 +67,7 @@ _is_ordinary: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary
 
 def project(
     layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
-) -> Projected:
+) -> QueriesAndKeys:
     """Queries of the asked rows and keys of all, as the layer's own attention makes them.
 
     Args:
@@ -98,7 +98,7 @@ def project(
 
 def ordinary(
     layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
-) -> Projected:
+) -> QueriesAndKeys:
     """As in LLaMA: norm, linear maps, a norm per head where there is one, rotation.
 
     Modules are called, never their weights read: sharded and offloaded weights are whole only so.
@@ -121,12 +121,12 @@ def ordinary(
         # It rotates two tensors: the one that is not needed is a single head.
         _, keys = rotate(keys[:, :1], keys, cos, sin)
         queries, _ = rotate(queries, queries[:, :1], pick(cos, rows), pick(sin, rows))
-    return Projected(queries, keys, getattr(attention, "scaling", width**-0.5))
+    return QueriesAndKeys(queries, keys, getattr(attention, "scaling", width**-0.5))
 
 
 def captured(
     layer: nn.Module, hidden: Tensor, rows: Positions, named: Mapping[str, Any]
-) -> Projected:
+) -> QueriesAndKeys:
     """What the layer hands to its attention kernel, which is not run; nothing is cached."""
     attention: Any = getattr(layer, "self_attn", None)
     config = getattr(attention, "config", None)
@@ -151,7 +151,7 @@ def captured(
             "Choose a strategy that reads no attention."
         )
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    return Projected(pick(queries, rows, dim=2), keys, scaling, softcap)
+    return QueriesAndKeys(pick(queries, rows, dim=2), keys, scaling, softcap)
 
 
 def pick(values: Tensor, rows: Positions, dim: int = 1) -> Tensor:
@@ -180,7 +180,7 @@ def _agrees(
     hidden: Tensor,
     rows: Positions,
     named: Mapping[str, Any],
-    whole: Projected,
+    whole: QueriesAndKeys,
 ) -> bool:
     try:
         ours = ordinary(layer, hidden, rows, named)

@@ -127,7 +127,7 @@ def workload(config: Mapping[str, Any], strategy: PruningStrategy | None) -> Wor
         num_visual,
         num_text=budget.get("num_text") or config.get("num_text") or 0,
         dtype=budget.get("dtype", "float16"),
-        rows=() if strategy is None else tuple(strategy.attention_rows()),
+        strategy=strategy,
     )
 
 

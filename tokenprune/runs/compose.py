@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule, Stage
+from tokenprune import POSITIONS, PruningStrategy, Schedule
 from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
 from tokenprune.runs import budgets, targets
@@ -61,12 +61,19 @@ class Pruning:
     published: bool = False
 
 
-def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
+def explicit_schedule(
+    stages: Any,
+    rounding: str = "floor",
+    of_layers: int | None = None,
+    num_layers: int | None = None,
+) -> Schedule:
     """A schedule from plain mappings with the keys `layer` and `keep`.
 
     Args:
         stages: A list of such mappings.
         rounding: See `Schedule`.
+        of_layers: See `Schedule.explicit`.
+        num_layers: Decoder layers of the model.
 
     Raises:
         ValueError: If an entry has other keys, or the schedule is refused.
@@ -82,10 +89,8 @@ def explicit_schedule(stages: Any, rounding: str = "floor") -> Schedule:
                 f"schedule.stages: expected entries with the keys layer and keep, got {stage!r}. "
                 "Write schedule.stages=[{layer:2,keep:0.5}]."
             )
-    return Schedule(
-        stages=tuple(Stage(layer=stage["layer"], keep=stage["keep"]) for stage in stages),
-        rounding=rounding,
-    )
+    cuts = [(stage["layer"], stage["keep"]) for stage in stages]
+    return Schedule.explicit(cuts, rounding, of_layers, num_layers)
 
 
 def build_schedule(config: DictConfig, num_layers: int) -> Schedule:

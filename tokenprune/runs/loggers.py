@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from tokenprune.runs import targets
+from tokenprune.runs.files import draft, growing
 from tokenprune.runs.results import write_text
 
 
@@ -66,6 +67,10 @@ class CSVCurve(CSVLogger):
             self._experiment = _Appends(log_dir=self.log_dir)
         return self._experiment
 
+    def begin(self) -> None:
+        """Lets the next row take the place of the file, whatever was in it."""
+        self._experiment = _Replaces(log_dir=self.log_dir)
+
     def cut(self, step: int) -> None:
         """Removes the rows of later steps, which are going to be done again.
 
@@ -102,6 +107,10 @@ def _step(row: dict[str, Any]) -> float:
 class _Appends(ExperimentWriter):
     """Finds its file's columns instead of deleting it, and never leaves it half-written."""
 
+    def save(self) -> None:
+        with growing(Path(self.metrics_file_path)):
+            super().save()
+
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
@@ -113,3 +122,20 @@ class _Appends(ExperimentWriter):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         _write(path, fieldnames, rows)
+
+
+class _Replaces(_Appends):
+    """Writes its first rows to another file, which takes the place of the one before."""
+
+    def _check_log_dir_exists(self) -> None:
+        self._path: str | None = None
+
+    def save(self) -> None:
+        if self._path is not None:
+            super().save()
+            return
+        path = self.metrics_file_path
+        with draft(Path(path)) as beside:
+            self.metrics_file_path = str(beside)
+            super().save()
+        self._path = self.metrics_file_path = path

@@ -30,10 +30,10 @@ class Uniform(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import split_budget
+        from tokenprune.tensors import number_grids, split_budget
 
         places, valid_BV = view.places, view.valid
-        unit_BV = _units(places)
+        unit_BV = number_grids(places)
         # Entries that do not exist form a last unit of size 0, which gets no budget.
         unit_BV = unit_BV.masked_fill(~valid_BV, valid_BV.shape[1])
         sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
@@ -58,15 +58,6 @@ class Uniform(PruningStrategy):
         """No paper: PyramidDrop's default schedule, so that the baseline has the same budget."""
         options = {"num_layers": num_layers, "num_stages": 4, "lam": 0.5}
         return Published("pyramid", options, positions="original")
-
-
-def _units(places: Tensor) -> Tensor:
-    """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit."""
-    import torch
-
-    grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
-    changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
-    return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
 
 
 def _bayer(row: Tensor, column: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TUNINGS = ("full", "projector", "lora")
 MONITORS = {"val_loss": "min", "val_accuracy": "max"}
 
 
-_TRAINER = ("accelerator", "strategy", "precision", "max_steps", "max_epochs")
+_TRAINER = ("accelerator", "strategy", "precision", "max_steps", "max_epochs", "num_nodes")
 _RATES = ("learning_rate", "learning_rates", "weight_decay", "warmup", "schedule_warmup")
 _SAVING = ("checkpoint_every", "monitor", "keep", "patience")
 

@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping
 
-from tokenprune.runs import compose, results, targets
+from tokenprune.runs import compose, files, results, targets
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.loggers import build_logger, log_config
 from tokenprune.runs.models import LoadedModel
@@ -129,12 +129,14 @@ def train(config: DictConfig, output_dir: Path) -> None:
         module.load_state_dict(best["state_dict"], strict=False)
     # All this before anything else can go wrong.
     if trainer.is_global_zero and module.adapters is not None:
-        module.adapters.save(output_dir / "adapter")
+        with files.draft(output_dir / "adapter") as folder:
+            module.adapters.save(folder)
     module.merge()
     if trainer.is_global_zero:
         loaded.model.eval()
-        loaded.model.save_pretrained(output_dir / "model")
-        loaded.processor.save_pretrained(output_dir / "model")
+        with files.draft(output_dir / "model") as folder:
+            loaded.model.save_pretrained(folder)
+            loaded.processor.save_pretrained(folder)
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if data.validation is not None:
         loggers, trainer.loggers = trainer.loggers, []

@@ -1,0 +1,239 @@
+"""Each method once more, plain and slow: loops over tokens in float64, one row at a time.
+
+Written from the papers' rules as the strategies' docstrings have them, to be compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+from made_views import Made
+
+import tokenprune as tp
+
+#: Survivors of a row, and of each, in their order, how it is mixed; None where none is.
+Row = tuple[list[int], "list[dict[int, Fraction]] | None"]
+
+
+def rows(made: Made, answer: object) -> list[np.ndarray]:
+    """Of each batch row what exists, in float64."""
+    array = answer.double().numpy()  # type: ignore[attr-defined]
+    return [array[row] for row in range(len(made.counts))]
+
+
+def best(scores: list[float], among: list[int], number: int) -> list[int]:
+    """The highest-scoring of some tokens, the highest first; the lower index wins ties."""
+    return sorted(among, key=lambda i: (-scores[i], i))[: max(0, number)]
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / max(np.linalg.norm(a), 1e-12) / max(np.linalg.norm(b), 1e-12))
+
+
+# -------------------------------------------------------------------------------------------- joint
+
+
+def divprune(made: Made, row: int, again: bool = False) -> Row:
+    tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
+    number = len(tokens)
+    if int(made.keep[row]) >= number:
+        return list(range(number)), None
+    distance = [[1 - cosine(a, b) for b in tokens] for a in tokens]
+    for i in range(number):
+        distance[i][i] = 0.0
+    picked: list[int] = []
+    for _ in range(min(int(made.keep[row]), number)):
+        if not picked:
+            alone = number == 1
+            reach = [math.inf if alone else round(sorted(d)[1], 12) for d in distance]
+        else:
+            reach = [round(min(distance[i][j] for j in picked), 12) for i in range(number)]
+        among = [i for i in range(number) if again or i not in picked]
+        picked += best(reach, among, 1)
+    return sorted(set(picked)), None
+
+
+def cdpruner(made: Made, row: int) -> Row:
+    tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
+    text = made.answers[tp.Text()]
+    words = rows(made, text.embeddings)[row]
+    asks = text.follows[row] if text.follows[row].any() else text.valid[row]
+    words = [word for word, asked in zip(words, asks.tolist(), strict=True) if asked]
+    number = len(tokens)
+    mean = [sum(cosine(token, word) for word in words) / max(1, len(words)) for token in tokens]
+    low, high = (min(mean), max(mean)) if number else (0.0, 0.0)
+    relevance = [(m - low + 1e-6) / max(high - low, 1e-6) for m in mean]
+    picked: list[int] = []
+    for _ in range(min(int(made.keep[row]), number)):
+        # What the span of those picked leaves of a token, by least squares.
+        span = np.stack([tokens[i] for i in picked]).T if picked else np.zeros((tokens.shape[1], 1))
+        gains = []
+        for i in range(number):
+            unit = tokens[i] / np.linalg.norm(tokens[i])
+            own = unit - span @ np.linalg.lstsq(span, unit, rcond=1e-9)[0]
+            left = float(own @ own)
+            gains.append(relevance[i] ** 2 * (left if left >= 1e-5 else 0.0))
+        picked += best(
+            [round(g, 15) for g in gains], [i for i in range(number) if i not in picked], 1
+        )
+    return sorted(picked), None
+
+
+def dart(made: Made, row: int, exact: bool = False) -> Row:
+    number, text = made.counts[row], made.answers[tp.Text()]
+    keep = min(int(made.keep[row]), number)
+    if keep == number:
+        return list(range(number)), None
+    keys, states = made.answers[tp.DecoderKeys("previous")], made.answers[tp.Normed()]
+    norms = [float(np.abs(key).sum()) for key in rows(made, keys.visual)[row]]
+    text_norms = [float(np.abs(key).sum()) for key in rows(made, keys.text)[row]]
+    following = text.follows[row].nonzero()[:, 0].tolist()
+    own = best(norms, list(range(number)), min(4, keep))
+    asking = best(text_norms, following, 4)
+    hidden, text_hidden = rows(made, states.visual)[row], rows(made, states.text)[row]
+    pivots = [hidden[i] for i in own] + [text_hidden[i] for i in asking]
+    kept, rest = set(own), keep - len(own)
+    for turn, pivot in enumerate(pivots):
+        share = rest // len(pivots) + (exact and turn < rest % len(pivots))
+        unlike = [round(-cosine(pivot, hidden[i]), 12) for i in range(number)]
+        kept |= set(best(unlike, [i for i in range(number) if i not in kept], share))
+    return sorted(kept), None
+
+
+# -------------------------------------------------------------------------------------- SparseVLM
+
+
+def sparsevlm_scores(made: Made, row: int, version: str = "1.5") -> list[float]:
+    text, number = made.answers[tp.Text()], made.counts[row]
+    following = text.follows[row].nonzero()[:, 0].tolist()
+    image = rows(made, made.answers[tp.Entered()])[row][: made.original[row]]
+    words = rows(made, text.embeddings)[row]
+    rates = dict.fromkeys(following, 0.0)
+    for token in image:
+        weights = {word: math.exp(float(token @ words[word])) for word in following}
+        for word in following:
+            rates[word] += weights[word] / sum(weights.values()) / len(image)
+    mean = sum(rates.values()) / max(1, len(rates))
+    raters = [word for word in following if rates[word] > mean + 1e-12] or following
+    attention = rows(made, made.answers[tp.DecoderRows("text", "previous")])[row]
+    attention = attention[:, raters, :number]
+    heads = range(attention.shape[0])
+    if version == "2.0":
+        pairs = np.arange(64)
+        for place, rater in enumerate(raters):
+            for token in range(number):
+                apart = int(text.positions[row, rater]) - token
+                bias = 2 / math.sqrt(128) * np.cos(apart * 10_000.0 ** (-2 * pairs / 128)).sum()
+                attention[:, place, token] /= bias
+        heads = best([float(a.sum()) for a in attention], list(heads), 14)
+    return [
+        float(sum(attention[h, r, i] for h in heads for r in range(len(raters))))
+        / max(1, len(heads) * len(raters))
+        for i in range(number)
+    ]
+
+
+def sparsevlm_2(made: Made, row: int) -> Row:
+    scores = [round(s, 12) for s in sparsevlm_scores(made, row, "2.0")]
+    return sorted(best(scores, list(range(len(scores))), int(made.keep[row]))), None
+
+
+def sparsevlm(made: Made, row: int) -> Row:
+    number = made.counts[row]
+    total = min(int(made.keep[row]), number)
+    if total == number:
+        return list(range(number)), [{i: Fraction(1)} for i in range(number)]
+    scores = [round(s, 12) for s in sparsevlm_scores(made, row)]
+
+    def in_all(single: int) -> int:
+        return single + int((int(0.3 * (number - single)) + 1) / 10) + 1
+
+    single = max([s for s in range(number) if in_all(s) <= total], default=0)
+    num_clusters = total - single
+    kept = sorted(best(scores, list(range(number)), single))
+    dropped = [i for i in range(number) if i not in kept]
+    members = sorted(best(scores, dropped, int(0.3 * len(dropped)) + 1))
+    hidden = made.view.hidden[row].double().numpy()
+    clusters = density_peaks([hidden[i] for i in members], num_clusters)
+    mixes = [{i: Fraction(1)} for i in kept]
+    mixes += [{members[i]: Fraction(1, len(cluster)) for i in cluster} for cluster in clusters]
+    seats = sorted(kept + dropped[len(dropped) - num_clusters :])
+    return seats, mixes
+
+
+def density_peaks(points: list[np.ndarray], number: int) -> list[list[int]]:
+    """Clusters of points, by descending score of their centres."""
+    if number == 0:
+        return []
+    every = range(len(points))
+    apart = [[float(np.linalg.norm(a - b)) / math.sqrt(len(a)) for b in points] for a in points]
+    density = [
+        round(math.exp(-sum(d**2 for d in sorted(row)[:number]) / number), 12) for row in apart
+    ]
+    largest = max(map(max, apart))
+    delta = [
+        min((apart[i][j] for j in every if density[j] > density[i]), default=largest) for i in every
+    ]
+    centres = best([round(density[i] * delta[i], 12) for i in every], list(every), number)
+    clusters: list[list[int]] = [[] for _ in centres]
+    for i in every:
+        if i in centres:
+            clusters[centres.index(i)].append(i)
+        else:
+            distances = [round(apart[i][centre], 12) for centre in centres]
+            clusters[distances.index(min(distances))].append(i)
+    return clusters
+
+
+# ------------------------------------------------------------------------------------------ pooling
+
+
+def pool(made: Made, row: int) -> Row:
+    places = made.view.places[row, : made.counts[row]].tolist()
+    units: list[list[int]] = []
+    previous = None
+    for i, (image, grid, line, _) in enumerate(places):
+        unit = (image, grid) if line >= 0 else None
+        if i == 0 or unit != previous:
+            units.append([])
+        units[-1].append(i)
+        previous = unit
+    mixes: dict[int, dict[int, Fraction]] = {}
+    for unit, quota in zip(units, shares(list(map(len, units)), int(made.keep[row])), strict=True):
+        order = unit
+        if places[unit[0]][2] >= 0:
+            lines = max(places[i][2] for i in unit) + 1
+            columns = max(places[i][3] for i in unit) + 1
+            bands = max(1, round(math.sqrt(quota * lines / columns)))
+
+            def along(i: int, bands: int = bands, lines: int = lines) -> tuple[int, int, int]:
+                band = places[i][2] * bands // lines
+                return band, places[i][3] * (-1) ** band, places[i][2]
+
+            order = sorted(unit, key=along)
+        groups: dict[int, list[int]] = {}
+        for step, i in enumerate(order):
+            if quota:
+                groups.setdefault(step * quota // len(order), []).append(i)
+        for group in groups.values():
+            mixes[min(group)] = dict.fromkeys(group, Fraction(1, len(group)))
+    seats = sorted(mixes)
+    return seats, [mixes[seat] for seat in seats]
+
+
+def shares(sizes: list[int], budget: int) -> list[int]:
+    """A budget by size, the largest remainders first, the lower unit of two."""
+    total = sum(sizes)
+    budget = min(budget, total)
+    exact = [Fraction(budget * size, max(1, total)) for size in sizes]
+    given = [int(e) for e in exact]
+    order = sorted(range(len(sizes)), key=lambda u: (given[u] - exact[u], u))
+    for unit in order[: budget - sum(given)]:
+        given[unit] += 1
+    return given
+
+
+def vtw(made: Made, row: int) -> Row:
+    return list(range(min(int(made.keep[row]), made.counts[row]))), None
