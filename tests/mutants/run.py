@@ -34,6 +34,7 @@ ENGINE = [
     "tests/engine/test_faults.py",
     "tests/engine/test_corners.py",
     "tests/engine/test_overhead.py",
+    "tests/engine/test_needs.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_generation.py",
     "tests/engine/test_oracles.py",
