@@ -8,6 +8,7 @@ which make sure that rounding could not have decided otherwise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import tokenprune as tp
+from tokenprune.strategy import vision_needs
 
 SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
 PDROP = tp.build_strategy("pyramiddrop")
@@ -32,6 +34,17 @@ class Frozen(tp.ScoreStrategy):
 
     def score(self, view: tp.TokenView) -> Tensor:
         return (view.positions * 37 % 101).float()
+
+
+def runnable(
+    families: Iterable[str], strategies: Iterable[tp.PruningStrategy]
+) -> list[tuple[str, tp.PruningStrategy]]:
+    """Families with the strategies that they can run: a plain language model has no vision tower.
+
+    tests/engine/test_vision.py sees that it refuses the others.
+    """
+    pairs = itertools.product(families, strategies)
+    return [(family, own) for family, own in pairs if family != "llama" or not vision_needs(own)]
 
 
 def merges(strategy: tp.PruningStrategy) -> bool:

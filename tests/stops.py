@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytorch_lightning as pl
 
@@ -20,3 +22,18 @@ class Terminate(pl.Callback):
 
     def on_predict_batch_end(self, *arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Wait(pl.Callback):
+    """Stays in an evaluation until somebody ends it.
+
+    Args:
+        path: A file that says that it waits.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_predict_batch_end(self, *arguments: object) -> None:
+        Path(self.path).touch()
+        time.sleep(600)

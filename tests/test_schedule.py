@@ -42,6 +42,8 @@ def test_pyramid_with_layers() -> None:
     schedule = tp.Schedule.pyramid(layers=[2, 5], lam=0.5)
     assert schedule.stages == (tp.Stage(2, 0.5), tp.Stage(5, 0.25))
     assert tp.Schedule.pyramid(num_layers=8, num_stages=3, layers=[2, 5]) == schedule
+    nearest = tp.Schedule.pyramid(layers=[1], lam=0.5, rounding="nearest")
+    assert nearest.lengths(2, 7) == [7, 4]
 
 
 def test_explicit_cuts_of_a_shallower_decoder_lie_at_the_same_depth() -> None:
@@ -124,6 +126,7 @@ def test_counts_follow_python(keeps: list[float], rounding: str, num_visual: int
         (lambda: tp.Schedule.pyramid(num_layers=2, layers=[1, 2]), "expected layers below 2"),
         (lambda: tp.Schedule.pyramid(0, 1), "num_layers: expected an integer >= 1, got 0"),
         (lambda: tp.Schedule.one_shot(9, 0.5).lengths(8, 5), "expected layers below 8"),
+        (lambda: tp.Schedule().lengths(0, 5), "lengths.num_layers: expected an integer >= 1, got"),
         (lambda: tp.Schedule().lengths(8, -1), "num_visual: expected an integer >= 0"),
     ],
 )

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from tokenprune.families.anatomy import visual_mask
     from tokenprune.families.positions import fixed_positions
     from tokenprune.families.projection import QueriesAndKeys
+    from tokenprune.families.tower import Patches, Tower
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
+        LOGITS,
         POSITIONS,
         AttentionStrategy,
         DecoderKeys,
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
         Projected,
         PruningStrategy,
         Published,
+        RandomNumbers,
         ScoreStrategy,
         Selection,
         Text,
         TextView,
         TokensAndText,
         TokenView,
+        VisionRows,
+        VisionStates,
         available,
         build_strategy,
         register,
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOGITS",
     "POSITIONS",
     "Adapter",
     "AttentionStrategy",
@@ -52,11 +58,13 @@ __all__ = [
     "Handle",
     "Need",
     "Normed",
+    "Patches",
     "PerStage",
     "Projected",
     "Published",
     "PruningStrategy",
     "QueriesAndKeys",
+    "RandomNumbers",
     "Schedule",
     "ScoreStrategy",
     "Selection",
@@ -65,8 +73,11 @@ __all__ = [
     "TextView",
     "TokenView",
     "TokensAndText",
+    "Tower",
     "Trace",
     "TracedStage",
+    "VisionRows",
+    "VisionStates",
     "attach",
     "available",
     "build_strategy",
@@ -88,13 +99,14 @@ _NAMES = {
     "families.anatomy": ("visual_mask",),
     "families.positions": ("fixed_positions",),
     "families.projection": ("QueriesAndKeys",),
+    "families.tower": ("Patches", "Tower"),
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (
-        *("POSITIONS", "AttentionStrategy", "DecoderKeys", "DecoderRows", "Entered", "Need"),
-        *("Normed", "PerStage", "Projected", "PruningStrategy", "Published", "ScoreStrategy"),
-        *("Selection", "Text", "TextView", "TokensAndText", "TokenView", "available"),
-        *("build_strategy", "register"),
+        *("LOGITS", "POSITIONS", "AttentionStrategy", "DecoderKeys", "DecoderRows", "Entered"),
+        *("Need", "Normed", "PerStage", "Projected", "PruningStrategy", "Published"),
+        *("RandomNumbers", "ScoreStrategy", "Selection", "Text", "TextView", "TokensAndText"),
+        *("TokenView", "VisionRows", "VisionStates", "available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

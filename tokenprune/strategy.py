@@ -15,12 +15,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from tokenprune.imports import locate
+
 if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
+    from importlib.metadata import EntryPoint
+
     from torch import Tensor
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
+VISION_QUERIES = ("class", "all")
+VISION_HEADS = ("own", "one")
+VISION_STATES = ("hidden", "keys", "queries")
 POSITIONS = ("original", "renumbered")
+#: Of which positions a pruned call makes logits, see `tokenprune.attach`.
+LOGITS = ("all", "supervised", "full")
 
 
 class Need:
@@ -60,14 +69,6 @@ class DecoderKeys(Need):
         _check_choice("DecoderKeys.source", self.source, SOURCES)
 
 
-def _check_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{where}: expected one of {list(choices)}, got {value!r}. "
-            "Say which attention the strategy reads."
-        )
-
-
 @dataclass(frozen=True)
 class Projected(Need):
     """The visual tokens as they entered the decoder."""
@@ -86,6 +87,89 @@ class Normed(Need):
 @dataclass(frozen=True)
 class Text(Need):
     """The prompt's text as it entered the decoder."""
+
+
+@dataclass(frozen=True)
+class RandomNumbers(Need):
+    """Numbers by chance, which a row gets alone and in a batch alike.
+
+    Args:
+        seed: Another one gives other numbers.
+    """
+
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VisionNeed(Need):
+    """Something of the vision tower's own.
+
+    Args:
+        layer: Layer of the tower, from 0, or from -1 backwards. Layer -2 is the one whose output
+            LLaVA projects.
+    """
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class VisionRows(VisionNeed):
+    """Attention that a layer of the vision tower pays each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        queries: `"class"`, the class token, or `"all"`, every patch of the image or frame.
+        heads: `"own"`, the tower's, or `"one"`, a single head of all channels.
+    """
+
+    queries: str = "class"
+    heads: str = "own"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionRows.queries", self.queries, VISION_QUERIES)
+        _check_choice("VisionRows.heads", self.heads, VISION_HEADS)
+
+
+@dataclass(frozen=True)
+class VisionStates(VisionNeed):
+    """What a layer of the vision tower makes of each visual token's patches.
+
+    Args:
+        layer: Layer of the tower.
+        what: `"hidden"`, the layer's output; `"keys"` or `"queries"` of its attention, all heads
+            side by side, normed where the tower norms them, before any rotation.
+    """
+
+    what: str = "hidden"
+
+    def __post_init__(self) -> None:
+        _check_choice("VisionStates.what", self.what, VISION_STATES)
+
+
+@dataclass(frozen=True)
+class HasPatches(VisionNeed):
+    """Which visual tokens have patches; there with every other need of the vision tower."""
+
+
+@dataclass(frozen=True)
+class Tiles(VisionNeed):
+    """In which tile each visual token's patches are; there with every other need, too."""
+
+
+@dataclass(frozen=True)
+class TileShape(VisionNeed):
+    """How many tiles, and of how many tokens, there are; there with every other need, too."""
+
+
+#: What every strategy that asks anything of the vision tower gets.
+BESIDE = (HasPatches(), Tiles(), TileShape())
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}: expected one of {list(choices)}, got {value!r}. Say what the strategy reads."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +226,6 @@ class TokenView:
     _hidden: Callable[[], Tensor] = field(repr=False)
     _places: Callable[[], Tensor] = field(repr=False)
     _signal: Callable[[Need], Any] = field(repr=False)
-    _random: Callable[[int], Tensor] = field(repr=False)
 
     @property
     def valid(self) -> Tensor:
@@ -220,12 +303,67 @@ class TokenView:
         signal: TextView = self._signal(Text())
         return signal
 
+    def vision_rows(self, layer: int = -2, queries: str = "class", heads: str = "own") -> Tensor:
+        """Attention in the vision tower, as `VisionRows` in `needs` names it.
+
+        The softmax is the tower's own: over the keys of an image, tile, frame or window. `"all"` is
+        the sum over the patches that ask, divided by those of the image, tile or frame, so that
+        windows of different sizes compare.
+
+        Returns:
+            float32 (B, H, V), H the tower's heads, or 1: the mean over the token's patches, zero
+            for a token without any. A token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionRows(layer, queries, heads))
+        return signal
+
+    def vision_states(self, layer: int = -2, what: str = "hidden") -> Tensor:
+        """States of the vision tower, as `VisionStates` in `needs` names them.
+
+        Returns:
+            float32 (B, V, C): the mean over the token's patches, zero for a token without any. A
+            token that was mixed at an earlier cut is mixed alike.
+        """
+        signal: Tensor = self._signal(VisionStates(layer, what))
+        return signal
+
+    @property
+    def has_patches(self) -> Tensor:
+        """Which tokens have patches of the vision tower, bool (B, V); a newline has none.
+
+        There for strategies that ask for anything else of the tower.
+        """
+        signal: Tensor = self._signal(HasPatches())
+        return signal
+
+    @property
+    def tiles(self) -> Tensor:
+        """What the vision tower looked at by itself, int64 (B, V): a tile, an image, a frame.
+
+        Numbered within the row from 0; -1 for tokens without patches. A token that was mixed at an
+        earlier cut counts where its seat is. There for strategies that ask for anything else of the
+        tower.
+        """
+        signal: Tensor = self._signal(Tiles())
+        return signal
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tiles that a row has at most, and tokens that one of them has at most before any cut.
+
+        Known without waiting for the device; there for strategies that have `tiles`.
+        """
+        shape: tuple[int, int] = self._signal(TileShape())
+        return shape
+
     def random(self, seed: int) -> Tensor:
         """Numbers in [0, 1), float32 (B, V), fixed by (seed, layer, the row's own tokens).
 
         A row gets the same numbers alone and in a batch; no global generator is touched.
+        `RandomNumbers` in `needs`.
         """
-        return self._random(seed)
+        signal: Tensor = self._signal(RandomNumbers(seed))
+        return signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,6 +508,11 @@ class PerStage(PruningStrategy):
         )
 
 
+def vision_needs(strategy: PruningStrategy) -> tuple[VisionNeed, ...]:
+    """What a strategy needs of the vision tower."""
+    return tuple(need for need in strategy.needs() if isinstance(need, VisionNeed))
+
+
 def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:
     """The decoder's attention among a strategy's needs."""
     return tuple(need for need in strategy.needs() if isinstance(need, DecoderRows))
@@ -378,6 +521,8 @@ def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:
 _REGISTRY: dict[str, type[PruningStrategy]] = {}
 #: Has the strategies that come with the package, each in the file of its name.
 _SHIPPED = "tokenprune.strategies"
+#: Entry points by which installed packages offer strategies: `norm = "my_package.norm:Norm"`.
+ENTRY_POINTS = "tokenprune.strategies"
 StrategyClass = TypeVar("StrategyClass", bound=type[PruningStrategy])
 
 
@@ -421,32 +566,76 @@ def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
 
 
 def available() -> list[str]:
-    """Names of all strategies, sorted: those of the package, and those registered since."""
-    return sorted({*_shipped(), *_REGISTRY})
+    """Names of all strategies, sorted: of the package, of installed ones, and registered since.
+
+    Installed packages offer them by entry points of the group `tokenprune.strategies`; none is
+    imported before it is built.
+    """
+    return sorted({*_shipped(), *_REGISTRY, *_offered()})
 
 
 def strategy_class(name: str) -> type[PruningStrategy]:
-    """The class of that name; one of the package is loaded when it is first asked for.
+    """The class of that name; one of a package is loaded when it is first asked for.
 
     Raises:
         KeyError: If there is none; names the choices and the nearest.
-        ValueError: If a file of the package registers no strategy of its name.
+        ValueError: If a file of the package registers no strategy of its name, or an installed
+            package cannot give the one that it offers.
     """
-    if name not in _REGISTRY and name in _shipped():
-        importlib.import_module(f"{_SHIPPED}.{name}")
-        if name not in _REGISTRY:
-            raise ValueError(
-                f"strategies/{name}.py: expected @register({name!r}), got no strategy of that "
-                "name. Name a file as its strategy."
-            )
     if name not in _REGISTRY:
-        raise unknown_name("strategy", name, available())
+        if name in _shipped():
+            _load_shipped(name)
+        elif name in (offered := _offered()):
+            _load_offered(name, offered[name])
+        else:
+            raise unknown_name("strategy", name, available())
     return _REGISTRY[name]
 
 
 def _shipped() -> list[str]:
     names: list[str] = importlib.import_module(_SHIPPED).names()
     return names
+
+
+def _load_shipped(name: str) -> None:
+    importlib.import_module(f"{_SHIPPED}.{name}")
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"strategies/{name}.py: expected @register({name!r}), got no strategy of that "
+            "name. Name a file as its strategy."
+        )
+
+
+def _offered() -> dict[str, list[EntryPoint]]:
+    """What installed packages offer, by name; nothing of theirs is imported."""
+    from importlib import metadata  # takes a moment, and most commands ask for no strategy
+
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        if all(entry.value != other.value for other in found.setdefault(entry.name, [])):
+            found[entry.name].append(entry)
+    return found
+
+
+def _load_offered(name: str, entries: list[EntryPoint]) -> None:
+    """Registers what a package offers, unless that does so itself when it is imported."""
+    packages = [entry.dist.name if entry.dist else entry.module for entry in entries]
+    if len(entries) > 1:
+        raise ValueError(
+            f"strategy {name!r}: expected one package that offers it, got {packages}. "
+            "Uninstall all others."
+        )
+    (entry,), (package,) = entries, packages
+    broken = f"strategy {name!r}: expected the package {package!r} to give it, got {entry.value!r}"
+    try:
+        found = locate(".".join(filter(None, (entry.module, entry.attr))))
+    except ImportError as error:
+        raise ValueError(f"{broken}: {error}. Repair or uninstall it.") from error
+    if name not in _REGISTRY:
+        try:
+            register(name)(found)
+        except ValueError as error:
+            raise ValueError(f"{broken}: {error}") from error
 
 
 def build_strategy(name: str, **fields: Any) -> PruningStrategy:

@@ -93,6 +93,51 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
     return quota_BU + top_k(share_BU, sizes_BU > 0, left_B).long()
 
 
+def share_out(keep_B: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits each row's budget over units by size; tokens in none get what units leave over.
+
+    Args:
+        keep_B: int64, tokens to keep per row.
+        unit_BV: int64, number of each token's unit, from 0; -1 for tokens in none.
+        valid_BV: False where a row has no such token.
+
+    Returns:
+        Units int64 (B, V), where tokens in none are in unit V, and quotas int64 (B, V + 1).
+    """
+    last = unit_BV.shape[1]
+    unit_BV = unit_BV.masked_fill(~valid_BV | (unit_BV < 0), last)
+    quota_BU = split_budget(keep_B, sizes_of_units(unit_BV)[:, :last])
+    left_B1 = keep_B[:, None] - quota_BU.sum(1, keepdim=True)
+    return unit_BV, torch.cat([quota_BU, left_B1], 1)
+
+
+def rank_in_units(scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Places of tokens among those of their unit, from the highest score; ties by index.
+
+    Args:
+        scores_BV: Scores, compared in float32; in unit V, which is none, the index counts.
+        unit_BV: int64, unit of each token, as `share_out` numbers them.
+        valid_BV: False where a row has no such token; those come last.
+
+    Returns:
+        int64 (B, V), from 0.
+    """
+    last, low = unit_BV.shape[1], torch.finfo(torch.float32).min
+    scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
+    scores_BV = scores_BV.masked_fill(unit_BV == last, 0).masked_fill(~valid_BV, -torch.inf)
+    order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
+    order_BV = order_BV.gather(1, unit_BV.gather(1, order_BV).argsort(dim=1, stable=True))
+    sizes_BU = sizes_of_units(unit_BV)
+    first_BU = sizes_BU.cumsum(1) - sizes_BU
+    return order_BV.argsort(dim=1) - first_BU.gather(1, unit_BV)
+
+
+def sizes_of_units(unit_BV: Tensor) -> Tensor:
+    """Tokens of each unit, int64 (B, V + 1); of the last, what does not exist, too."""
+    sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+    return sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+
+
 def mark(picks: Sequence[Tensor], keep_B: Tensor, valid_BV: Tensor) -> Tensor:
     """Marks the first `keep` of each row's picks.
 

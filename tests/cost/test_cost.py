@@ -291,6 +291,33 @@ def test_presets_are_found_by_name_and_hub_id() -> None:
             assert tp.cost.DecoderShape.preset(hub_id) == preset.shape
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "padded", "tied", "biases", "norms"),
+    [
+        ("llava-1.5-7b", 6_738_415_616, 64, False, False, 0),  # LLaMA, whose vocabulary is 32 000
+        ("llava-1.5-13b", 13_015_864_320, 64, False, False, 0),
+        ("llava-next-mistral-7b", 7_241_732_096, 64, False, False, 0),
+        ("qwen2-vl-2b", 1_543_714_304, 0, True, True, 0),
+        ("qwen2-vl-7b", 7_615_616_512, 0, False, True, 0),
+        ("qwen2.5-vl-3b", 3_085_938_688, 0, True, True, 0),
+        ("qwen2.5-vl-7b", 7_615_616_512, 0, False, True, 0),
+        ("qwen2.5-vl-72b", 72_706_203_648, 0, False, True, 0),
+        ("qwen3-vl-4b", 4_022_468_096, 0, True, False, 2),
+        ("qwen3-vl-8b", 8_190_735_360, 0, False, False, 2),
+    ],
+)
+def test_presets_have_the_parameters_of_what_they_name(
+    name, published, padded, tied, biases, norms
+) -> None:
+    """The language model's number of parameters, to the last one, from the sizes of a preset."""
+    shape = tp.cost.DecoderShape.preset(name)
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    maps = heads + shape.num_heads * shape.head_dim + 3 * shape.intermediate_size + 2
+    layer = shape.hidden_size * maps + biases * heads + norms * shape.head_dim
+    vocabulary = (shape.vocab_size - padded) * (1 if tied else 2)
+    assert shape.num_layers * layer + shape.hidden_size * (vocabulary + 1) == published
+
+
 # ------------------------------------------------------------------------ exact: against a counter
 
 #: torch's registry lacks the kernel of sdpa on a CPU, which would count as nothing.

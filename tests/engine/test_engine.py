@@ -8,7 +8,7 @@ import random as python_random
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, NUM_LAYERS, ROWS, batch, build, labelled, turns
+from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build, labelled, turns
 from oracles import (
     DROPPING,
     PDROP,
@@ -497,3 +497,33 @@ def test_pruning_shortens_what_the_layers_hold() -> None:
     counts = all_visual(model, inputs).sum(1).tolist()
     for layer, row in enumerate(trace.visual_lengths.tolist()):
         assert row == [SCHEDULE.lengths(NUM_LAYERS, count)[layer] for count in counts]
+
+
+@pytest.mark.filterwarnings("ignore:prune. expected labels on answers alone")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("where", ["text", "anywhere", "first", "image", "nowhere"])
+def test_supervised_logits_learn_what_all_logits_do(where, side) -> None:
+    """Labelled are tokens that surely survive, that may go, that nothing precedes."""
+    model = build("llava")
+    inputs = batch(model, [ROWS[3], ROWS[2], Row([(30, 60), 9])], side)
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    first = real & (real.cumsum(1) == 1)
+    chosen = {
+        "text": chosen & (ids != IMAGE) & ~first,
+        "anywhere": chosen,
+        "first": first,
+        "image": chosen & (ids == IMAGE),
+        "nowhere": torch.zeros_like(chosen),
+    }[where]
+    labels = torch.where(chosen & real, ids % 90, -100)
+    losses, gradients = [], []
+    for logits in ("all", "supervised"):
+        model.zero_grad()
+        with tp.prune(model, Frozen(), tp.Schedule.pyramid(layers=[1, 3], lam=0.4), logits=logits):
+            loss = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(20)).loss
+            loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import NUM_LAYERS, ROWS, batch, build, text_config
+from models import NUM_LAYERS, ROWS, Row, batch, build, labelled, text_config
 from oracles import Frozen, assert_close, decided
 from torch import Tensor
 from transformers import (
@@ -30,12 +30,22 @@ PDROP = tp.build_strategy("pyramiddrop")
 SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
 
 
+def hand_no_mask(model) -> None:
+    """As a decoder that leaves masks to its layers."""
+
+    def before(module, args, kwargs):
+        return args, kwargs | {"attention_mask": None}
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
 # --------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("pads", [0, 3])
-def test_scores_are_of_squeezed_attention(pads) -> None:
-    """Gemma 2 squeezes the logits of attention, in a batch with pads and in one without."""
+@pytest.mark.parametrize("given", ["mask", "pads", "nothing"])
+def test_scores_are_of_squeezed_attention(given) -> None:
+    """Gemma 2 squeezes the logits of attention, in rows with a mask and in those that see all."""
     shape = text_config().to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     config = Gemma2Config(
@@ -51,7 +61,9 @@ def test_scores_are_of_squeezed_attention(pads) -> None:
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).eval()
     ids, padding = torch.randint(1, 90, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
-    padding[1, :pads] = 0
+    padding[1, : 3 if given == "pads" else 0] = 0
+    if given == "nothing":  # what the last row of a layer makes of that is the same
+        hand_no_mask(model)
     visual = torch.zeros(2, 20, dtype=torch.bool)
     visual[:, 5:13] = True
     call = {"input_ids": ids, "attention_mask": padding}
@@ -64,18 +76,68 @@ def test_scores_are_of_squeezed_attention(pads) -> None:
         assert_close(scores, weights[row, :, -1, 5:13].mean(0))
 
 
+@dataclass(frozen=True)
+class Deaf(tp.AttentionStrategy):
+    """Drops the end of an image, whoever asks there, and listens afterwards."""
+
+    def score(self, view: tp.TokenView) -> Tensor:
+        heard = view.attend(self.queries, self.source).mean(1)
+        return heard if view.layer > 1 else -view.positions.float()
+
+
+def test_where_the_token_that_asks_is_gone_the_last_one_asks() -> None:
+    """An answer right after an image is asked for by the image's last token."""
+    model = build("llava")
+    inputs = batch(model, ROWS[:1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-5] = -100
+    with torch.no_grad(), tp.prune(model, Deaf(), SCHEDULE) as trace:
+        model(**inputs)
+        expected = trace.stages[1].scores[0]
+        model(**inputs, labels=labels)
+    assert_close(trace.stages[1].scores[0], expected)
+
+
+def test_a_mark_where_a_row_has_no_token_counts_for_nothing() -> None:
+    @dataclass(frozen=True)
+    class Careless(tp.PruningStrategy):
+        def select(self, view, keep):
+            return tp.Selection(kept=torch.ones_like(view.valid))
+
+    model = build("llava")
+    keep_all = tp.Schedule.pyramid(layers=[1, 2, 4], lam=1.0)
+    with torch.no_grad(), tp.prune(model, Careless(), keep_all) as trace:
+        model(**batch(model, ROWS))
+    assert trace.visual_lengths[-1].tolist() == [16, 0, 32, 16]
+
+
+def test_random_numbers_of_rows_without_ids_are_fixed_by_their_counts() -> None:
+    model = build("llama")
+    ids, visual = torch.randint(1, 90, (3, 20)), torch.zeros(3, 20, dtype=torch.bool)
+    visual[:2, 2:12] = True
+    visual[2, 2:14] = True
+    call = {"inputs_embeds": model.get_input_embeddings()(ids), "visual_mask": visual}
+    with (
+        torch.no_grad(),
+        tp.prune(model, tp.build_strategy("random"), tp.Schedule.one_shot(2, 0.5)) as trace,
+    ):
+        model(**call)
+        first, same, other = (scores[:10] for scores in trace.stages[0].scores)
+        model(**{name: value[1:2] for name, value in call.items()})
+        alone = trace.stages[0].scores[0]
+    assert torch.equal(first, same)
+    assert torch.equal(first, alone)
+    assert not torch.equal(first, other)
+
+
 # -------------------------------------------------------------------------------------------- masks
 
 
-def test_later_tokens_of_one_call_do_not_see_each_others_future() -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_later_tokens_of_one_call_do_not_see_each_others_future(attention) -> None:
     """Where a decoder hands its layers no mask, the engine's own holds for several new tokens."""
-    model = build("llava", "sdpa")
-
-    def hand_no_mask(module, args, kwargs):
-        return args, kwargs | {"attention_mask": None}
-
-    for layer in model.get_decoder().layers:
-        layer.register_forward_pre_hook(hand_no_mask, with_kwargs=True)
+    model = build("llava", attention)
+    hand_no_mask(model)
     prompt = batch(model, ROWS[:1])
     del prompt["attention_mask"]
     tokens = torch.tensor([[7, 8, 9]])
@@ -87,6 +149,24 @@ def test_later_tokens_of_one_call_do_not_see_each_others_future() -> None:
             model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(3)
         ]
     assert_close(at_once, torch.cat(one_by_one, 1))
+
+
+def test_pads_are_what_the_caller_says_whatever_the_decoder_is_handed() -> None:
+    """A model may hide more from its layers than pads."""
+    model = build("llava")
+    inputs = batch(model, ROWS)
+    padding = inputs["attention_mask"].bool()
+
+    def hide(module, args, kwargs):
+        allowed = padding[:, None] & torch.ones(padding.shape[1], padding.shape[1]).tril().bool()
+        allowed[:, :, -3] = False
+        allowed = allowed | torch.eye(padding.shape[1]).bool()
+        return args, kwargs | {"attention_mask": allowed[:, None]}
+
+    model.get_decoder().register_forward_pre_hook(hide, with_kwargs=True)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs)
+    assert trace.lengths[0].tolist() == padding.sum(1).tolist()
 
 
 # ------------------------------------------------------------------------------- calls that break
@@ -169,6 +249,19 @@ def test_a_cache_of_fixed_size_gives_what_a_growing_one_gives(attention, layer) 
     assert torch.equal(fixed, growing)
 
 
+def test_a_cache_cropped_by_text_of_the_prompt_is_that_of_a_shorter_prompt() -> None:
+    """Under eager attention, whose masks ask the record for the columns of what is held."""
+    model = build("llava", "eager")
+    inputs, turn = batch(model, ROWS[:1]), torch.tensor([[7, 8, 9]])
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    with torch.no_grad(), tp.prune(model, Frozen(), SCHEDULE):
+        cache = model(ids, pixel_values=pixels, use_cache=True).past_key_values
+        cache.crop(-2)
+        got = model(input_ids=turn, past_key_values=cache).logits
+        cache = model(ids[:, :-2], pixel_values=pixels, use_cache=True).past_key_values
+        assert_close(got, model(input_ids=turn, past_key_values=cache).logits)
+
+
 class Terse(LlamaForCausalLM):
     """A model that gives all logits, whatever number is asked for."""
 
@@ -195,6 +288,19 @@ def test_guesses_are_refused_where_a_model_cannot_say_which_they_are() -> None:
         model.generate(prompt, **guess)
     with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no attention
         model.generate(prompt, **guess)
+
+
+def test_the_last_token_of_the_prompt_asks_before_guesses() -> None:
+    """Decoding with guesses appends the first of them to the prompt."""
+    model = build("llava")
+    inputs = batch(model, [Row([6, (30, 60), 5])])
+    inputs["input_ids"][0, -2:] = inputs["input_ids"][0, 1:3]  # what followed once is guessed again
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs)
+        expected = trace.stages[0].scores[0]
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
+    assert trace.lengths[0].tolist() == [inputs["input_ids"].shape[1] + 2]
+    assert_close(trace.stages[0].scores[0], expected)
 
 
 # --------------------------------------------------------------------------------------- positions
@@ -319,6 +425,25 @@ def test_the_last_of_shifted_labels_has_a_question() -> None:
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
         model(**inputs, labels=labels, shift_labels=shifted)
     assert trace.visual_lengths[-1].tolist() == [3]
+
+
+def test_a_stage_of_a_trace_cannot_be_changed() -> None:
+    model = build("llava")
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**batch(model, ROWS[:1]))
+    with pytest.raises(AttributeError):
+        trace.stages[0].layer = 3
+
+
+@pytest.mark.parametrize("logits", ["all", "full"])
+def test_labels_of_pads_count_for_nothing(logits) -> None:
+    model = build("llava")
+    inputs, labels = labelled(model)
+    careless = labels.masked_fill(inputs["attention_mask"] == 0, 7)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, logits=logits):
+        expected = model(**inputs, labels=labels).loss
+        got = model(**inputs, labels=careless).loss
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_cache_cropped_into_an_image_is_refused_though_nothing_was_cut() -> None:

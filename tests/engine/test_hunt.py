@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 from models import IMAGE, NUM_LAYERS, PAD, build
-from oracles import DROPPING
+from oracles import DROPPING, runnable
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -161,7 +161,7 @@ def draw_case(seed: str) -> Case:
         positions=pick(["none", "none", "counted", "gaps"]),
         cache=pick(["dynamic", "dynamic", "static"]),
         logits=pick(["all", "all", "full", "supervised"]),
-        strategy=pick(STRATEGIES),
+        strategy=pick([own for _, own in runnable([family], STRATEGIES)]),
         schedule=tp.Schedule(
             tuple(tp.Stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)),
             pick(["floor", "nearest"]),

@@ -24,6 +24,7 @@ from oracles import (
     generate,
     is_decided,
     masked,
+    runnable,
     split,
     survivors,
 )
@@ -44,6 +45,8 @@ VARIANTS = [
     tp.build_strategy("sparsevlm", version="2.0"),
 ]
 STRATEGIES = [*EVERY, *VARIANTS]
+RUNNABLE = runnable(FAMILIES, STRATEGIES)
+RUNNABLE_DROPPING = runnable(FAMILIES, [*DROPPING, *VARIANTS])
 #: Where rounding could choose a token to say, another model and batch.
 SEEDS = {"sparsevlm": 7, "vtw": 7}
 
@@ -58,8 +61,7 @@ def ids(value) -> str:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_identity(family, strategy, attention, side, policy) -> None:
     model = build(family, attention)
     inputs, mask = split(batch(model, ROWS, side))
@@ -86,8 +88,7 @@ def test_identity(family, strategy, attention, side, policy) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", [*DROPPING, *VARIANTS], ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE_DROPPING, ids=ids)
 def test_drop_is_mask(family, strategy, attention, side) -> None:
     model = build(family, attention)
     full = batch(model, ROWS, side)
@@ -113,8 +114,7 @@ def test_drop_is_mask(family, strategy, attention, side) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("strategy", [*DROPPING, *VARIANTS], ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE_DROPPING, ids=ids)
 def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
     """In float64, where rounding hides nothing: what differs by 1e-10 is not the same."""
     model = build(family, "sdpa").double()
@@ -137,8 +137,7 @@ def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=ids)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
 def test_batch_is_alone(family, strategy, attention, side, policy) -> None:
     seed = SEEDS.get(strategy.name, SEED)
     model = build(family, attention, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from importlib import metadata
@@ -54,6 +55,12 @@ def write(folder: Path, **changes: object) -> None:
     )
 
 
+def test_what_is_imported_makes_no_other_run(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert results.changes(tmp_path, CONFIG | {"imports": ["mine"]}, MARKS) == []
+    assert results.changes(tmp_path, CONFIG | {"seed": 1}, MARKS) == ["seed"]
+
+
 def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert results.changes(tmp_path, CONFIG, MARKS) is None
     write(tmp_path)
@@ -75,18 +82,51 @@ def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert "torch" in json.loads((tmp_path / "versions.json").read_text())
 
 
-def test_a_run_that_stops_halfway_is_not_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("last", ["config.yaml", "metrics.json"])
+def test_f1_a_run_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    write(tmp_path)
+    real = results.write_bytes
 
-    def full(path: Path, text: str) -> None:
-        raise OSError("no space left on device")
+    def full(path: Path, content: bytes) -> None:
+        if path.name == last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
 
-    monkeypatch.setattr(results, "write_text", full)
-    with pytest.raises(OSError, match="no space"):
-        write(tmp_path)
-    assert results.changes(tmp_path, CONFIG, MARKS) is None
+    before = Path(tmp_path, "new")
+    monkeypatch.setattr(results, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(before)
+    assert results.changes(before, CONFIG, MARKS) is None
+    assert list(before.iterdir()) == []
+    monkeypatch.setattr(results, "write_bytes", real)
+    write(before)
+    whole = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+    monkeypatch.setattr(results, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(before, accuracy=0.25)
+    assert results.changes(before, CONFIG, MARKS) == []
+    assert {path: path.read_bytes() for path in before.rglob("*") if path.is_file()} == whole
+
+
+def test_f3_a_table_has_the_runs_of_all_that_share_its_folder(tmp_path: Path) -> None:
+    """Whichever sweep writes last, whatever ends while another one writes."""
+    write(tmp_path / "b")
+    results.finish_sweep(tmp_path, ["b"])
+    write(tmp_path / "a")
+    written: list[list[str]] = []
+
+    def writes(rows: list[dict[str, object]]) -> None:
+        written.append([str(row["run"]) for row in rows])
+        if len(written) == 1:
+            write(tmp_path / "c")  # another sweep's
+
+    rows = results.settle(lambda: results.collect(tmp_path), writes)
+    assert written == [["a", "b"], ["a", "b", "c"]]
+    assert [row["run"] for row in rows] == ["a", "b", "c"]
+    results.finish_sweep(tmp_path, ["c"])
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize("limit", [results._WHOLE, 1])

@@ -104,7 +104,6 @@ def made(seed: int, longest: int = 40) -> Made:
         _hidden=lambda: hidden,
         _places=lambda: places,
         _signal=answers.__getitem__,
-        _random=lambda seed: torch.rand(rows, width, generator=own),
     )
     return Made(view, keep, counts, original, answers)
 

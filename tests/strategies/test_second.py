@@ -95,7 +95,6 @@ def one_row(answers: dict[tp.Need, object], number: int, keep: int, **more: Tens
         _hidden=lambda: more.get("hidden", torch.zeros(1, number, 4)),
         _places=lambda: places,
         _signal=answers.__getitem__,
-        _random=lambda seed: torch.zeros(1, number),
     )
 
 

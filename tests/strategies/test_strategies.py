@@ -43,8 +43,7 @@ def view(
         _positions=lambda: torch.arange(valid.shape[1]).expand(valid.shape),
         _hidden=lambda: torch.zeros(*valid.shape, 4),
         _places=lambda: places,
-        _signal=lambda need: attention,
-        _random=lambda seed: random,
+        _signal=lambda need: random if isinstance(need, tp.RandomNumbers) else attention,
     )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenprune.bench.check import MEASURES
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Measured against theoretical speed-up, with the quartiles of the rounds."""
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Measured against theoretical speed-up, with the quartiles of the rounds: a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,4 +37,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_title("; ".join(machines), fontsize=9, loc="left")
     if rows:
         axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()

@@ -28,7 +28,7 @@ from tokenprune.bench.summary import summarise
 from tokenprune.bench.table import RESULT, read
 from tokenprune.bench.timing import interleave
 from tokenprune.bench.variants import Bench
-from tokenprune.runs import results
+from tokenprune.runs import files, results
 from tokenprune.runs.compose import AUTO, fit_pruning, plain
 from tokenprune.runs.shapes import num_tokens, shape_config
 
@@ -82,7 +82,8 @@ def _measure(
     weights = sum(weight.nbytes for weight in model.parameters())
     pruning = fit_pruning(config, model)
     assert pruning is not None, "checked before"
-    bench = Bench(model, pruning, load, config.logits, list(config.ways))
+    logits = config.logits if config.measure == "train" else "all"
+    bench = Bench(model, pruning, load, logits, list(config.ways))
     optimizer = prepare_training(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)
@@ -116,8 +117,8 @@ def run(config: DictConfig, folder: Path, names: Mapping[str, str], again: bool)
     if not again and results.changes(folder, resolved, marks, RESULT) == []:
         return read(folder)
     found = dict(names) | measure(config)
-    (folder / RESULT).unlink(missing_ok=True)
-    results.write_text(folder / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    results.write_versions(folder, marks)
-    results.write_text(folder / RESULT, json.dumps(found, indent=2, ensure_ascii=False))
+    with files.together(folder, RESULT) as stage:
+        results.write_text(stage / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        results.write_versions(stage, marks)
+        results.write_text(stage / RESULT, json.dumps(found, indent=2, ensure_ascii=False))
     return found

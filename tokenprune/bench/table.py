@@ -40,19 +40,27 @@ def read(folder: Path) -> dict[str, Any]:
 
 def publish(folder: Path) -> list[dict[str, Any]]:
     """Writes bench.csv and bench.png of a run's or a sweep's folder; the rows."""
-    paths = sorted(folder.glob(f"*/{RESULT}")) or [folder / RESULT]
+    return results.settle(lambda: _collect(folder), lambda rows: _write(folder, rows))
+
+
+def _collect(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.rglob(RESULT))
     runs = [read(path.parent) | {"run": path.parent.name} for path in paths]
     rows = [row for run in runs for row in with_ways(run)]
     # A stable sort: the rows of a run stay together, its ways in their order.
     rows.sort(key=lambda row: [MEASURES.index(row["measure"]), str(row["shape"]), row["num_visual"],
                                row["batch_size"], row["run"]])  # fmt: skip
+    return rows
+
+
+def _write(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows([{key: _rounded(value) for key, value in row.items()} for row in rows])
     results.write_text(folder / TABLE, text.getvalue())
-    plot([r for r in rows if r.get("flops_ratio") and not r.get("way")], folder / PLOT)
-    return rows
+    picture = plot([r for r in rows if r.get("flops_ratio") and not r.get("way")])
+    results.write_bytes(folder / PLOT, picture)
 
 
 def with_ways(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import tokenprune as tp
 from tokenprune import cost
 from tokenprune.cost.figures import Workload
 from tokenprune.cost.solver import Solution
+from tokenprune.runs import results
 from tokenprune.runs.tables import print_table
 
 _BAR = 16
@@ -157,6 +158,7 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
 
     Raises:
         ValueError: If matplotlib does not know the kind of file.
+        OSError: If it cannot be written; names it.
     """
     from matplotlib.figure import Figure
 
@@ -182,11 +184,13 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
     axes[1].set_xlabel("decoder layer")
     axes[1].legend(frameon=False)
     figure.suptitle(title)
-    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+    form = path.suffix.lstrip(".").lower()
+    if form not in figure.canvas.get_supported_filetypes():
         raise ValueError(
             f"flops.output: expected a picture file, got {str(path)!r}. Use a name that ends in "
             ".png or .pdf."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format=form, dpi=150)
+    results.write_bytes(path, content.getvalue())
     return path

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+#: What ends the writing of a file that was begun, whoever writes it; ENOENT is tempfile's, which
+#: finds no folder that can be written.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): " Make room, or choose another folder.",
+    (errno.EFBIG,): " Raise the limit on the size of files (ulimit -f).",
+    (errno.EACCES, errno.EPERM, errno.EROFS): " Choose another folder.",
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR): " Something else is there: move it, or choose "
+    "another name.",
+    (errno.ENAMETOOLONG,): " Choose a shorter name.",
+}
 
 
 class BadInput(Exception):
     """Something the user can put right; the message is one line."""
 
 
-def explain(error: BaseException) -> str | None:
-    """One line for a user's mistake; None for a bug of ours."""
+def explain(error: BaseException, folder: Path | None = None) -> str | None:
+    """One line for a user's mistake; None for a bug of ours.
+
+    Args:
+        error: What was raised.
+        folder: What was written to, where the error does not say it.
+    """
     cause = error
     while cause.__cause__ is not None and _is_wrapped_by_hydra(cause):
         cause = cause.__cause__
@@ -26,13 +45,18 @@ def explain(error: BaseException) -> str | None:
     last = text.strip().splitlines()[-1] if text.strip() else ""
     if elsewhere and last.startswith(("ValueError: ", "KeyError: ")):
         return one_line(last.split(": ", 1)[1])
+    if elsewhere and (told := re.match(r"\w+Error: (\[Errno (\d+)\] .*)", last)):
+        return _files(told[1], int(told[2]), folder if "'" not in told[1] else None)
     if isinstance(cause, TypeError) and "unexpected keyword argument" in text:
         return f"config: expected a key that its target knows, got {one_line(text)}. Remove it."
     # Our messages start "where: expected"; "not enough values to unpack (expected 2" is a bug.
     if isinstance(cause, ValueError | KeyError) and ": expected " in text and _is_ours(cause):
         return one_line(text)
-    if isinstance(cause, OSError) and cause.filename is not None:
-        return f"files: expected to read and write what a run needs, got: {one_line(text)}."
+    for own in (cause, cause.__cause__):  # logging's own ValueError, say, is due to one
+        if isinstance(own, OSError) and own.filename is not None:
+            return _files(str(own), own.errno)
+        if isinstance(own, OSError) and own.errno in _DISK:
+            return _files(str(own), own.errno, folder)
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's
         return f"trainer: expected settings that fit this machine, got: {one_line(text)}"
     if type(cause).__name__ == "ProcessExitedException":
@@ -44,6 +68,13 @@ def explain(error: BaseException) -> str | None:
             "trainer.precision=bf16-mixed)."
         )
     return None
+
+
+def _files(text: str, number: int | None, folder: Path | None = None) -> str:
+    """The line for a file that cannot be read or written, or one in a folder, and why."""
+    text += "" if folder is None else f": {str(folder)!r}"
+    remedy = next((own for numbers, own in _REMEDIES.items() if number in numbers), "")
+    return f"files: expected to read and write what a run needs, got: {one_line(text)}.{remedy}"
 
 
 def is_interruption(error: BaseException) -> bool:

@@ -8,9 +8,11 @@ to tidy up is Ctrl-C an exception (`Interruptible`).
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
+import threading
 
 TYPE_CHECKING = False  # as typing's, which takes a moment to load
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 STOPPED = "tokenprune: stopped"
 INTERRUPTED = 130
+_ROOM = 2**26  # bytes; all of the package's and its dependencies' .pyc files
+#: What threads could not write, such as those of a logger, whose caller need not hear of it.
+_unwritten: list[OSError] = []
 
 
 def begin() -> None:
@@ -26,6 +31,10 @@ def begin() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
+    threading.excepthook = _note
+    _spare_bytecode()
+    # Says on every start that it cannot keep a list of fonts, where that is so.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def end(code: int) -> int:
@@ -34,18 +43,71 @@ def end(code: int) -> int:
         stream.flush()
     pipe = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
     failure = pipe.failure if isinstance(pipe, _Pipe) else None
-    if failure is None:
-        return code
-    print(f"tokenprune: output: expected to write it, got: {failure}.", file=sys.stderr)
-    return code or 2
+    if failure is not None:
+        print(f"tokenprune: output: expected to write it, got: {failure}.", file=sys.stderr)
+        return code or 2
+    if _unwritten and code == 0:  # else it has been told
+        from tokenprune.cli.mistakes import explain
+
+        print(f"tokenprune: {explain(_unwritten[0])}", file=sys.stderr)
+        return 2
+    return code
 
 
 def follow() -> None:
     """In a process that a run has started, Ctrl-C ends it without a word: its parent has that."""
+    _spare_bytecode()
     module = sys.modules.get("multiprocessing.process")
     # Where a process is being set up its parent is not known yet, but its name is.
     if module is not None and module.current_process().name != "MainProcess":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _spare_bytecode() -> None:
+    """Keeps Python from writing .pyc files where they may be cut off.
+
+    It takes a file that was written in part for a whole one (python/cpython#126606), and no later
+    process can import the module.
+    """
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    disk = os.statvfs(__file__)
+    if limit == resource.RLIM_INFINITY and disk.f_bavail * disk.f_frsize >= _ROOM:
+        return
+    sys.dont_write_bytecode = True
+    for name, module in list(sys.modules.items()):  # what was imported before this could be said
+        spec = getattr(module, "__spec__", None)
+        if name.partition(".")[0] == "tokenprune" and spec is not None and spec.cached:
+            _remove_cut(spec.cached)
+
+
+def _remove_cut(path: str) -> None:
+    """Removes a .pyc file that was cut off."""
+    import marshal
+
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        try:
+            marshal.loads(content[16:])
+        except (EOFError, TypeError, ValueError):
+            os.unlink(path)
+    except OSError:  # there is none
+        pass
+
+
+def _note(thread: threading.ExceptHookArgs) -> None:
+    """Keeps what a thread could not write, for the end; prints any other exception."""
+    from tokenprune.cli.mistakes import explain
+
+    error = thread.exc_value
+    if isinstance(error, OSError) and explain(error) is not None:
+        _unwritten.append(error)
+    else:
+        threading.__excepthook__(thread)
 
 
 class Interruptible:

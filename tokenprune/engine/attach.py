@@ -34,6 +34,7 @@ from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import Settings
 from tokenprune.engine.trace import Trace
+from tokenprune.engine.vision import METHODS, Watch
 from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
@@ -67,6 +68,9 @@ class Handle:
         self._shadowed: list[Any] = []
         self._parameters: dict[nn.Module, list[str]] = {}
         self._told = False
+        needs = settings.vision_needs
+        parts = settings.anatomy.vision if needs else None
+        self._watch = None if parts is None else Watch(parts, needs)
 
     def __reduce__(self) -> Any:
         raise ValueError(
@@ -92,6 +96,8 @@ class Handle:
             # A cut may read the layer before it, and what enters the first.
             if index >= first - 1 or (index == 0 and settings.reads_embeddings):
                 self._register(layer, self._layer_hook(index), None)
+        if self._watch is not None:
+            self._watch_tower(self._watch)
 
     def _register(
         self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
@@ -138,6 +144,19 @@ class Handle:
 
         self._shadow(entry, "generate", noted)
 
+    def _watch_tower(self, watch: Watch) -> None:
+        """Hears the vision tower, and notes the features that it makes."""
+        self._hooks += watch.hook()
+
+        def made(kind: str, signals: Any) -> None:
+            if (call := self._open_call()) is not None:
+                call.signals[kind] = signals
+
+        base = watch.parts.base
+        for kind, name in METHODS.items():
+            if hasattr(type(base), name):
+                self._shadow(base, name, watch.noted(kind, getattr(base, name), made))
+
     def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> None:
         """Puts a method before the class's own, until `remove`."""
         if name not in vars(entry):
@@ -156,6 +175,8 @@ class Handle:
             if vars(entry).get(name) is method:  # else somebody has put another there since
                 delattr(entry, name)
         self._shadowed.clear()
+        if self._watch is not None:
+            self._watch.forget()
 
     def _named(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -175,6 +196,8 @@ class Handle:
         if call is None or module in call.open:  # the latter after an interrupt
             call = self._thread.call = Call()
         call.open.append(module)
+        if self._watch is not None and module is self._watch.parts.base:
+            call.signals.clear()  # of features that were made for something else
         rest, named = self._named(module, args, kwargs)
         merge(call.inputs, named, call.late_labels)
         call.cache = call.inputs.get("past_key_values")
@@ -218,7 +241,9 @@ class Handle:
         tokens = named["input_ids"] if embeds is None else embeds
         records.in_call(inputs.get("past_key_values"), begins=True)
         generating = getattr(self._thread, "generation", None) is not None
-        run = self._thread.run = plan_pass(self._settings, call, inputs, tokens, generating)
+        run = self._thread.run = plan_pass(
+            self._settings, call, inputs, tokens, generating, self._watch
+        )
         self._tell_of_labels(run)
         return (rest, named) if named.pop("visual_mask", None) is not None else None
 
@@ -303,7 +328,9 @@ class Handle:
         self._thread.run = None
         if run is not None:
             records.in_call(run.cache, begins=False)
-            run.embeddings = None  # the pass may live on, for layers that are computed anew
+            run.embeddings = run.seen = (
+                None  # the pass may live on, for layers that are computed anew
+            )
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)

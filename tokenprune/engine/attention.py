@@ -147,7 +147,7 @@ def _rows(
     if not run.rows.visual_asks or level.columns is None:
         return rows_BQ, weights
     # A row that asks may be a visual token, and go: the others count on, or else the last token.
-    rows_BQ = rows_BQ.clamp(0, level.length - 1)
+    rows_BQ = rows_BQ.clamp_max(level.length - 1)
     weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
     total_B1 = weights.sum(1, keepdim=True)
     first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0

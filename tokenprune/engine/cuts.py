@@ -43,9 +43,9 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     view = make_view(run, number, hidden, heard)
     with torch.no_grad(), single_precision(device):
         selection = strategy.select(view, plan.counts[number])
-    kept_BV, num_kept = _checked(run, number, selection, level)
+    kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
     weights_BKV = _mixture(strategy, selection, num_kept, level, plan)
-    run.levels.append(level.after(kept_BV, num_kept, plan, weights_BKV))
+    run.levels.append(level.after(kept_BV, num_kept, counts_B1, plan, weights_BKV))
     seen = [0] * len(num_kept) if run.record is None else run.record.num_visual
     run.stages.append(  # it must keep alive neither the model nor the call
         partial(
@@ -82,8 +82,8 @@ def listen(
 
 def _checked(
     run: Pass, number: int, selection: Selection, level: Level
-) -> tuple[Tensor, list[int]]:
-    """The survivors that a strategy chose, and how many per row."""
+) -> tuple[Tensor, list[int], Tensor]:
+    """The survivors that a strategy chose, and how many per row, here and on the device."""
     kept, budget = selection.kept, run.budgets[number - 1]
     strategy = run.settings.strategies[number - 1]
     expected = (len(level.num_visual), max(level.num_visual))
@@ -94,17 +94,23 @@ def _checked(
             "Return Selection(kept=mask)."
         )
     most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
+    plan = run.plan_on(kept.device)
     if strategy.keeps_exactly:
-        return kept, most
+        counts_B1 = plan.counts[number][:, None]
+        if most != budget:  # an earlier cut has left fewer
+            assert level.counts is not None
+            counts_B1 = torch.minimum(level.counts, counts_B1)
+        return kept, most, counts_B1
     if level.ragged:
-        kept = kept & level.valid(run.plan_on(kept.device))
-    counts: list[int] = kept.sum(1).tolist()
+        kept = kept & level.valid(plan)
+    counts_B1 = kept.sum(1, keepdim=True)
+    counts: list[int] = counts_B1[:, 0].tolist()
     if any(count > keep for count, keep in zip(counts, most, strict=True)):
         raise ValueError(
             f"{type(strategy).__name__}.select: expected at most {most} "
             f"tokens per row, got {counts}. Respect `keep`."
         )
-    return kept, counts
+    return kept, counts, counts_B1
 
 
 def _mixture(

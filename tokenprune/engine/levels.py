@@ -35,7 +35,14 @@ class Plan:
         prompt: int64 (B, S), columns of the prompt's text, pads hold 0; None if nobody asks.
         num_prompt: int64 (B, 1), how many of them exist, or None.
         num_follow: int64 (B, 1), how many of them come after the last visual token, or None.
+        targets: int64 (B, L), columns of labelled tokens, pads hold 0; None if nobody asks.
+        learned: int64 (M,), which of the B * L entries exist, or None.
+        seen: int64 (B, V), numbers of the visual tokens in what the vision tower says of them; None
+            if nobody asks.
+        tiles: int64 (B, V), the tile of each visual token, numbered within the row, -1 for none;
+            None if nobody asks.
         pad: What sorts to the side on which pads stand, -1 or T.
+        random: float32 (B, V), numbers by chance, by cut and what asks for them.
     """
 
     order: Tensor
@@ -48,11 +55,17 @@ class Plan:
     prompt: Tensor | None
     num_prompt: Tensor | None
     num_follow: Tensor | None
+    targets: Tensor | None
+    learned: Tensor | None
+    seen: Tensor | None
+    tiles: Tensor | None
     pad: int
+    random: dict[Any, Tensor]
 
     def on(self, device: torch.device) -> Plan:
         """The same on another device."""
-        return replace(self, **_on(self, device))
+        random = {key: to_device(numbers, device) for key, numbers in self.random.items()}
+        return replace(self, **_on(self, device) | {"random": random})
 
 
 @dataclass(eq=False)
@@ -67,6 +80,7 @@ class Level:
         real: Bool (B, N), or None if none is a pad.
         index: int64 (B, N), where they stood at the level before; None if nothing was removed.
         visual: int64 (B, V), columns of the visual tokens alive; None if the pass has none.
+        counts: int64 (B, 1), how many of them each row has; None if the pass has none.
         pads_left: Whether pads stand on the left.
         chosen: int64 (B, V), which of the visual tokens alive before are left; None for all.
         weights: (B, V, U), how the visual tokens are mixed from the U alive before, or None.
@@ -82,6 +96,7 @@ class Level:
     real: Tensor | None
     index: Tensor | None
     visual: Tensor | None
+    counts: Tensor | None
     pads_left: bool
     chosen: Tensor | None = None
     weights: Tensor | None = None
@@ -112,7 +127,8 @@ class Level:
         Args:
             first: Level 0 of the pass.
         """
-        known, alive, counts = first.visual, self.visual, first.num_visual
+        known, alive = first.visual, self.visual
+        counts = first.counts if first.ragged else None
         assert known is not None
         assert alive is not None
         return lambda: torch.searchsorted(_ascending(known, counts), alive.contiguous())
@@ -133,8 +149,8 @@ class Level:
         width = max(self.num_visual)
         if not self.ragged:
             return plan.order.new_ones((), dtype=torch.bool).expand(len(self.num_visual), width)
-        alive = torch.tensor(self.num_visual, device=plan.order.device)[:, None]
-        return plan.order[:width] < alive
+        assert self.counts is not None
+        return plan.order[:width] < self.counts
 
     def on(self, device: torch.device) -> Level:
         """The same level with its tensors on another device."""
@@ -178,13 +194,19 @@ class Level:
         return mixed.to(values.dtype).view(*mixed.shape[:2], *values.shape[2:])
 
     def after(
-        self, kept_BV: Tensor, num_kept: list[int], plan: Plan, weights: Tensor | None = None
+        self,
+        kept_BV: Tensor,
+        num_kept: list[int],
+        counts: Tensor,
+        plan: Plan,
+        weights: Tensor | None = None,
     ) -> Level:
         """The level on which, of the visual tokens, only the marked ones are left.
 
         Args:
             kept_BV: The marked ones.
             num_kept: How many per row.
+            counts: The same on the device, int64 (B, 1).
             plan: The pass's.
             weights: (B, V, U), how they are mixed, or None.
         """
@@ -205,8 +227,7 @@ class Level:
         visual = take(self.visual, chosen)
         survivors = visual
         if len(set(num_kept)) > 1:
-            number_B1 = torch.tensor(num_kept, device=visual.device)[:, None]
-            survivors = visual.masked_fill(plan.order[:most] >= number_B1, plan.pad)
+            survivors = visual.masked_fill(plan.order[:most] >= counts, plan.pad)
         columns = torch.cat([plan.text, survivors], 1).sort(1).values
         columns = columns[:, -length:] if self.pads_left else columns[:, :length]
         real = None
@@ -225,6 +246,7 @@ class Level:
             real=real,
             index=index,
             visual=visual,
+            counts=counts,
             pads_left=self.pads_left,
             chosen=chosen,
             weights=weights,
@@ -256,27 +278,28 @@ class Level:
             self.moved = order.expand(len(removed), -1)
             self.shift = next_B1 - self.length
             return
-        device = positions_BT.device
         start_B1 = torch.zeros_like(next_B1)
         if not start:
-            start_B1 = next_B1 - torch.tensor(first.num_real, device=device)[:, None]
+            new = first.length if first.real is None else first.real.sum(1, keepdim=True)
+            start_B1 = next_B1 - new
             start_B1 = start_B1 if held_shift is None else start_B1 - held_shift
         ones_BN = torch.ones_like(own_BN) if self.real is None else self.real.long()
         order_BN = (ones_BN.cumsum(1) - 1).clamp_min(0) + start_B1
-        removed_B1 = torch.tensor(removed, device=device)[:, None]
+        assert self.counts is not None
+        assert first.counts is not None
+        removed_B1 = self.counts != first.counts
         otherwise = own_BN if self.moved is None else self.moved
         self.moved = torch.where(removed_B1, order_BN, otherwise)
         shift_B1 = next_B1 - start_B1 - ones_BN.sum(1, keepdim=True)
         self.shift = torch.where(removed_B1, shift_B1, 0 if held_shift is None else held_shift)
 
 
-def _ascending(visual_BV: Tensor, counts: list[int]) -> Tensor:
+def _ascending(visual_BV: Tensor, counts_B1: Tensor | None) -> Tensor:
     """Columns of visual tokens; the entries that do not exist come last."""
-    if len(set(counts)) == 1:
+    if counts_B1 is None:
         return visual_BV
-    most = torch.tensor(counts, device=visual_BV.device)[:, None]
     order = torch.arange(visual_BV.shape[1], device=visual_BV.device)
-    return visual_BV.masked_fill(order >= most, torch.iinfo(torch.int64).max)
+    return visual_BV.masked_fill(order >= counts_B1, torch.iinfo(torch.int64).max)
 
 
 def _on(table: Plan | Level, device: torch.device) -> dict[str, Any]:

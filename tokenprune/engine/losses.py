@@ -39,32 +39,52 @@ def promise_labels(
 def finish(run: Pass, output: Any) -> Any:
     """What the decoder gives its head, with the labels for it: the promise of `promise_labels`."""
     settings, level = run.settings, run.levels[-1]
-    if not run.call.late_labels and not (settings.full and level.columns is not None):
+    if settings.full and level.columns is not None:
+        output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
+    if not run.call.late_labels:
         return output
-    labels, shifted = _labels(run, output.last_hidden_state.device)
-    if settings.full:
-        if level.columns is not None:
-            output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
-    elif level.columns is not None and labels is not None:
+    hidden = output.last_hidden_state
+    if settings.supervised and run.rows.targets is not None and run.plan is not None:
+        output.last_hidden_state, learned = _learned(run, hidden)
+        _keep_promise(run, learned, learned)
+        return output
+    labels, shifted = _labels(run, hidden.device)
+    if level.columns is not None and not settings.full:
         labels, shifted = _of_survivors(run, labels, shifted)
-    if settings.supervised and shifted is not None:
-        hidden = output.last_hidden_state
+    if settings.supervised:
         chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]
         labels = shifted = shifted.flatten()[chosen][None]
-    for tensor, is_shifted in run.call.late_labels:
-        filled = shifted if is_shifted else labels
-        assert filled is not None
-        tensor.data = filled.to(tensor.device).contiguous()
+    _keep_promise(run, labels, shifted)
     return output
 
 
-def _labels(run: Pass, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _keep_promise(run: Pass, labels: Tensor, shifted: Tensor) -> None:
+    for tensor, is_shifted in run.call.late_labels:
+        filled = shifted if is_shifted else labels
+        tensor.data = filled.to(tensor.device).contiguous()
+
+
+def _learned(run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (1, M, D) that predict a label each, and these labels, (1, M).
+
+    Which they are is known before the pass: the device is not waited for.
+    """
+    device = hidden.device
+    level, plan = run.at(len(run.levels) - 1, device), run.plan_on(device)
+    assert plan.targets is not None
+    assert plan.learned is not None
+    rows_B1 = torch.arange(len(plan.targets), device=device)[:, None]
+    before_BL = level.find(plan.targets) - 1 + rows_B1 * level.length
+    labels_BL = take(run.call.inputs["labels"].to(device), plan.targets)
+    chosen = before_BL.flatten()[plan.learned]
+    return hidden.flatten(0, 1)[chosen][None], labels_BL.flatten()[plan.learned][None]
+
+
+def _labels(run: Pass, device: torch.device) -> tuple[Tensor, Tensor]:
     """Labels (B, T), and shifted to where they are predicted; what no survivor predicts is none."""
-    if not run.call.late_labels:
-        return None, None
     labels = run.call.inputs["labels"].to(device)
     shifted = run.call.inputs.get("shift_labels")
     if shifted is None:
@@ -105,12 +125,11 @@ def _at_full_length(run: Pass, hidden: Tensor) -> Tensor:
     return take(hidden, index.clamp_min(0))
 
 
-def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor | None) -> tuple[Tensor, Tensor]:
+def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of the survivors, (B, N), and shifted to the survivors that predict them."""
     level = run.at(len(run.levels) - 1, labels.device)
     columns, real = level.columns, level.real
     assert columns is not None
-    assert shifted is not None
     # What a survivor predicts stands, shifted, just before the next survivor.
     ends = torch.full_like(columns[:, :1], labels.shape[1])
     before_next = torch.cat([columns[:, 1:], ends], 1) - 1
@@ -118,7 +137,8 @@ def _of_survivors(run: Pass, labels: Tensor, shifted: Tensor | None) -> tuple[Te
         return take(labels, columns), take(shifted, before_next)
     followed = nn.functional.pad(real, (0, 1), value=True)[:, 1:]
     before_next = torch.where(followed, before_next, columns).clamp_min(0)
+    preceded = real & nn.functional.pad(real, (1, 0))[:, :-1]  # no pad predicts a row's first
     return (
-        take(labels, columns).masked_fill(~real, IGNORED),
+        take(labels, columns).masked_fill(~preceded, IGNORED),
         take(shifted, before_next).masked_fill(~real, IGNORED),
     )

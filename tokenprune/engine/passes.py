@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine import chance
 from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
+from tokenprune.engine.vision import Seen, Signals, Watch, match
 from tokenprune.families.inputs import facts, layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
@@ -34,12 +36,14 @@ class Call:
         cache: The cache, if it came from outside.
         late_labels: Label tensors handed to the model's loss, to be filled when the survivors are
             known, and whether they are shifted ones.
+        signals: What the vision tower was heard of, by kind of features, if a strategy asks.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
     open: list[nn.Module] = field(default_factory=list)
     cache: Any = None
     late_labels: list[tuple[Tensor, bool]] = field(default_factory=list)
+    signals: dict[str, Signals] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -93,11 +97,12 @@ class Pass:
         plan: What is on the device; None in a pass that needs nothing there.
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
+        seen: What the vision tower says of the visual tokens, if a strategy asks.
         places: Finds the places of the visual tokens.
         heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
-        copies: Levels and plans on other devices than where they were made.
+        copies: Levels and plans on other devices than where they were made, and the places.
     """
 
     settings: Settings
@@ -113,10 +118,11 @@ class Pass:
     places: Callable[[], list[Tensor]]
     positions: Tensor | None = None
     embeddings: Tensor | None = None
+    seen: Seen | None = None
     heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
-    copies: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
+    copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)
 
     @property
     def offset(self) -> int:
@@ -166,7 +172,12 @@ def merge(
 
 
 def plan_pass(
-    settings: Settings, call: Call, inputs: dict[str, Any], tokens: Tensor, generating: bool
+    settings: Settings,
+    call: Call,
+    inputs: dict[str, Any],
+    tokens: Tensor,
+    generating: bool,
+    watch: Watch | None = None,
 ) -> Pass:
     """A pass over new tokens: which are visual, which ask, how many of each row may stay.
 
@@ -176,6 +187,7 @@ def plan_pass(
         inputs: Arguments of the decoder and of the modules above it.
         tokens: Ids (B, T) or embeddings (B, T, D).
         generating: Whether the call is one of a `generate`.
+        watch: What hears the vision tower, if a strategy asks.
 
     Raises:
         ValueError: If the call cannot be honoured.
@@ -192,7 +204,8 @@ def plan_pass(
     )
     prunes = any(rows.num_visual) and bool(settings.cuts)
     _check_window(settings, record, prunes, offset + length)
-    if record is not None and (rows.visual[:, 0] & np.array(record.ends_visual)).any():
+    begins_visual = rows.visual[:, 0]
+    if begins_visual.any() and record is not None and (begins_visual & record.ends_visual).any():
         raise ValueError(
             "prune: expected an image in one call, got one whose tokens go on in the next: its "
             "budget and its question are known to neither. Leave prefill_chunk_size out, or "
@@ -207,10 +220,13 @@ def plan_pass(
         ]
         for stage in range(len(settings.cuts) if prunes else 0)
     ]
+    seen = None
+    if prunes and watch is not None:
+        seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     differs = record is not None and record.cut
     plan = None
-    if prunes or rows.padded:
-        plan = _upload(rows, budgets, tokens.device)
+    if prunes or rows.padded or rows.targets is not None:
+        plan = _upload(settings, rows, budgets, seen, tokens.device)
     level = Level(
         length=length,
         num_real=rows.num_real,
@@ -219,6 +235,7 @@ def plan_pass(
         real=None if plan is None or plan.real is None else plan.real.bool(),
         index=None,
         visual=None if plan is None else plan.visual,
+        counts=None if plan is None else plan.counts[0][:, None],
         # Generation reads the last column: pad on the left unless the batch is on the right.
         pads_left=rows.ends_real,
     )
@@ -235,6 +252,7 @@ def plan_pass(
         # Where nothing is cut, all levels are there from the start.
         levels=[level] if prunes else _levels(level, record, len(settings.cuts)),
         plan=plan,
+        seen=seen,
         places=cache(_place_finder(settings, inputs, rows)),
     )
 
@@ -248,11 +266,21 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
     return levels
 
 
-def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
+#: Parts of a plan that not every pass has.
+_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned", "seen", "tiles")
+
+
+def _upload(
+    settings: Settings,
+    rows: Rows,
+    budgets: list[list[int]],
+    seen: Seen | None,
+    device: torch.device,
+) -> Plan:
     """What is known of a pass, on the device by one upload."""
     length = rows.real.shape[1]
     pad = -1 if rows.ends_real else length
-    tables: dict[str, Ints] = {
+    tables: dict[Any, Ints] = {
         "order": np.arange(length),
         "text": columns(rows.real & ~rows.visual, pad),
         "visual": columns(rows.visual, 0),
@@ -268,6 +296,15 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
             tables["prompt"] = np.zeros((len(rows.prompt), 1), dtype=np.int64)
         tables["num_prompt"] = np.array(counts(rows.prompt), dtype=np.int64)[:, None]
         tables["num_follow"] = np.array(rows.num_follow, dtype=np.int64)[:, None]
+    if rows.targets is not None:
+        tables["targets"] = columns(rows.targets, -1)
+        tables["learned"] = np.flatnonzero(tables["targets"] >= 0)
+        tables["targets"] = tables["targets"].clip(0)
+    if seen is not None:
+        tables["seen"], tables["tiles"] = seen.index, seen.tiles
+    drawn = chance.foreseen(settings, rows, budgets)
+    for key, numbers in drawn.items():  # their bits, as integers like all else
+        tables[key] = numbers.view(np.int32).astype(np.int64)
     flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
     flat = flat.to(device, non_blocking=True)
     parts = torch.split(flat, [table.size for table in tables.values()])
@@ -275,8 +312,9 @@ def _upload(rows: Rows, budgets: list[list[int]], device: torch.device) -> Plan:
         name: part.view(table.shape)
         for (name, table), part in zip(tables.items(), parts, strict=True)
     }
-    absent: dict[str, Any] = dict.fromkeys(("real", "prompt", "num_prompt", "num_follow"))
-    return Plan(pad=pad, **absent | made)
+    absent: dict[str, Any] = dict.fromkeys(_OPTIONAL)
+    random = {key: made.pop(key).to(torch.int32).view(torch.float32) for key in drawn}
+    return Plan(pad=pad, random=random, **absent | made)
 
 
 def _check_window(

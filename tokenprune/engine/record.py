@@ -63,25 +63,52 @@ class Record:
     Attributes:
         policy: Cuts and positions it was written with.
         num_columns: Columns of the conversation so far.
-        num_visual: Visual tokens so far, per row.
-        ends_visual: Whether each row ends in a visual token.
+        num_rows: Rows of the batch.
+        seen: Visual tokens so far, per row, but for `moved`.
+        ended: Whether each row ends in a visual token, but for `moved`.
         last_visual: Latest column that is visual in some row, or -1.
         real: Bool (B, num_columns - tail), which columns the caller's mask did not hide, or None.
         held: One entry per level. Levels that hold the same share one entry.
         tail: Latest columns, text without pads, that every level holds besides.
         in_call: Whether the model is being called: transformers sizes masks by some layer, and
             must not be told of one that holds less than the conversation.
+        moved: int64, the rows in their present order, as far as nobody has asked: beams move at
+            every step, and to ask the device where to would wait for it.
     """
 
     policy: Policy
     num_columns: int
-    num_visual: list[int]
-    ends_visual: list[bool]
+    seen: list[int]
+    ended: list[bool]
     last_visual: int
     real: Tensor | None
     held: list[Held]
     tail: int = 0
     in_call: bool = False
+    moved: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seen) if self.moved is None else len(self.moved)
+
+    @property
+    def num_visual(self) -> list[int]:
+        """Visual tokens so far, per row."""
+        self._settle()
+        return self.seen
+
+    @property
+    def ends_visual(self) -> list[bool]:
+        """Whether each row ends in a visual token."""
+        self._settle()
+        return self.ended
+
+    def _settle(self) -> None:
+        if self.moved is not None:
+            order = self.moved.tolist()
+            self.seen = [self.seen[row] for row in order]
+            self.ended = [self.ended[row] for row in order]
+            self.moved = None
 
     def length(self, level: int) -> int:
         """Tokens that a layer of this level holds, pads included."""
@@ -92,7 +119,7 @@ class Record:
         held = self.held[level]
         if held.columns is None:
             every = torch.arange(self.num_columns, device=device)
-            return every.expand(len(self.num_visual), -1)
+            return every.expand(self.num_rows, -1)
         new = torch.arange(self.num_columns - self.tail, self.num_columns, device=device)
         known = held.columns.to(device)
         known = known.clamp_min(0) if held.ragged else known
@@ -139,13 +166,10 @@ class Record:
 
     def select(self, rows: Tensor) -> None:
         """Rows take other rows' places, as in the cache (beams)."""
-        if len(set(self.num_visual)) == 1 and len(set(self.ends_visual)) == 1:
-            self.num_visual = self.num_visual[:1] * len(rows)
-            self.ends_visual = self.ends_visual[:1] * len(rows)
+        if len(set(self.seen)) == 1 and len(set(self.ended)) == 1:
+            self.seen, self.ended = self.seen[:1] * len(rows), self.ended[:1] * len(rows)
         else:
-            order = rows.tolist()
-            self.num_visual = [self.num_visual[row] for row in order]
-            self.ends_visual = [self.ends_visual[row] for row in order]
+            self.moved = rows if self.moved is None else self.moved[rows]
 
         def picked(table: Tensor | None) -> Tensor | None:
             return None if table is None else table[rows.to(table.device)]
@@ -206,6 +230,17 @@ class PrunedCache:
             return own.get_mask_sizes(query_length, *args, **kwargs)
         return self.get_seq_length() + query_length, 0
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = super()
+        record = record_of(self)
+        if record is not None and not record.in_call and record.cut:
+            raise ValueError(
+                f"prune: expected a cache pruned at layers {list(record.policy.cuts)} to be "
+                "continued inside prune(...), as it began, got a call of the unpruned model, which "
+                "would take its layers for layers that hold the whole conversation."
+            )
+        return own.update(*args, **kwargs)
+
     def reset(self) -> None:
         own: Any = super()
         own.reset()
@@ -226,7 +261,7 @@ class PrunedCache:
         own.batch_repeat_interleave(repeats)
         record = record_of(self)
         if record is not None:
-            self._select(torch.arange(len(record.num_visual)).repeat_interleave(repeats))
+            self._select(torch.arange(record.num_rows).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
         record = record_of(self)
@@ -286,7 +321,7 @@ def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record |
     Raises:
         ValueError: If the cache cannot be continued under this schedule.
     """
-    if cache is None or not hasattr(cache, "get_seq_length"):
+    if cache is None:
         return None
     record = record_of(cache)
     if record is None:
@@ -299,10 +334,10 @@ def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record |
             f"positions, got one pruned at {list(record.policy.cuts)} with "
             f"{record.policy.positions} ones. Continue a conversation the way it began."
         )
-    if len(record.num_visual) != num_rows:
+    if record.num_rows != num_rows:
         raise ValueError(
             f"prune: expected a cache of {num_rows} rows, got one recorded with "
-            f"{len(record.num_visual)}. Repeat the prompt's rows, not the cache's."
+            f"{record.num_rows}. Repeat the prompt's rows, not the cache's."
         )
     if is_fixed(cache):  # it holds its lengths on the device, and cannot be cropped
         return record
@@ -371,7 +406,10 @@ def write(
     length = levels[0].length
     if before is not None and not pruned and real_BT is None:
         before.num_columns += length
-        before.ends_visual = ends_visual
+        if any(ends_visual):  # a schedule without cuts
+            before.seen, before.ended = before.num_visual, ends_visual
+        elif any(before.ended):  # now no row does, in whichever order
+            before.ended = [False] * len(before.ended)
         before.tail += length
         keep(cache, before)
         return
@@ -402,8 +440,8 @@ def write(
     record = Record(
         policy=policy,
         num_columns=offset + length,
-        num_visual=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
-        ends_visual=ends_visual,
+        seen=[a + b for a, b in zip(seen, levels[0].num_visual, strict=True)],
+        ended=ends_visual,
         last_visual=latest,
         real=real,
         held=held,

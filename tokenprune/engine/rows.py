@@ -37,6 +37,8 @@ class Rows:
         asking: Bool (B, T), the `"last"` query rows.
         prompt: Bool (B, T), text that is no answer and no guess; None where nobody asks.
         ids: int64 (B, T), or None where the call has none or nothing needs them.
+        targets: Bool (B, T), tokens whose labels are learned, where each is predicted by a token
+            that survives whatever is chosen; None otherwise, or where nobody asks.
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
         goes_back: Whether given positions fall between two neighbours of a row with an image.
@@ -47,6 +49,7 @@ class Rows:
     asking: Bools
     prompt: Bools | None = None
     ids: Ints | None = None
+    targets: Bools | None = None
     labelled: bool = False
     mute: bool = False
     goes_back: bool = False
@@ -191,6 +194,9 @@ def read_rows(
         asking=asking,
         prompt=_prompt(real & ~visual, labelled, asking) if settings.reads_text else None,
         ids=ids,
+        targets=_targets(real, visual, labelled)
+        if settings.supervised and shifted is None
+        else None,
         mute=bool(np.any(mute)),
         labelled=labelled is not None,
         goes_back="positions" in fetched
@@ -275,6 +281,16 @@ def _prompt(text: Bools, labelled: Bools | None, asking: Bools) -> Bools:
     return text & ahead
 
 
+def _targets(real: Bools, visual: Bools, labelled: Bools | None) -> Bools | None:
+    """Labelled tokens that have something before them; None if that may be gone, or they may."""
+    if labelled is None:
+        return None
+    text = real & ~visual
+    targets: Bools = labelled & real & (real.cumsum(1) > 1)
+    sure = (targets <= (text & (text.cumsum(1) > 1))).all()
+    return targets if sure and targets.any() else None
+
+
 def _by_sight(sights: Ints) -> Bools:
     """Which tokens are real, by who sees whom (see `masks.sights`).
 
@@ -289,7 +305,7 @@ def _by_sight(sights: Ints) -> Bools:
     for row in range(len(sights)):
         ends = np.flatnonzero(seen[row])
         end = int(ends[-1]) + 1 if len(ends) else 0
-        starts = itself[row, :end] & ~sees[row, :end] & (np.cumsum(seen[row, :end]) > 0)
+        starts = itself[row, :end] & ~sees[row, :end]
         starts[: int(ends[0]) + 1 if len(ends) else 0] = False
         if starts.any():
             raise packed("an attention_mask under which a token sees nothing before it")

@@ -14,6 +14,7 @@ from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
+    LOGITS,
     POSITIONS,
     DecoderKeys,
     DecoderRows,
@@ -23,10 +24,13 @@ from tokenprune.strategy import (
     PerStage,
     Projected,
     PruningStrategy,
+    RandomNumbers,
     Text,
+    VisionNeed,
+    VisionRows,
+    vision_needs,
 )
 
-LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
@@ -116,6 +120,11 @@ class Settings:
         )
 
     @cached_property
+    def vision_needs(self) -> frozenset[VisionNeed]:
+        """What the strategies of all cuts ask of the vision tower."""
+        return frozenset(need for strategy in self.strategies for need in vision_needs(strategy))
+
+    @cached_property
     def asks_last(self) -> bool:
         """Whether the last prompt token's attention chooses."""
         return any(isinstance(need, DecoderRows) and need.queries == "last" for need in self.needs)
@@ -169,13 +178,38 @@ class Settings:
                 f"prune: expected a decoder whose last norm is known, for hidden states after it, "
                 f"got {type(self.anatomy.decoder).__name__} in {name}. Choose another strategy."
             )
-        known = (DecoderRows, DecoderKeys, Entered, Normed, Projected, Text)
+        known = (
+            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, RandomNumbers, Text),
+            VisionNeed,
+        )
         for need in self.needs:
             if not isinstance(need, known):
                 raise ValueError(
                     f"prune: expected needs that the engine knows, got {need!r}. "
                     "See tokenprune.strategy."
                 )
+        for vision_need in sorted(self.vision_needs, key=repr):
+            self._check_vision(vision_need, name)
+
+    def _check_vision(self, need: VisionNeed, name: str) -> None:
+        """Refuses what this model's vision tower cannot give."""
+        parts = self.anatomy.vision
+        if parts is None:
+            raise ValueError(
+                f"prune: expected a model whose vision tower is known, for {need}, got {name} "
+                f"({self.anatomy.config.model_type}). Choose a strategy that does not read the "
+                "tower, or describe the tower with register_adapter."
+            )
+        if not -len(parts.layers) <= need.layer < len(parts.layers):
+            raise ValueError(
+                f"prune: expected one of the {len(parts.layers)} layers of {name}'s vision tower, "
+                f"got {need}. Name another."
+            )
+        if isinstance(need, VisionRows) and need.queries == "class" and not parts.num_class:
+            raise ValueError(
+                f"prune: expected a vision tower with a class token, for {need}, got {name}, whose "
+                'tower has none. Use queries="all", or another strategy.'
+            )
 
 
 def unsupported_attention(anatomy: Anatomy) -> ValueError:

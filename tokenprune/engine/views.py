@@ -5,28 +5,34 @@ Shape suffixes: B batch rows, V visual tokens alive.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine import chance
 from tokenprune.engine.passes import Pass
-from tokenprune.engine.rows import Rows
 from tokenprune.families.anatomy import device_of, final_norm
 from tokenprune.strategy import (
+    BESIDE,
     DecoderKeys,
     DecoderRows,
     Entered,
+    HasPatches,
     Need,
     Normed,
     Projected,
+    RandomNumbers,
     Text,
     TextView,
+    Tiles,
+    TileShape,
     TokensAndText,
     TokenView,
+    VisionNeed,
+    VisionRows,
+    vision_needs,
 )
 from tokenprune.tensors import take, to_device
 
@@ -51,13 +57,22 @@ def make_view(
     strategy = run.settings.strategies[number - 1]
 
     def signal(need: Need) -> Any:
-        if need not in strategy.needs():
+        beside = need in BESIDE and vision_needs(strategy)
+        if need not in strategy.needs() and not beside:
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
                 f"{list(strategy.needs())}, got {need}. Declare it there."
             )
         if isinstance(need, DecoderRows):
             return heard[need]
+        if isinstance(need, VisionNeed):
+            return _vision(run, number, need, device)
+        if isinstance(need, RandomNumbers):
+            known = plan.random.get((number - 1, need))
+            if known is None:  # an earlier cut has left as many as it pleased
+                drawn = chance.draw(run.rows, level.num_visual, need.seed, layer)
+                known = torch.from_numpy(drawn).to(device)
+            return known
         if isinstance(need, DecoderKeys):
             return TokensAndText(*heard[need])
         if isinstance(need, Normed):
@@ -65,10 +80,18 @@ def make_view(
         makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
         return makers[need](run, number, device)
 
+    def positions() -> Tensor:
+        assert run.positions is not None
+        known = to_device(run.positions, device)
+        return take(known, visual_BV) - _start(run, known)
+
     def places() -> Tensor:
-        table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+        if ("places", device) not in run.copies:  # the same at all cuts
+            table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
+            run.copies["places", device] = table.to(device)
+        table = run.copies["places", device]
         number_BV = level.numbers(run.at(0, device))()
-        return take(table.to(device), number_BV.clamp_max(table.shape[1] - 1))
+        return take(table, number_BV)
 
     return TokenView(
         layer=layer,
@@ -81,7 +104,6 @@ def make_view(
         _hidden=lambda: take(hidden, level.seats()).detach(),
         _places=places,
         _signal=signal,
-        _random=lambda seed: random(run.rows, level.num_visual, seed, layer).to(device),
     )
 
 
@@ -113,6 +135,30 @@ def _normed(run: Pass, number: int, hidden: Tensor) -> TokensAndText:
         return made.to(device)
 
     return TokensAndText(normed(level.seats()), normed(text_BS))
+
+
+def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> Any:
+    """What the vision tower says of the visual tokens alive before a cut."""
+    plan = run.plan_on(device)
+    assert run.seen is not None
+    assert plan.seen is not None
+    assert plan.tiles is not None
+    if need == TileShape():
+        return run.seen.tile_shape
+    if need == Tiles():
+        return _seated(run, number, plan.tiles)
+    if need == HasPatches():
+        return _alive(run, number, plan.tiles[..., None] >= 0)[..., 0]
+    signal = _alive(run, number, run.seen.signal(need, plan.seen))
+    return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
+
+
+def _seated(run: Pass, number: int, values: Tensor) -> Tensor:
+    """What cannot be mixed of a call's visual tokens (B, V), of the seats alive before a cut."""
+    for earlier in range(1, number):
+        chosen = run.at(earlier, values.device).chosen
+        values = values if chosen is None else take(values, chosen)
+    return values
 
 
 def _alive(run: Pass, number: int, values: Tensor) -> Tensor:
@@ -152,20 +198,3 @@ def _start(run: Pass, positions_BT: Tensor) -> Tensor | int:
     if run.record is not None or real_BT is None:
         return 0
     return positions_BT.masked_fill(~real_BT, positions_BT.max()).amin(1, keepdim=True)
-
-
-def random(rows: Rows, num_alive: list[int], seed: int, layer: int) -> Tensor:
-    """Numbers (B, V) fixed by seed, layer and the row's unpadded ids, or its token counts."""
-    drawn = []
-    for row, count in enumerate(num_alive):
-        if rows.ids is None:
-            own = [rows.num_real[row], rows.num_visual[row]]
-        else:
-            own = rows.ids[row][rows.real[row]].tolist()
-        digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        drawn.append(torch.rand(count, generator=generator).numpy())
-    table = np.zeros((len(num_alive), max(num_alive)), dtype=np.float32)
-    for row, own_numbers in enumerate(drawn):
-        table[row, : len(own_numbers)] = own_numbers
-    return torch.from_numpy(table)

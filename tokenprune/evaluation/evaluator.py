@@ -20,7 +20,9 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
+from tokenprune.runs.loggers import CSVCurve, log_config
 from tokenprune.runs.models import LoadedModel
+from tokenprune.runs.targets import load_imports
 
 _PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
 
@@ -71,8 +73,12 @@ class Evaluator(pl.LightningModule):
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
+    def setup(self, stage: str) -> None:
+        log_config(self.trainer, self.config)
+
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
+        load_imports(self.config)
         self.loaded = self.load()
         self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
         if getattr(self.loaded.model, "hf_device_map", None) is None:
@@ -157,6 +163,14 @@ class Evaluator(pl.LightningModule):
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         pictured = records[: self.num_pictures]
         pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
+        if self.trainer.loggers:
+            row = results.row(metrics, self.folder.name)
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            for logger in self.trainer.loggers:
+                if isinstance(logger, CSVCurve):
+                    logger.begin()  # an earlier run may have left one
+                logger.log_metrics(numbers)
+                logger.save()
         results.write_run(
             folder=self.folder,
             config=self.config,
@@ -173,9 +187,3 @@ class Evaluator(pl.LightningModule):
             },
             versions=self.marks | {"device": on},
         )
-        if self.trainer.loggers:
-            row = results.row(metrics, self.folder.name)
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(numbers)
-                logger.save()

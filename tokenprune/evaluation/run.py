@@ -15,7 +15,7 @@ from tokenprune.evaluation.generation import pruned
 from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_evaluation
-from tokenprune.runs.loggers import CSVCurve, build_logger
+from tokenprune.runs.loggers import build_logger
 from tokenprune.runs.trainers import build_trainer, quiet
 
 # Lightning's advice on what is meant to be so.
@@ -49,9 +49,6 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     trainer: Any = build_trainer(
         config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
     )
-    for own in trainer.loggers:
-        if isinstance(own, CSVCurve):
-            own.cut(-1)  # of an earlier run
     # Lightning's own handlers note a SIGTERM, and act on it in training only.
     trainer._signal_connector.register_signal_handlers = _leave_signals
     loaded = loading.load_model(config, marks)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.families.projection import Positions, QueriesAndKeys, project
+from tokenprune.families.tower import Tower
 
 #: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
 Places = Tensor
@@ -35,6 +36,7 @@ class Adapter:
         decoder: Path of the module that runs the layers, where `get_decoder()` finds another.
         token_arguments: Arguments of a layer with an entry per token, and the dimension it is in.
         first_layer: First decoder layer before which tokens can be pruned.
+        tower: Its vision tower, for strategies that read it.
         refusal: Why the family cannot be pruned at all, if so.
     """
 
@@ -49,6 +51,7 @@ class Adapter:
     decoder: str | None = None
     token_arguments: Mapping[str, int] = field(default_factory=dict)
     first_layer: int = 0
+    tower: Tower | None = None
     refusal: str | None = None
 
 

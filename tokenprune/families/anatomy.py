@@ -6,6 +6,7 @@ Shape suffixes: B batch rows, T sequence positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.families.adapter import Adapter, adapter_of
 from tokenprune.families.inputs import mark_visual
+from tokenprune.families.tower import VisionParts, find_tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,20 @@ class Anatomy:
         """The attention implementation that the decoder is set to now."""
         decoder: Any = self.decoder
         return str(decoder.config._attn_implementation)
+
+    @cached_property
+    def vision(self) -> VisionParts | None:
+        """The vision tower, where the family's is known."""
+        seeing = [entry for entry in self.entries if hasattr(entry, "get_image_features")]
+        if self.adapter.tower is None or not seeing:
+            return None
+        return find_tower(self.adapter.tower, seeing[-1])
+
+    def placeholders(self, kind: str) -> tuple[int, ...]:
+        """Placeholder ids of one kind of visual tokens, `"image"` or `"video"`."""
+        names = (name for name in self.adapter.placeholder_ids if name.startswith(kind))
+        ids = {getattr(self.config, name, None) for name in names}
+        return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 
 def examine(model: nn.Module) -> Anatomy:

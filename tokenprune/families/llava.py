@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, register_adapter
 from tokenprune.families.places import raster
+from tokenprune.families.tower import Patches, Tower
 
 
 def layout(
@@ -29,5 +31,23 @@ def layout(
     return rows
 
 
-for _model_type in ("llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid", "janus"):
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """A token a patch."""
+    return Patches(selected(model, named, index).reshape(-1, 1))
+
+
+def selected(model: Any, named: Mapping[str, Any], index: Tensor) -> Tensor:
+    """What of each tile's positions (N, L) becomes tokens.
+
+    `"default"` drops the tower's first position, be it a class token or not; `"full"` drops none.
+    """
+    given = named.get("vision_feature_select_strategy")
+    strategy = model.config.vision_feature_select_strategy if given is None else given
+    return index[:, 1:] if strategy == "default" else index
+
+
+TOWER = Tower("vision_tower", patches)
+
+register_adapter("llava", Adapter(layout=layout, tower=TOWER))
+for _model_type in ("vipllava", "deepseek_vl", "deepseek_vl_hybrid", "janus"):
     register_adapter(_model_type, Adapter(layout=layout))

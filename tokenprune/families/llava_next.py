@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, register_adapter
+from tokenprune.families.llava import selected
 from tokenprune.families.places import number_images, raster
+from tokenprune.families.tower import Patches, Tower
 
 
 def layout(
@@ -59,4 +63,22 @@ def _mosaics_of_length(config: Any, length: int) -> set[tuple[int, int]]:
     return fitting
 
 
-register_adapter("llava_next", Adapter(layout=layout))
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """The model's own packing, of numbers instead of features; newlines are no patches."""
+    module = sys.modules[type(model).__module__]
+    config, sizes = model.config, named["image_sizes"]
+    edge = config.vision_config.image_size
+    counts = [
+        module.image_size_to_num_patches(size, config.image_grid_pinpoints, edge) for size in sizes
+    ]
+    strategy = named.get("vision_feature_select_strategy")
+    packed, _ = model.pack_image_features(
+        torch.split(selected(model, named, index)[..., None], counts),
+        sizes,
+        vision_feature_select_strategy=strategy or config.vision_feature_select_strategy,
+        image_newline=torch.tensor([-1]),
+    )
+    return Patches(torch.cat(packed))
+
+
+register_adapter("llava_next", Adapter(layout=layout, tower=Tower("vision_tower", patches)))

@@ -15,6 +15,23 @@ _NOT_ON_CPU = (
 )
 
 
+def check_nodes(trainer: Mapping[str, Any]) -> None:
+    """Refuses a trainer's config of several machines, which would wait for each other.
+
+    Args:
+        trainer: Arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: There are several.
+    """
+    nodes = trainer.get("num_nodes")
+    if nodes not in (None, 1):
+        raise ValueError(
+            f"trainer.num_nodes: expected 1, this machine, got {nodes!r}. Leave it out; "
+            "trainer.devices says how many processes run here."
+        )
+
+
 def check_devices(trainer: Mapping[str, Any]) -> None:
     """Refuses a trainer's config that this machine cannot honour.
 
@@ -23,8 +40,9 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: There is no GPU, or there are fewer of them, or of a CPU's cores, than
-            processes.
+            processes; or it asks for other machines.
     """
+    check_nodes(trainer)
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     num_gpus = _num_gpus(trainer)
     if accelerator in ("gpu", "cuda") and num_gpus == 0:
@@ -53,8 +71,10 @@ def check_settings(trainer: Mapping[str, Any]) -> None:
         trainer: Arguments of `pytorch_lightning.Trainer`.
 
     Raises:
-        ValueError: Training has no end, or the precision keeps no small updates.
+        ValueError: Training has no end, the precision keeps no small updates, or it asks for other
+            machines.
     """
+    check_nodes(trainer)
     steps, epochs = (trainer.get(name) for name in ("max_steps", "max_epochs"))
     if steps in (None, -1) and epochs in (None, -1):
         raise ValueError(

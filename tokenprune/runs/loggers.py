@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from tokenprune.runs import targets
+from tokenprune.runs.files import draft, growing
 from tokenprune.runs.results import write_text
 
 
@@ -19,23 +22,23 @@ def build_logger(config: Any) -> Any:
     """The logger that a config names, False for none.
 
     Raises:
-        ValueError: If its package is not installed.
+        ValueError: If it cannot be imported, or its package is not installed.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    return targets.build(config, "logger", Logger) if config else False
 
-    if not config:
-        return False
-    try:
-        return instantiate(config)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise ValueError(
-            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
-            "got none. Install it (TensorBoard: pip install 'tokenprune-vlm[train]'), or choose "
-            "logger=csv."
-        ) from error
+
+def log_config(trainer: pl.Trainer, config: Mapping[str, Any]) -> None:
+    """Gives a run's whole config to its loggers; before it runs, for some then write their files.
+
+    Args:
+        trainer: Whose loggers.
+        config: The resolved config.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # Of an earlier run in this folder: it is never written again.
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        logger.log_hyperparams(dict(config))
 
 
 class CSVCurve(CSVLogger):
@@ -63,6 +66,10 @@ class CSVCurve(CSVLogger):
         if self._experiment is None:
             self._experiment = _Appends(log_dir=self.log_dir)
         return self._experiment
+
+    def begin(self) -> None:
+        """Lets the next row take the place of the file, whatever was in it."""
+        self._experiment = _Replaces(log_dir=self.log_dir)
 
     def cut(self, step: int) -> None:
         """Removes the rows of later steps, which are going to be done again.
@@ -100,6 +107,10 @@ def _step(row: dict[str, Any]) -> float:
 class _Appends(ExperimentWriter):
     """Finds its file's columns instead of deleting it, and never leaves it half-written."""
 
+    def save(self) -> None:
+        with growing(Path(self.metrics_file_path)):
+            super().save()
+
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
@@ -111,3 +122,20 @@ class _Appends(ExperimentWriter):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         _write(path, fieldnames, rows)
+
+
+class _Replaces(_Appends):
+    """Writes its first rows to another file, which takes the place of the one before."""
+
+    def _check_log_dir_exists(self) -> None:
+        self._path: str | None = None
+
+    def save(self) -> None:
+        if self._path is not None:
+            super().save()
+            return
+        path = self.metrics_file_path
+        with draft(Path(path)) as beside:
+            self.metrics_file_path = str(beside)
+            super().save()
+        self._path = self.metrics_file_path = path

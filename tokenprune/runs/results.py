@@ -1,18 +1,19 @@
 """Files of a run and of a sweep.
 
-A run is complete once `metrics.json` is there: it is written last, and every file appears whole or
-not at all. `versions.json` says what the run was made from, so that a run of another model, other
-data or other packages is not taken for it.
+A run is complete once `metrics.json` is there: its files take their places together, that one last.
+`versions.json` says what the run was made from, so that a run of another model, other data or other
+packages is not taken for it.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from tokenprune import __version__
-from tokenprune.runs import tables
+from tokenprune.runs import files, tables
 from tokenprune.runs.models import TINY, load_config
 
 if TYPE_CHECKING:
@@ -47,16 +48,38 @@ _END = 2**20
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+    """Writes a file that is never seen half-written.
+
+    Raises:
+        OSError: It cannot be written; names `path`.
+    """
+    with files.draft(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text that is never seen half-written."""
+    """Writes a text that is never seen half-written.
+
+    Raises:
+        OSError: It cannot be written; names `path`.
+    """
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_image(path: Path, image: Image.Image, form: str = "PNG") -> None:
+    """Writes a picture that is never seen half-written.
+
+    Args:
+        path: The file.
+        image: The picture.
+        form: As Pillow calls it.
+
+    Raises:
+        OSError: It cannot be written; names `path`.
+    """
+    content = io.BytesIO()
+    image.save(content, form)
+    write_bytes(path, content.getvalue())
 
 
 def write_run(
@@ -68,7 +91,7 @@ def write_run(
     images: Mapping[str, Image.Image],
     versions: Mapping[str, str],
 ) -> None:
-    """Writes everything that a run leaves, `metrics.json` last.
+    """Writes everything that a run leaves, in the place of an earlier run, or nothing of it.
 
     Args:
         folder: The run's folder.
@@ -78,17 +101,19 @@ def write_run(
         kept: Kept tokens of the samples that are pictured.
         images: Pictures by their path within the folder.
         versions: What it was made from and on, see `fingerprint`.
+
+    Raises:
+        OSError: One of them cannot be written; names it.
     """
-    (folder / METRICS).unlink(missing_ok=True)  # of an earlier run with another config
-    for name, image in images.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(folder / name)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
-    write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
-    write_versions(folder, versions)
-    write_text(folder / KEPT, json.dumps(kept, ensure_ascii=False))
-    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False))
+    with files.together(folder, METRICS) as stage:
+        for name, image in images.items():
+            write_image(stage / name, image)
+        write_text(stage / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
+        write_text(stage / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+        write_versions(stage, versions)
+        write_text(stage / KEPT, json.dumps(kept, ensure_ascii=False))
+        write_text(stage / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False))
 
 
 def write_versions(folder: Path, versions: Mapping[str, str]) -> None:
@@ -106,10 +131,11 @@ def _version(package: str) -> str:
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """What decides about a run besides its config: packages, and contents of model and data.
+    """What decides about a run besides its config: packages, contents of model and data, your code.
 
     Contents are those of local files and folders under keys that end in `path`, and the commit of a
-    model on the Hub. Pictures beside a data file are not read.
+    model on the Hub. Pictures beside a data file are not read. Of a strategy that is not ours it is
+    the file that its class is in.
 
     Args:
         config: The resolved config.
@@ -130,7 +156,20 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     for key, value in _paths(config.get("data"), "data"):
         if Path(value).expanduser().exists():
             marks[key] = _digest(Path(value).expanduser())
-    return marks
+    return marks | _code(config.get("strategy"))
+
+
+def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
+    """The code of a user's strategy; ours has a version."""
+    from tokenprune.runs import compose
+
+    if strategy is None:
+        return {}
+    cls = type(compose.build_strategy(strategy))
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None or cls.__module__.startswith("tokenprune."):
+        return {}
+    return {"strategy.code": _digest(Path(file))}
 
 
 def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -169,8 +208,8 @@ def changes(
 
     Args:
         folder: The run's folder.
-        config: The resolved config; where a training goes on from and what it logs to are no part
-            of it.
+        config: The resolved config; where a training goes on from, what it logs to and which
+            modules are imported are no part of it.
         marks: Its `fingerprint`.
         last: The file that the run writes last.
     """
@@ -179,7 +218,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
+    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
@@ -191,15 +230,13 @@ def _published(config: Mapping[str, Any]) -> str | None:
 
     A complete run that was asked for just that one shows that the model takes it.
     """
-    from hydra.utils import instantiate
-
     from tokenprune.runs import compose
 
     if config.get("positions") != compose.AUTO:
         return None
     if config.get("strategy") is None:
         return "original"  # nothing is removed, so nothing moves
-    return compose.published_positions(instantiate(config["strategy"]))
+    return compose.published_positions(compose.build_strategy(config["strategy"]))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -234,10 +271,11 @@ def collect(folder: Path, runs: Sequence[str] | None = None) -> list[dict[str, A
 
     Args:
         folder: A sweep's folder.
-        runs: Sub-folders in the order wanted; None for all there are.
+        runs: Sub-folders in the order wanted; None for all there are, at any depth.
     """
     if runs is None:
-        runs = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
+        paths = sorted(path.parent for path in folder.rglob(f"*/{METRICS}"))
+        runs = [str(path.relative_to(folder)) for path in paths]
     return [
         row(read_metrics(folder / run), run)
         for run in dict.fromkeys(runs)
@@ -250,22 +288,51 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     kinds = sorted({key for row in rows for key in row} - set(COLUMNS))
     after = COLUMNS.index("ci_high") + 1
     columns = [*COLUMNS[:after], *kinds, *COLUMNS[after:]]
-    path = folder / TABLE
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)
-    return path
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / TABLE, text.getvalue())
+    return folder / TABLE
 
 
-def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
-    """Writes the sweep's results.csv and prints its table; training leaves none."""
-    rows = collect(folder, runs)
+def settle(
+    collects: Callable[[], list[dict[str, Any]]], writes: Callable[[list[dict[str, Any]]], object]
+) -> list[dict[str, Any]]:
+    """Writes a table of what is there until nothing has come since: the rows.
+
+    Sweeps that share a folder each write its table. Whichever writes last has seen, after that, the
+    runs of all, without a lock, which not every file system has.
+
+    Args:
+        collects: Gives the rows.
+        writes: Writes them.
+    """
+    rows = collects()
+    while rows:
+        writes(rows)
+        before, rows = rows, collects()
+        if rows == before:
+            break
+    return rows
+
+
+def finish_sweep(folder: Path, runs: Sequence[str] = ()) -> None:
+    """Writes results.csv of a sweep's folder and prints its table; training leaves none.
+
+    Args:
+        folder: The sweep's folder, which others may share.
+        runs: Sub-folders of this sweep's runs, which come first.
+    """
+
+    def collects() -> list[dict[str, Any]]:
+        whole = [path.parent for path in folder.rglob(f"*/{METRICS}")]
+        others = [path for path in whole if all((path / n).is_file() for n in (CONFIG, VERSIONS))]
+        return collect(folder, [*runs, *sorted(str(path.relative_to(folder)) for path in others)])
+
+    rows = settle(collects, lambda rows: write_table(folder, rows))
     if rows:
-        path = write_table(folder, rows)
-        print_table(rows, f"{len(rows)} runs: {path}")
+        print_table(rows, f"{len(rows)} runs: {folder / TABLE}")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.lightning import (
+    LightningEnvironment,
+    find_free_network_port,
+)
+
+from tokenprune.runs import launchers, targets
 
 #: Remarks of any trainer, when it is built and when it runs, on things that are meant to be so.
 MEANT = (
@@ -30,16 +36,42 @@ def quiet(messages: Sequence[str] = ()) -> Iterator[None]:
 
 
 def build_trainer(config: Any, **arguments: Any) -> pl.Trainer:
-    """The trainer that a config names.
+    """The trainer that a config names; it starts its processes itself, whatever is around it.
 
     Args:
         config: Its `_target_` and arguments.
         arguments: Further ones.
-    """
-    from hydra.utils import instantiate
 
+    Raises:
+        ValueError: It would start several under torchrun.
+    """
+    if config.get("plugins") is None:
+        arguments["plugins"] = [OwnProcesses()]
     with quiet():
         # Partial: arguments are objects, which a config does not hold.
-        trainer = instantiate(config, _partial_=True)(**arguments)
+        trainer = targets.build(config, "trainer", _partial_=True)(**arguments)
     assert isinstance(trainer, pl.Trainer)
+    launchers.check_torchrun(trainer.num_devices)
     return trainer
+
+
+class OwnProcesses(LightningEnvironment):
+    """Processes of one run on this machine.
+
+    Lightning would take a batch job of Slurm's for a process that srun has started, of as many as
+    the job may have tasks, and would have processes meet wherever MASTER_ADDR, MASTER_PORT and
+    NODE_RANK say, which schedulers set.
+    """
+
+    @property
+    def main_address(self) -> str:
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        if self._main_port == -1 and not launchers.is_own_child():
+            self._main_port = find_free_network_port()
+        return super().main_port
+
+    def node_rank(self) -> int:
+        return 0

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokenprune.strategy import Published, ScoreStrategy, TokenView, register
+from tokenprune.strategy import (
+    Need,
+    Published,
+    RandomNumbers,
+    ScoreStrategy,
+    TokenView,
+    register,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +28,9 @@ class Random(ScoreStrategy):
     """Keeps a random subset, drawn anew at every cut from those alive."""
 
     seed: int = 0
+
+    def needs(self) -> tuple[Need, ...]:
+        return (RandomNumbers(self.seed),)
 
     def score(self, view: TokenView) -> Tensor:
         return view.random(self.seed)

@@ -23,6 +23,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader
 
+from tokenprune.runs.files import draft
+
 #: Where an interrupted training goes on from, and the weights of the best validation.
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
@@ -186,7 +188,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         sign = 1 if self.mode == "min" else -1
         if self._best is None or sign * value < sign * self._best:
             self._best = value
-            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+            _save(trainer, self.folder / BEST, weights_only=True)
         self._end_step(trainer)
 
     def _end_step(self, trainer: pl.Trainer) -> None:
@@ -205,8 +207,17 @@ class Checkpoints(pl.callbacks.Checkpoint):
             step == trainer.max_steps or trainer.current_epoch + 1 == epochs
         )
         if self._stop or is_last or trainer.should_stop or step % self.every == 0:
-            trainer.save_checkpoint(self.folder / LAST)
+            _save(trainer, self.folder / LAST, weights_only=False)
             self._saved = step
+
+
+def _save(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
+    """Saves what takes the place of the checkpoint before once it is whole; by all processes.
+
+    Lightning moves a file from the folder for temporary ones, which may be on another disk.
+    """
+    with draft(path) as beside:
+        trainer.save_checkpoint(beside, weights_only=weights_only)
 
 
 def _is_over(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,142 @@
+"""Commands under launchers of several processes: refused, and whole where there is one."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from commands import COMMAND, TINY, random_llava, refused
+from processes import run
+
+from tokenprune.cli import main as cli
+from tokenprune.runs import launchers
+from tokenprune.runs.trainers import OwnProcesses, build_trainer
+
+#: What launchers of two set for the second process, and what each of them is told as.
+SEVERAL = {
+    "torchrun": {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                 "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+                 "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    "srun": {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
+             "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0",
+             "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+    "srun, another node": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_NODEID": "1"},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"},
+    "mpirun, MPICH": {"PMI_RANK": "1", "PMI_SIZE": "2"},
+    "mpirun, MVAPICH": {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"},
+    "jsrun": {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"},
+    "flux run": {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"},
+}  # fmt: skip
+#: What is around a process that is the only one.
+ALONE = {
+    "sbatch --ntasks=4": {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4",
+                          "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                          "SLURM_NODEID": "0", "SLURM_NNODES": "2", "SLURM_NODELIST": "n[1-2]"},
+    "salloc --ntasks=4": {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive",
+                          "SLURM_NTASKS": "4", "SLURM_NNODES": "2"},
+    "srun --ntasks=1": {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+                        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0",
+                        "SLURM_STEP_NUM_TASKS": "1", "PMI_RANK": "0", "PMI_SIZE": "1"},
+    "mpirun -n 1": {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+    "torchrun of one": {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    "a cluster's habits": {"WORLD_SIZE": "8", "MASTER_ADDR": "n1", "MASTER_PORT": "1",
+                           "NODE_RANK": "3", "RANK": ""},
+}  # fmt: skip
+#: Sentences of each launcher's name.
+GROUPS = {"trainer=cpu": [], "trainer=ddp": ["trainer.devices=2"], "trainer=fsdp": []}
+
+
+@pytest.fixture
+def around(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of a process under the launcher of that name."""
+    name = str(request.param)
+    for variable, value in (SEVERAL | ALONE)[name].items():
+        monkeypatch.setenv(variable, value)
+    return name
+
+
+@pytest.mark.parametrize("rank", ["first", "second"])
+@pytest.mark.parametrize("around", SEVERAL, indirect=True)
+@pytest.mark.parametrize("command", ["eval", "train", "bench", "eval -m seed=0,1"])
+def test_g1_one_of_several_processes_is_refused(
+    command: str,
+    around: str,
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if rank == "first" and around != "srun, another node":  # a batch script has that number, too
+        for name in SEVERAL[around]:
+            if name.endswith(("RANK", "PROCID", "LOCALID")):
+                monkeypatch.setenv(name, "0")
+    message = refused(command.split(), capsys)
+    assert message.startswith(f"tokenprune: {around.partition(',')[0]}: expected to be started")
+    assert "Start the command by itself" in message
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("around", ["torchrun", "srun"], indirect=True)
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_g2_whatever_the_trainer(
+    command: str, around: str, group: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "one of several processes" in refused([command, group, *GROUPS[group]], capsys)
+
+
+@pytest.mark.parametrize("command", ["list", "eval --help", "eval --cfg job", "flops model=tiny"])
+@pytest.mark.parametrize("around", ["torchrun"], indirect=True)
+def test_g1_what_leaves_nothing_works_anywhere(command: str, around: str) -> None:
+    assert cli.main(command.split()) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+@pytest.mark.parametrize("more", [[], ["trainer=ddp"], ["trainer=fsdp"]], ids=" ".join)
+@pytest.mark.parametrize("value", [2, 0, "null2"])
+def test_g3_several_machines_are_refused_at_once(
+    command: str, more: list[str], value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused([command, *more, f"+trainer.num_nodes={value}"], capsys)
+    assert f"trainer.num_nodes: expected 1, this machine, got {value!r}" in message
+
+
+@pytest.mark.parametrize("around", ALONE, indirect=True)
+def test_g1_a_process_alone_runs(around: str, checkpoint: Path) -> None:
+    own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
+    assert cli.main(["eval", *own]) == 0
+    assert Path("run/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("around", ALONE, indirect=True)
+def test_g2_processes_of_a_run_meet_on_this_machine(
+    around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a scheduler says: they would wait for processes that nobody starts."""
+    launchers.check_launch()
+    own = OwnProcesses()
+    assert (own.main_address, own.node_rank()) == ("127.0.0.1", 0)
+    assert own.main_port not in (1, 29500)
+    assert own.main_port == own.main_port
+    if not ALONE[around].get("RANK"):
+        monkeypatch.setenv("LOCAL_RANK", "1")  # as in the processes that Lightning starts
+        assert own.main_address == "127.0.0.1"
+    options = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 2}
+    options |= {"strategy": "ddp_spawn", "logger": False, "enable_checkpointing": False}
+    trainer = build_trainer(options)
+    assert isinstance(trainer.strategy.cluster_environment, OwnProcesses)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match=r"^trainer.devices: expected 1 under torchrun, got 2"):
+        build_trainer(options)
+
+
+@pytest.mark.parametrize("command", ["eval", "train trainer=ddp trainer.devices=2"])
+def test_g1_torchrun_itself(command: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run([*launcher, "--no-python", *COMMAND, *command.split()], 1)
+    said = re.findall(r"^tokenprune: .*", done.stderr, re.MULTILINE)
+    assert said
+    assert all("torchrun: expected to be started once" in line for line in said)
+    assert re.search(r"exitcode +: 2 ", done.stderr)
+    assert list(Path().iterdir()) == []

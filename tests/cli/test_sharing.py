@@ -1,0 +1,131 @@
+"""Commands that share folders, at once or one after another, and where relative paths lead."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+from commands import COMMAND, TINY, random_llava, refused
+from PIL import Image
+from processes import run, started
+
+from tokenprune.cli import main as cli
+from tokenprune.runs.folders import LOCK, occupied
+
+
+def sweep(checkpoint: Path, *own: str) -> list[str]:
+    few = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2"]
+    return ["eval", "-m", *few, "hydra.sweep.dir=shared", *own]
+
+
+def strategies() -> list[str]:
+    with Path("shared/results.csv").open(newline="") as file:
+        return sorted(row["strategy"] for row in csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["eval", "data=folder", "data.path=rel/q.jsonl", "hydra.job.chdir=true"],
+        ["train", "data=folder", "data.train_path=rel/q.jsonl", "hydra.job.chdir=True"],
+        ["train", "ckpt_path=last", "++hydra.job.chdir=true"],
+        ["bench", "prefill", "hydra.job.chdir=true"],
+        ["eval", "-m", "seed=0,1", "hydra.job.chdir=true"],
+        ["eval", "-m", "hydra.job.chdir=true,false"],
+        ["eval", "model=hub", "model.path=rel", "hydra.job.chdir=true"],
+    ],
+    ids=" ".join,
+)
+def test_f2_no_run_moves_elsewhere(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(own, capsys)
+    assert "hydra.job.chdir: expected false, for relative paths mean the folder" in message
+
+
+def test_f2_relative_paths_mean_the_start_folder(checkpoint: Path, tmp_path: Path) -> None:
+    Path("rel").mkdir()
+    Image.new("RGB", (32, 32)).save("rel/a.png")
+    row = {"image": "a.png", "question": "what ?", "answer": "red"}
+    Path("rel/q.jsonl").write_text(json.dumps(row))
+    Path("rel/model").symlink_to(checkpoint)
+    own = ["model=hub", "model.path=rel/model", *TINY, "data=folder", "data.path=rel/q.jsonl"]
+    run([*COMMAND, "eval", *own, "hydra.job.chdir=false", "hydra.run.dir=run"])
+    assert json.loads(Path("run/metrics.json").read_text())["num_samples"] == 1
+
+
+# ----------------------------------------------------------------------------------------- sweeps
+
+
+def test_f3_sweeps_one_after_another_make_one_table(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(sweep(checkpoint, "strategy=fastv,random")) == 0
+    assert cli.main(sweep(checkpoint, "strategy=uniform")) == 0
+    assert strategies() == ["fastv", "random", "uniform"]
+    assert "3 runs: shared/results.csv" in capsys.readouterr().out
+
+
+def test_f3_sweeps_at_once_make_one_table(checkpoint: Path) -> None:
+    kinds = {"stdout": PIPE, "stderr": PIPE}
+    with (
+        started([*COMMAND, *sweep(checkpoint, "strategy=fastv,random")], **kinds) as first,
+        started([*COMMAND, *sweep(checkpoint, "strategy=uniform")], **kinds) as second,
+    ):
+        for process in (first, second):
+            _, told = process.communicate()
+            assert process.returncode == 0, told
+    assert strategies() == ["fastv", "random", "uniform"]
+    assert not list(Path("shared").rglob(".*"))
+
+
+def test_f3_what_is_no_evaluation_is_no_row(checkpoint: Path) -> None:
+    Path("shared/notes").mkdir(parents=True)
+    Path("shared/notes/metrics.json").write_text("[1, 2]")
+    assert cli.main(sweep(checkpoint, "strategy=uniform")) == 0
+    assert strategies() == ["uniform"]
+
+
+# ------------------------------------------------------------------------------------- one folder
+
+
+@pytest.mark.parametrize("command", ["eval", "train", "bench"])
+def test_f3_a_folder_is_one_run_s_at_a_time(
+    command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {
+        "eval": [*random_llava(checkpoint), *TINY, "data.test.num_samples=2"],
+        "train": [*random_llava(checkpoint), "trainer.callbacks=[]", "trainer.max_steps=1"],
+        "bench": ["prefill", "shape=tiny"],
+    }[command]
+    with occupied(Path("run")):
+        Path("run/mine").write_text("")
+        assert cli.main([command, *own, "hydra.run.dir=run"]) == 2
+        assert sorted(path.name for path in Path("run").iterdir()) == [LOCK, "mine"]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "hydra.run.dir: expected a folder of its own, got" in error
+    assert f"another run is at work (process {os.getpid()} on" in error
+
+
+def test_f3_a_killed_run_leaves_its_folder_free(checkpoint: Path) -> None:
+    own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
+    wait = ["trainer.callbacks=[{_target_:stops.Wait,path:started}]"]
+    with started([*COMMAND, "eval", *own, *wait], stdout=PIPE, stderr=PIPE) as process:
+        while not Path("started").exists() and process.poll() is None:
+            time.sleep(0.05)
+        refusal = run([*COMMAND, "eval", *own], 2).stderr
+        assert "another run is at work" in refusal
+        assert f"process {process.pid} on" in refusal
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert Path("run", LOCK).exists()
+    assert cli.main(["eval", *own]) == 0
+    assert not Path("run", LOCK).exists()

@@ -1,0 +1,689 @@
+"""What the vision tower says of each visual token (oracle: the same tower, run eager and recorded).
+
+Which patches make up a token is not read from the package but seen: with the tower's attention
+silenced, a patch that is disturbed moves the tokens that it is part of, and no others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from models import build as build_small
+from torch import Tensor, nn
+from transformers import DynamicCache
+from zoo import ZOO, Specimen
+from zoo.checks import forward, generate, schedule
+
+import tokenprune as tp
+from tokenprune.families.adapter import adapter_of
+from tokenprune.families.anatomy import examine
+
+TYPES = [name for name in ZOO if adapter_of(name).tower is not None]
+WITH_CLASS_TOKEN = [name for name in TYPES if name in ("llava", "llava_next", "internvl")]
+CLOSE = {"rtol": 0, "atol": 1e-5}
+TILES = "tiles"
+LAYERS = (0, -1)  # of two: in Qwen2.5-VL the first sees windows, the last whole frames
+
+
+def needs_of(model_type: str) -> tuple[Any, ...]:
+    queries = ["all", "class"] if model_type in WITH_CLASS_TOKEN else ["all"]
+    rows = [tp.VisionRows(layer, asked) for layer in LAYERS for asked in queries]
+    if model_type in WITH_CLASS_TOKEN:
+        rows.append(tp.VisionRows(-1, "class", "one"))
+    whats = ("hidden", "keys", "queries")
+    return (*rows, *(tp.VisionStates(layer, what) for layer in LAYERS for what in whats))
+
+
+@dataclass(frozen=True)
+class Listening(tp.ScoreStrategy):
+    """Keeps what its place says, and notes what the view shows of the tower."""
+
+    wants: tuple[Any, ...] = (tp.VisionRows(),)
+    notes: list[Any] = field(default_factory=list, compare=False)
+
+    def needs(self) -> tuple[Any, ...]:
+        return self.wants
+
+    def score(self, view: tp.TokenView) -> Tensor:
+        seen = {}
+        for need in self.wants:
+            if isinstance(need, tp.VisionRows):
+                rows = view.vision_rows(need.layer, need.queries, need.heads)
+                seen[need] = rows.transpose(1, 2)
+            else:
+                seen[need] = view.vision_states(need.layer, need.what)
+        seen[TILES] = view.tiles
+        self.notes.append((seen, view.has_patches, view.valid))
+        fullest = [int(row[row >= 0].bincount().max()) for row in view.tiles if (row >= 0).any()]
+        most, length = view.tile_shape
+        assert most == int(view.tiles.max()) + 1
+        assert length >= max(fullest)
+        assert len(self.notes) > 1 or length == max(fullest)
+        return (view.positions * 37 % 101).float()
+
+
+# ------------------------------------------------------------------------------------ the reference
+
+
+@contextmanager
+def recorded(model: Any) -> Iterator[dict[nn.Module, dict[str, list[Tensor]]]]:
+    """The tower under eager attention: what each layer's attention computes, and its output."""
+    parts = examine(model).vision
+    notes: dict[nn.Module, dict[str, list[Tensor]]] = {}
+    before = {part: part.config._attn_implementation for part in _configured(model)}
+    for config in (part.config for part in before):
+        config._attn_implementation_internal = "eager"
+    attention = parts.attention(0)
+    module = sys.modules[type(attention).__module__]
+    original = module.eager_attention_forward
+
+    def noted(own, *args, **kwargs):
+        output, weights = original(own, *args, **kwargs)
+        notes.setdefault(own, {}).setdefault("weights", []).append(weights.detach())
+        return output, weights
+
+    hooks = []
+    for number, layer in enumerate(parts.layers):
+        own = parts.attention(number)
+        hooks.append(layer.register_forward_hook(_keep(notes, own, "hidden")))
+        for name in {parts.tower.queries, parts.tower.keys}:
+            hooks.append(getattr(own, name).register_forward_hook(_keep(notes, own, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", noted)
+        yield notes
+    for hook in hooks:
+        hook.remove()
+    for part, name in before.items():
+        part.config._attn_implementation_internal = name
+
+
+def _configured(model: Any) -> list[Any]:
+    return [part for part in model.modules() if hasattr(part, "config")]
+
+
+def _keep(notes: Any, own: nn.Module, name: str) -> Callable[..., None]:
+    def hook(module, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        notes.setdefault(own, {}).setdefault(name, []).append(output.detach())
+
+    return hook
+
+
+def make_features(model: Any, inputs: dict[str, Tensor], kind: str = "image") -> Tensor:
+    """Visual tokens of a call, (T, D), as they come out of the projector."""
+    base = examine(model).vision.base
+    method = getattr(base, f"get_{kind}_features")
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    if kind == "video":
+        names = ("pixel_values_videos", "video_grid_thw")
+    with torch.no_grad():
+        made = method(**{name: inputs[name] for name in names if name in inputs}).pooler_output
+    return torch.cat([part.flatten(0, -2) for part in made])
+
+
+def seen_shares(model: Any, inputs: dict[str, Tensor], kind: str = "image") -> Tensor:
+    """Share of each patch in each token, (T, P), equal ones; seen by disturbing the patches."""
+    parts = examine(model).vision
+    disturbed: list[tuple[int, int]] = []
+    shape: list[torch.Size] = []
+
+    def silence(module, args, output):
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    def disturb(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shape.append(hidden.shape)
+        for tile, place in disturbed:
+            hidden = hidden.clone()
+            own = hidden[tile, place] if hidden.dim() == 3 else hidden[place]
+            own += torch.linspace(-3, 5, own.shape[-1]).cos() * 4
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    hooks = [
+        parts.attention(number).register_forward_hook(silence)
+        for number in range(len(parts.layers))
+    ]
+    hooks.append(parts.layers[0].register_forward_pre_hook(disturb, with_kwargs=True))
+    plain = make_features(model, inputs, kind)
+    tiles, length = shape[0][:2] if len(shape[0]) == 3 else (1, shape[0][0])
+    columns = []
+    for tile in range(tiles):
+        for place in range(parts.num_class, length):
+            disturbed[:] = [(tile, place)]
+            change = (make_features(model, inputs, kind) - plain).abs().amax(1)
+            columns.append(change > 1e-4 * plain.abs().max())
+    for hook in hooks:
+        hook.remove()
+    moved = torch.stack(columns, 1).float()
+    return moved / moved.sum(1, keepdim=True).clamp_min(1)
+
+
+def expected_signals(
+    model: Any, inputs: dict[str, Tensor], needs: tuple[Any, ...], kind: str = "image"
+) -> dict[Any, Tensor]:
+    """Signals of a call's visual tokens by need, (T, ...), and under None which have patches."""
+    parts = examine(model).vision
+    shares = seen_shares(model, inputs, kind)
+    with recorded(model) as notes:
+        make_features(model, inputs, kind)
+    signals: dict[Any, Tensor] = {None: shares.sum(1) > 0}
+    signals[TILES] = _tiles(model, inputs, shares, kind)
+    for need in needs:
+        known = notes[parts.attention(need.layer)]
+        if isinstance(need, tp.VisionRows):
+            if need.heads == "one":
+                values = _as_one_head(known[parts.tower.queries], known[parts.tower.keys])
+            elif f"{kind}_grid_thw" in inputs:
+                values = _per_frame(known["weights"], inputs[f"{kind}_grid_thw"])
+            else:
+                values = _attention_per_patch(known["weights"], need.queries, parts.num_class)
+        else:
+            names = {"hidden": "hidden", "keys": parts.tower.keys, "queries": parts.tower.queries}
+            (state,) = known[names[need.what]]
+            if parts.tower.queries == parts.tower.keys and need.what != "hidden":
+                width = state.shape[-1] // 3
+                start = 0 if need.what == "queries" else width
+                state = state[..., start : start + width]
+            state = state if state.dim() == 3 else state[None]
+            values = state[:, parts.num_class :].flatten(0, 1)
+        signals[need] = shares @ values
+    return signals
+
+
+def _tiles(model: Any, inputs: dict[str, Tensor], shares: Tensor, kind: str) -> Tensor:
+    """The tile, or frame, of each token's last patch, through the whole call; -1 for none."""
+    num_patches = shares.shape[1]
+    last = (shares > 0).float() * torch.arange(1, num_patches + 1)
+    last = last.amax(1).long() - 1
+    if f"{kind}_grid_thw" in inputs:
+        sizes = [h * w for t, h, w in inputs[f"{kind}_grid_thw"].tolist() for _ in range(t)]
+    else:
+        vision = model.config.vision_config
+        own = (vision.image_size[0] if isinstance(vision.image_size, (list, tuple))
+               else vision.image_size)  # fmt: skip
+        patch = (vision.patch_size[0] if isinstance(vision.patch_size, (list, tuple))
+                 else vision.patch_size)  # fmt: skip
+        size = (own // patch) ** 2
+        sizes = [size] * (num_patches // size)
+    of_patch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return of_patch[last.clamp_min(0)].where(last >= 0, -1)
+
+
+def _attention_per_patch(weights: list[Tensor], queries: str, num_class: int) -> Tensor:
+    """Per tile, what its patches get from the class token, or from all that are no padding."""
+    (weights_NHLL,) = weights
+    parts = []
+    for tile in weights_NHLL:
+        if queries == "class":
+            parts.append(tile[:, 0, num_class:])
+            continue
+        real = (tile.amax((0, 1)) > 0).nonzero()[:, 0]
+        asking = real[real >= num_class]
+        parts.append(tile[:, asking][:, :, num_class:].sum(1) / len(asking))
+    return torch.cat(parts, 1).T
+
+
+def _as_one_head(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """Per tile, what its patches get from the class token if all channels are one head's."""
+    (queries_NLC,), (keys_NLC,) = queries, keys
+    logits = queries_NLC[:, :1] @ keys_NLC.transpose(1, 2) / queries_NLC.shape[2] ** 0.5
+    return logits.softmax(2)[:, 0, 1:].flatten()[:, None]
+
+
+def _per_frame(weights: list[Tensor], grids: Tensor) -> Tensor:
+    """Per run of packed patches, what its patches get from it, divided by the frame's patches."""
+    frames = [h * w for t, h, w in grids.tolist() for _ in range(t)]
+    parts, filled, frame = [], 0, 0
+    for run in weights:
+        parts.append(run[0].sum(1) / frames[frame])
+        filled += run.shape[-1]
+        if filled == frames[frame]:
+            filled, frame = 0, frame + 1
+    assert frame == len(frames)
+    return torch.cat(parts, 1).T
+
+
+# -------------------------------------------------------------------------------------- comparisons
+
+
+def assert_heard(strategy: Listening, expected: dict[Any, Tensor], counts: list[int]) -> None:
+    """What the view of the first cut showed, against signals of all tokens, row after row."""
+    seen, has, valid = strategy.notes[0]
+    assert valid.sum(1).tolist() == counts
+    start = 0
+    for row, count in enumerate(counts):
+        own = expected[TILES][start : start + count]
+        _, order = own[own >= 0].unique(return_inverse=True)
+        own = own.masked_scatter(own >= 0, order)
+        assert torch.equal(seen[TILES][row][valid[row]], own)
+        start += count
+    assert (seen[TILES][~valid] == -1).all()
+    assert torch.equal(has[valid], expected[None])
+    assert not has[~valid].any()
+    for need in strategy.wants:
+        torch.testing.assert_close(seen[need][valid], expected[need], **CLOSE)
+        assert not seen[need][~valid].any()
+
+
+def counts_of(model: Any, inputs: dict[str, Tensor]) -> list[int]:
+    return tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Any]:
+    """Expected signals of the usual batch, by model type; rows of 1, 0, 2 and 1 images."""
+    made: dict[str, Any] = {}
+
+    def of(model_type: str) -> Any:
+        if model_type not in made:
+            model = ZOO[model_type].build("eager")
+            inputs = ZOO[model_type].batch(model)
+            needs = needs_of(model_type)
+            made[model_type] = expected_signals(model, inputs, needs)
+        return made[model_type]
+
+    return of
+
+
+def prepared(model_type: str, attention: str = "sdpa") -> tuple[Specimen, Any, Any, Listening]:
+    specimen = ZOO[model_type]
+    model = specimen.build(attention)
+    return specimen, model, specimen.batch(model), Listening(needs_of(model_type))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_signals_of_a_forward(model_type, attention, known) -> None:
+    specimen, model, inputs, strategy = prepared(model_type, attention)
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+    assert_heard(strategy, known(model_type), counts_of(model, inputs))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_signals_at_a_later_cut(model_type, known) -> None:
+    specimen, model, inputs, strategy = prepared(model_type)
+    with tp.prune(model, strategy, schedule(specimen)) as trace:
+        forward(model, inputs)
+    seen, has, valid = strategy.notes[1]
+    starts = torch.tensor([0, *counts_of(model, inputs)]).cumsum(0)
+    left = torch.cat([kept + start for kept, start in zip(trace.stages[0].kept, starts[:-1],
+                                                          strict=True)])  # fmt: skip
+    assert torch.equal(has[valid], known(model_type)[None][left])
+    for need in strategy.wants:
+        torch.testing.assert_close(seen[need][valid], known(model_type)[need][left], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2},
+                                     {"do_sample": True, "num_return_sequences": 2}])  # fmt: skip
+@pytest.mark.parametrize("model_type", TYPES)
+def test_signals_of_a_generation(model_type, options, known) -> None:
+    specimen, model, inputs, strategy = prepared(model_type)
+    torch.manual_seed(0)
+    with tp.prune(model, strategy, schedule(specimen)):
+        generate(model, inputs, **options)
+    assert len(strategy.notes) == 2  # the prompt's two cuts, and none later
+    times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    seen, has, valid = strategy.notes[0]
+    alone = {need: value[::times] for need, value in seen.items()}
+    for offset in range(times):  # each copy of a row is shown what the row is
+        rows = slice(offset, None, times)
+        assert torch.equal(has[rows], has[::times])
+        for need, value in seen.items():
+            assert torch.equal(value[rows], alone[need])
+    strategy.notes[0] = alone, has[::times], valid[::times]
+    assert_heard(strategy, known(model_type), counts_of(model, inputs))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_row_of_a_batch_is_shown_what_it_is_alone(model_type) -> None:
+    specimen, model, inputs, strategy = prepared(model_type)
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+        alone = specimen.batch(model, [(2, "image", 3, "image", 7)])
+        forward(model, alone)
+    (together, _, valid), (own, _, whole) = strategy.notes[0], strategy.notes[2]
+    for need in strategy.wants:
+        torch.testing.assert_close(together[need][2][valid[2]], own[need][0][whole[0]], **CLOSE)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_image_of_a_later_turn(model_type) -> None:
+    """Its own tower's signals, not those of the image before; none for a turn of text."""
+    specimen, model, _, strategy = prepared(model_type)
+    turns = [specimen.batch(model, [prompt]) for prompt in ((3, "image", 5), (2, "image", 4))]
+    expected = expected_signals(model, turns[1], strategy.wants)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad(), tp.prune(model, strategy, schedule(specimen)):
+        for turn in (turns[0], {"input_ids": torch.tensor([[5, 6, 7]])}, turns[1]):
+            named = {key: value for key, value in turn.items() if key != "attention_mask"}
+            model(**named, past_key_values=cache, use_cache=True)
+    assert len(strategy.notes) == 4
+    strategy.notes[0] = strategy.notes[2]
+    assert_heard(strategy, expected, [len(expected[None])])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_training(model_type, checkpointing, known) -> None:
+    """Labels and gradient checkpointing: recomputed layers of the tower change nothing."""
+    specimen, model, inputs, strategy = prepared(model_type)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-3] = -100
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with tp.prune(model, strategy, schedule(specimen)) as trace:
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        assert trace.stages
+        assert len(strategy.notes) == 2
+        assert_heard(strategy, known(model_type), counts_of(model, inputs))
+    parts = examine(model).vision
+    assert all(parameter.grad is not None for parameter in parts.layers[0].parameters())
+
+
+def test_text_alone_asks_for_nothing() -> None:
+    specimen, model, _, strategy = prepared("llava")
+    with tp.prune(model, strategy, schedule(specimen)) as trace:
+        forward(model, specimen.batch(model, [(9,)]))
+        generate(model, specimen.batch(model, [(9,), (4,)]))
+    assert trace.stages == []
+    assert strategy.notes == []
+
+
+# --------------------------------------------------------------------- what else becomes of patches
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_videos(model_type) -> None:
+    specimen = ZOO[model_type]
+    model = specimen.build("sdpa")
+    inputs = specimen.batch(model, specimen.video_prompts)
+    strategy = Listening(needs_of(model_type))
+    expected = expected_signals(model, inputs, strategy.wants, "video")
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+        assert_heard(strategy, expected, counts_of(model, inputs))
+        strategy.notes.clear()
+        generate(model, inputs)
+    assert_heard(strategy, expected, counts_of(model, inputs))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_images_and_videos_in_one_call(model_type) -> None:
+    """Each placeholder is shown what is of its kind, in whatever order they stand."""
+    specimen = ZOO[model_type]
+    model = specimen.build("sdpa")
+    prompts = [(3, "image", 2, "video", 4), (2, "video", 1, "image", 5), (1, "image", 4), (3,)]
+    inputs = specimen.batch(model, prompts)
+    strategy = Listening(needs_of(model_type))
+    by_kind = [expected_signals(model, inputs, strategy.wants, kind) for kind in ("image", "video")]
+    parts = examine(model).placeholders
+    ids = inputs["input_ids"]
+    kinds = torch.where(torch.isin(ids, torch.tensor(parts("video"))), 1, 0)
+    kinds = kinds[tp.visual_mask(model, ids)]
+    expected = {}
+    by_kind[1][TILES] += (by_kind[1][TILES] >= 0) * (by_kind[0][TILES].max() + 1)
+    for need in (None, TILES, *strategy.wants):
+        joined = torch.zeros(len(kinds), *by_kind[0][need].shape[1:], dtype=by_kind[0][need].dtype)
+        for kind, known_signals in enumerate(by_kind):
+            joined[kinds == kind] = known_signals[need]
+        expected[need] = joined
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+        assert_heard(strategy, expected, counts_of(model, inputs))
+        strategy.notes.clear()
+        generate(model, inputs, num_beams=2)
+    seen, has, valid = strategy.notes[0]
+    strategy.notes[0] = {need: value[::2] for need, value in seen.items()}, has[::2], valid[::2]
+    assert_heard(strategy, expected, counts_of(model, inputs))
+
+
+@pytest.mark.parametrize("queries", ["class", "all"])
+def test_a_class_token_that_is_a_visual_token_has_no_patch(queries) -> None:
+    specimen = ZOO["llava"]
+    model = specimen.build("sdpa")
+    model.config.vision_feature_select_strategy = "full"
+    inputs = specimen.batch(model, [(3, "image", 5)])
+    ids = inputs["input_ids"]
+    first = (ids[0] == model.config.image_token_id).nonzero()[0, 0]
+    ids = torch.cat([ids[:, :first], ids[:, first : first + 1], ids[:, first:]], 1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    strategy = Listening((tp.VisionRows(queries=queries), tp.VisionStates()))
+    expected = expected_signals(model, inputs, strategy.wants)
+    assert expected[None].tolist() == [False] + [True] * 16
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+    assert_heard(strategy, expected, [17])
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_tiles_that_are_partly_padding(model_type, attention) -> None:
+    """Padding gets no attention and pays none; tiles of zeros make no tokens."""
+    specimen = ZOO[model_type]
+    model = specimen.build(attention)
+    inputs = specimen.batch(model)
+    mask = inputs["pixel_attention_mask"]
+    mask[0, 1, 16:] = 0
+    mask[2, 3, :, 24:] = 0
+    assert (inputs["pixel_values"] == 0).all((2, 3, 4)).any()
+    strategy = Listening(needs_of(model_type))
+    expected = expected_signals(model, inputs, strategy.wants)
+    assert (expected[tp.VisionRows(0, "all")] == 0).all(1).any()
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+    assert_heard(strategy, expected, counts_of(model, inputs))
+
+
+def test_a_large_mosaic_is_shrunk() -> None:
+    """OneVision interpolates: a token is a weighted mean of four patches of the mosaic."""
+    specimen = ZOO["llava_onevision"]
+    model = specimen.build("sdpa")
+    for config in (model.config, model.model.config):
+        config.vision_aspect_ratio = "anyres_max_1"
+        config.image_grid_pinpoints = [[64, 48]]
+    own = torch.Generator().manual_seed(0)
+    pixels, size = torch.randn(1, 13, 3, 16, 16, generator=own), torch.tensor([[60, 48]])
+    call = {"pixel_values": pixels, "image_sizes": size}
+    needs = (tp.VisionRows(-1, "all"), tp.VisionStates(-1, "hidden"))
+    # 8 x 6 patches are nearly as many as they were, unpadded, and leave a smaller grid.
+    features = make_features(model, call)
+    ids = torch.tensor([[5, *[model.config.image_token_id] * len(features), 6, 7]])
+    strategy = Listening(needs)
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, call | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    base = examine(model).vision.base
+    with recorded(model) as notes:
+        make_features(model, call)
+    known = notes[examine(model).vision.attention(-1)]
+    values = [_attention_per_patch(known["weights"], "all", 0), known["hidden"][0].flatten(0, 1)]
+    seen, has, _ = strategy.notes[0]
+    for need, value in zip(needs, values, strict=True):
+        # The family's own packing does to them what it does to features.
+        (packed,), _ = base.pack_image_features(
+            [value.view(13, 4, -1)],
+            size,
+            image_newline=torch.zeros(value.shape[1]),
+            vision_aspect_ratio="anyres_max_1",
+        )
+        torch.testing.assert_close(seen[need][0], packed, **CLOSE)
+    rows = len(features) - 4 - int((~has).sum())
+    assert rows < 48
+    assert rows % int((~has).sum()) == 0
+
+
+def test_queries_in_chunks(monkeypatch) -> None:
+    """As many rows at a time as memory allows give what all give."""
+    for model_type in ("llava", "qwen2_5_vl"):
+        specimen, model, inputs, strategy = prepared(model_type)
+        with tp.prune(model, strategy, schedule(specimen)):
+            forward(model, inputs)
+            monkeypatch.setattr("tokenprune.engine.vision.CHUNK_BYTES", 3000)
+            forward(model, inputs)
+        monkeypatch.undo()
+        for need in strategy.wants:
+            torch.testing.assert_close(
+                strategy.notes[2][0][need], strategy.notes[0][0][need], rtol=0, atol=1e-6
+            )
+
+
+def test_mixed_tokens_are_shown_mixed_alike() -> None:
+    @dataclass(frozen=True)
+    class Halving(Listening):
+        """Keeps every second token, as the mean of it and the next."""
+
+        def select(self, view: tp.TokenView, keep: Tensor) -> tp.Selection:
+            super().score(view)
+            alive = view.valid.shape[1]
+            weights = torch.eye(alive)[::2] / 2 + torch.eye(alive)[1::2] / 2
+            kept = (torch.arange(alive) % 2 == 0).expand(1, -1)
+            return tp.Selection(kept, weights=weights[None])
+
+    specimen, model, inputs, _ = image_inputs()
+    strategy = Halving(needs_of("llava"))
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+    before, after = strategy.notes[0][0], strategy.notes[1][0]
+    for need in strategy.wants:
+        pairs = before[need].unflatten(1, (8, 2)).mean(2)
+        torch.testing.assert_close(after[need], pairs, **CLOSE)
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def image_inputs(model_type: str = "llava") -> tuple[Specimen, Any, dict[str, Tensor], Listening]:
+    specimen = ZOO[model_type]
+    model = specimen.build("sdpa")
+    return specimen, model, specimen.batch(model, [(3, "image", 5)]), Listening()
+
+
+REFUSED = "expected images that the vision tower encodes while the model is pruned"
+
+
+def test_features_made_before_are_refused() -> None:
+    specimen, model, inputs, strategy = image_inputs()
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        before = model.model.get_image_features(pixels, return_dict=True)
+    with tp.prune(model, strategy, schedule(specimen)):
+        with pytest.raises(ValueError, match=REFUSED):
+            forward(model, inputs | {"mm_encoder_outputs": {"image": before}})
+        forward(model, inputs | {"pixel_values": pixels})
+        with pytest.raises(ValueError, match=REFUSED):  # that of the call before is not its own
+            forward(model, inputs | {"mm_encoder_outputs": {"image": before}})
+        with torch.no_grad():
+            during = model.model.get_image_features(pixels, return_dict=True)
+        forward(model, inputs | {"mm_encoder_outputs": {"image": during}})
+
+
+def test_embeddings_instead_of_pixels_are_refused() -> None:
+    specimen, model, inputs, strategy = image_inputs()
+    mask = tp.visual_mask(model, inputs["input_ids"])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with tp.prune(model, strategy, schedule(specimen)):
+        forward(model, inputs)
+        for call in ({"inputs_embeds": embeds}, {"input_ids": inputs["input_ids"]}):
+            with pytest.raises(ValueError, match=REFUSED):
+                forward(model, call | {"visual_mask": mask})
+
+
+def test_features_in_parts_are_refused() -> None:
+    specimen, model, inputs, strategy = image_inputs()
+    with (
+        tp.prune(model, strategy, schedule(specimen)),
+        pytest.raises(ValueError, match=REFUSED + "|expected an image in one call"),
+    ):
+        generate(model, inputs, prefill_chunk_size=7)
+
+
+def test_a_tower_without_a_class_token_is_refused() -> None:
+    specimen = ZOO["gemma3"]
+    model = specimen.build("sdpa")
+    match = r"with a class token, for VisionRows\(layer=-2, queries='class'.*, got Gemma3"
+    with pytest.raises(ValueError, match=match):
+        tp.attach(model, Listening(), schedule(specimen))
+
+
+def test_a_model_without_a_tower_is_refused() -> None:
+    text = build_small("llama")
+    match = r"vision tower is known, for VisionRows\(.*\), got LlamaForCausalLM \(llama\)"
+    with pytest.raises(ValueError, match=match):
+        tp.attach(text, Listening(), tp.Schedule.one_shot(2, 0.5))
+
+
+def test_a_layer_that_the_tower_lacks_is_refused() -> None:
+    specimen, model, _, _ = image_inputs()
+    with pytest.raises(ValueError, match=r"expected one of the 2 layers of Llava.*got VisionRows"):
+        tp.attach(model, Listening((tp.VisionRows(5),)), schedule(specimen))
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"VisionRows.queries: expected one of .* got 'last'"):
+        tp.VisionRows(queries="last")
+    with pytest.raises(ValueError, match=r"VisionRows.heads: expected one of .* got 'all'"):
+        tp.VisionRows(heads="all")
+    with pytest.raises(ValueError, match=r"VisionStates.what: expected one of .* got 'values'"):
+        tp.VisionStates(what="values")
+
+
+def test_what_is_not_declared_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Asking(Listening):
+        def score(self, view):
+            return view.vision_rows(-1).mean(1)
+
+    specimen, model, inputs, _ = image_inputs()
+    with (
+        tp.prune(model, Asking(), schedule(specimen)),
+        pytest.raises(ValueError, match=r"expected what is declared in needs\(\)"),
+    ):
+        forward(model, inputs)
+
+
+# ------------------------------------------------------------------------------- the model as found
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_the_model_is_left_as_it_was_found() -> None:
+    specimen, model, inputs, strategy = prepared("llava")
+    forward(model, inputs)  # transformers adds hooks of its own at a model's first call
+    names, keys = hooks_of(model), set(vars(model.model))
+    handle = tp.attach(model, strategy, schedule(specimen))
+    assert hooks_of(model) > names
+    forward(model, inputs)
+    handle.remove()
+    assert hooks_of(model) == names
+    assert set(vars(model.model)) == keys
+
+
+def test_nothing_hears_the_tower_unless_it_is_asked() -> None:
+    specimen, model, _, _ = prepared("llava")
+    tower = model.model.vision_tower
+    with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen)):
+        assert hooks_of(tower) == 0
+        assert "get_image_features" not in vars(model.model)
+    with tp.prune(model, Listening(), schedule(specimen)):
+        assert hooks_of(tower) == 3  # arguments, queries and keys of one layer
+
+
+def test_signals_die_with_their_features() -> None:
+    specimen, model, inputs, strategy = image_inputs()
+    handle = tp.attach(model, strategy, schedule(specimen))
+    with torch.no_grad():
+        features = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    assert len(handle._watch._known) == 1
+    del features
+    assert len(handle._watch._known) == 0
+    handle.remove()

@@ -1,0 +1,325 @@
+"""Methods that read the vision tower, against their descriptions, written again with loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import ROWS, batch, build
+from torch import Tensor
+
+import tokenprune as tp
+from tokenprune.strategy import Tiles, TileShape
+
+#: Of one row: tiles by their tokens' numbers, and tokens without patches.
+Row = tuple[list[list[int]], list[int]]
+
+
+def row_of(sizes: list[int], newlines: int, order: list[int]) -> Row:
+    """Tokens of a row, dealt out to tiles in a given order."""
+    left, tiles = list(order), []
+    for size in sizes:
+        tiles.append(sorted(left[:size]))
+        left = left[size:]
+    return tiles, sorted(left[:newlines])
+
+
+def view_of(rows: list[Row], attention: Tensor, states: Tensor, max_keep: int = 0) -> tp.TokenView:
+    """A view of made-up signals (B, H, V) and (B, V, C)."""
+    width = attention.shape[2]
+    tiles_BV = torch.full((len(rows), width), -1)
+    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, (tiles, newlines) in enumerate(rows):
+        for tile, tokens in enumerate(tiles):
+            tiles_BV[number, tokens] = tile
+            valid[number, tokens] = True
+        valid[number, newlines] = True
+    shape = (
+        max(len(tiles) for tiles, _ in rows),
+        max(len(tile) for tiles, _ in rows for tile in tiles),
+    )
+
+    def signal(need: Any) -> Any:
+        if isinstance(need, tp.VisionRows):
+            return attention
+        if isinstance(need, tp.VisionStates):
+            return states
+        return {Tiles(): tiles_BV, TileShape(): shape}[need]
+
+    return tp.TokenView(
+        layer=0,
+        num_layers=8,
+        num_original=valid.sum(1),
+        max_keep=max_keep,
+        ragged=not bool(valid.all()),
+        _valid=lambda: valid,
+        _positions=lambda: torch.arange(width).expand(len(rows), -1),
+        _hidden=lambda: states,
+        _places=lambda: torch.full((len(rows), width, 4), -1),
+        _signal=signal,
+    )
+
+
+# ------------------------------------------------------------------------- the methods, once again
+
+
+def budgets(row: Row, keep: int) -> tuple[list[int], int]:
+    """What each tile may keep, by size, largest remainder first; and how many newlines."""
+    sizes = [len(tile) for tile in row[0]]
+    total = sum(sizes)
+    budget = min(keep, total)
+    exact = [budget * size / total if total else 0.0 for size in sizes]
+    parts = [budget * size // total if total else 0 for size in sizes]
+    by_rest = sorted(range(len(sizes)), key=lambda n: (-(budget * sizes[n] % total), n))
+    for number in by_rest[: budget - sum(parts)]:
+        parts[number] += 1
+    assert all(abs(a - b) < 1 for a, b in zip(parts, exact, strict=True))
+    return parts, min(keep - budget, len(row[1]))
+
+
+def ranked(tokens: list[int], scores: list[float]) -> list[int]:
+    return sorted(tokens, key=lambda token: (-scores[token], token))
+
+
+def fastervlm(row: Row, scores: list[float], keep: int) -> list[int]:
+    parts, rest = budgets(row, keep)
+    chosen = row[1][:rest]
+    for tile, count in zip(row[0], parts, strict=True):
+        chosen = chosen + ranked(tile, scores)[:count]
+    return sorted(chosen)
+
+
+def vispruner(
+    row: Row, scores: list[float], states: list[list[float]], keep: int, important: float
+) -> list[int]:
+    def alike(a: int, b: int) -> float:
+        lengths = sum(x * x for x in states[a]) ** 0.5, sum(x * x for x in states[b]) ** 0.5
+        return sum(x * y for x, y in zip(states[a], states[b], strict=True)) / (
+            lengths[0] * lengths[1]
+        )
+
+    parts, rest = budgets(row, keep)
+    chosen = row[1][:rest]
+    for tile, count in zip(row[0], parts, strict=True):
+        order = ranked(tile, scores)
+        first = int(count * important)
+        others = order[first:]
+        while len(others) > count - first:
+            even, odd = others[::2], others[1::2]
+            drop = min(8, len(others) - (count - first), len(even))
+            likeness = {a: max((alike(a, b) for b in odd), default=-2.0) for a in even}
+            even = sorted(even, key=lambda token: -likeness[token])  # stable
+            others = even[drop:] + odd
+        chosen = chosen + order[:first] + others
+    return sorted(chosen)
+
+
+def prumerge(
+    row: Row,
+    scores: list[float],
+    keys: list[list[float]],
+    keep: int,
+    neighbours: int,
+    spread: float,
+) -> dict[int, dict[int, float]]:
+    """Of each survivor's seat, the tokens that it is mixed from, and their weights."""
+
+    def unit(vector: list[float]) -> list[float]:
+        length = sum(x * x for x in vector) ** 0.5
+        return [x / length for x in vector]
+
+    units = [unit(key) for key in keys]
+    parts, rest = budgets(row, keep)
+    mixed: dict[int, dict[int, float]] = {token: {token: 1.0} for token in row[1][:rest]}
+    for tile, count in zip(row[0], parts, strict=True):
+        if count == len(tile):
+            mixed |= {token: {token: 1.0} for token in tile}
+            continue
+        if count == 0:
+            continue
+        order = ranked(tile, scores)
+        even = int((count - 1) * spread)
+        kept = order[: count - 1 - even]
+        others = sorted(set(tile) - set(kept))
+        if even:  # of n tokens and m steps, those at which the rounded number of steps goes on
+            steps = [(place * even + len(others) // 2) // len(others) for place in
+                     range(len(others) + 1)]  # fmt: skip
+            kept = kept + [
+                own for own, a, b in zip(others, steps, steps[1:], strict=False) if b > a
+            ]
+        assert len(kept) == count - 1
+        dropped = [token for token in order if token not in kept]
+        for token in kept:
+            likeness = {
+                other: sum(a * b for a, b in zip(units[token], units[other], strict=True))
+                for other in tile
+                if other != token
+            }
+            near = sorted(likeness, key=lambda other: -likeness[other])[:neighbours]
+            mixed[token] = {token: 1.0} | {other: scores[other] for other in near}
+        mixed[dropped[0]] = {token: scores[token] for token in dropped}
+    return mixed
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Row], int, list[int], int]:
+    sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+    shapes = draw(st.lists(st.tuples(sizes, st.integers(0, 4)), min_size=1, max_size=3))
+    rows = []
+    for tiles, newlines in shapes:
+        order = list(range(sum(tiles) + newlines))
+        rows.append(row_of(tiles, newlines, draw(st.permutations(order))))
+    counts = [sum(tiles) + newlines for tiles, newlines in shapes]
+    keep = [draw(st.integers(0, count + 2)) for count in counts]
+    return rows, max(counts), keep, draw(st.integers(0, 2**31))
+
+
+def signals(rows: list[Row], width: int, seed: int) -> tuple[Tensor, Tensor]:
+    own = torch.Generator().manual_seed(seed)
+    attention = torch.rand(len(rows), 2, width, generator=own, dtype=torch.float64)
+    states = torch.randn(len(rows), width, 5, generator=own, dtype=torch.float64)
+    return attention, states
+
+
+@given(case=cases())
+def test_fastervlm(case: Any) -> None:
+    rows, width, keep, seed = case
+    attention, states = signals(rows, width, seed)
+    seen = view_of(rows, attention.float(), states.float())
+    kept = tp.build_strategy("fastervlm").select(seen, torch.tensor(keep)).kept
+    for number, row in enumerate(rows):
+        scores = attention[number].float().mean(0).tolist()
+        assert kept[number].nonzero()[:, 0].tolist() == fastervlm(row, scores, keep[number])
+
+
+@given(case=cases(), important=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_vispruner(case: Any, important: float) -> None:
+    rows, width, keep, seed = case
+    attention, states = signals(rows, width, seed)
+    seen = view_of(rows, attention.float(), states)  # in float64 no likeness is a tie
+    strategy = tp.build_strategy("vispruner", important=important)
+    kept = strategy.select(seen, torch.tensor(keep)).kept
+    for number, row in enumerate(rows):
+        scores = attention[number].float().mean(0).tolist()
+        expected = vispruner(row, scores, states[number].tolist(), keep[number], important)
+        assert kept[number].nonzero()[:, 0].tolist() == expected
+
+
+@given(case=cases(), neighbours=st.sampled_from([0, 3]), spread=st.sampled_from([0.0, 0.5, 1.0]))
+def test_prumerge(case: Any, neighbours: int, spread: float) -> None:
+    rows, width, keep, seed = case
+    attention, keys = signals(rows, width, seed)
+    attention = attention[:, :1]
+    counts = [sum(map(len, tiles)) + len(newlines) for tiles, newlines in rows]
+    most = max(map(min, counts, keep))
+    seen = view_of(rows, attention.float(), keys, most)
+    strategy = tp.build_strategy("prumerge", neighbours=neighbours, spread=spread)
+    selection = strategy.select(seen, torch.tensor(keep))
+    assert selection.weights.shape == (len(rows), most, width)
+    for number, row in enumerate(rows):
+        scores = attention[number, 0].float().tolist()
+        mixed = prumerge(row, scores, keys[number].tolist(), keep[number], neighbours, spread)
+        seats = selection.kept[number].nonzero()[:, 0].tolist()
+        assert seats == sorted(mixed)
+        for place, seat in enumerate(seats):
+            expected = torch.zeros(width)
+            for token, weight in mixed[seat].items():
+                expected[token] += weight
+            torch.testing.assert_close(selection.weights[number, place], expected)
+
+
+def test_prumerge_refuses_what_is_no_part() -> None:
+    with pytest.raises(ValueError, match=r"PruMerge.spread: expected a fraction in \[0, 1\]"):
+        tp.build_strategy("prumerge", spread=2)
+    with pytest.raises(ValueError, match=r"PruMerge.neighbours: expected .* got -1"):
+        tp.build_strategy("prumerge", neighbours=-1)
+
+
+def test_vispruner_refuses_what_is_no_part() -> None:
+    with pytest.raises(ValueError, match=r"VisPruner.important: expected a fraction in \[0, 1\]"):
+        tp.build_strategy("vispruner", important=2)
+
+
+# --------------------------------------------------------------------------------- in a whole model
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "vispruner"])
+def test_as_published_on_a_model(name: str) -> None:
+    """From the tower's own eager attention and hidden states, for images of each row."""
+    model = build("llava", "eager")
+    inputs = batch(model, ROWS)
+    strategy, schedule, positions = tp.published(name, num_layers=6)
+    assert (schedule.stages[0].layer, positions) == (0, "renumbered")
+    with torch.no_grad():
+        seen = model.model.vision_tower(
+            inputs["pixel_values"], output_attentions=True, output_hidden_states=True
+        )
+        with tp.prune(model, strategy, schedule, positions) as trace:
+            model(**inputs)
+    attention = seen.attentions[-2][:, :, 0, 1:].mean(1)
+    states = seen.hidden_states[-2][:, 1:].double()
+    images = iter(range(len(attention)))
+    for number, row in enumerate(ROWS):
+        own = [next(images) for segment in row.segments if not isinstance(segment, int)]
+        tiles = [list(range(16 * tile, 16 * tile + 16)) for tile in range(len(own))]
+        keep = round(16 * len(own) * schedule.stages[0].keep)
+        scores = [score for image in own for score in attention[image].tolist()]
+        hidden = [state for image in own for state in states[image].tolist()]
+        expected = fastervlm((tiles, []), scores, keep)
+        if name == "vispruner":
+            expected = vispruner((tiles, []), scores, hidden, keep, 0.5)
+        assert trace.stages[0].kept[number].tolist() == expected
+
+
+def test_prumerge_on_a_model() -> None:
+    """From the tower's own projections, for an image."""
+    model = build("llava", "eager")
+    inputs = batch(model, [ROWS[0]])
+    strategy = tp.build_strategy("prumerge", neighbours=4, spread=0.5)
+    attention = model.model.vision_tower.encoder.layers[-1].self_attn
+    heard: dict[str, Tensor] = {}
+    hooks = [
+        getattr(attention, name).register_forward_hook(
+            lambda module, args, output, name=name: heard.update({name: output[0]})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        with tp.prune(model, strategy, tp.Schedule.one_shot(0, 0.4), "renumbered") as trace:
+            model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    logits = heard["k_proj"].double() @ heard["q_proj"][0].double() / 32**0.5
+    scores = logits.softmax(0)[1:].tolist()
+    keys = heard["k_proj"][1:].double().tolist()
+    expected = prumerge(([list(range(16))], []), scores, keys, 6, 4, 0.5)
+    stage = trace.stages[0]
+    assert stage.kept[0].tolist() == sorted(expected)
+    for own, seat in zip(stage.weights[0], sorted(expected), strict=True):
+        theirs = torch.zeros(16)
+        for token, weight in expected[seat].items():
+            theirs[token] += weight
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
+
+
+def test_tiles_of_a_mosaic_share_the_budget_and_newlines_go_first() -> None:
+    model = build("llava_next")
+    inputs = batch(model, [ROWS[0]])
+    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    schedule = tp.Schedule.one_shot(layer=0, keep=0.5)
+    with torch.no_grad(), tp.prune(model, tp.build_strategy("fastervlm"), schedule) as trace:
+        model(**inputs)
+    (kept,) = trace.stages[0].kept
+    # The whole image has 16 tokens; the mosaic's rows are 8 patches, 4 of each tile, and a newline.
+    of_mosaic = kept[kept >= 16] - 16
+    assert not (of_mosaic % 9 == 8).any()
+    rows = (count - 16) // 9
+    sizes = torch.tensor([16, 4 * rows, 4 * rows])
+    exact = len(kept) * sizes / sizes.sum()
+    own = [int((kept < 16).sum()), int((of_mosaic % 9 < 4).sum()), int((of_mosaic % 9 >= 4).sum())]
+    assert sum(own) == len(kept)
+    assert (torch.tensor(own) - exact).abs().max() < 1

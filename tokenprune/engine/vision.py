@@ -1,0 +1,447 @@
+"""What strategies ask of the vision tower, heard while it runs, and found again by its output.
+
+The tower runs ahead of the decoder, in the same call or, in `generate`, before any. Hooks on the
+asked layers keep what their projections gave; when the model's own `get_image_features` returns,
+signals of each visual token are made of it. They are kept by the object that the features came in,
+weakly: a call finds those of its own features, or is refused.
+
+Shape suffixes: N sequences that attend to themselves, L positions of one, P patches, H heads,
+C channels, T visual tokens of the features, K patches of a token, B batch rows, V visual tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.engine.masks import dense
+from tokenprune.engine.rows import Bools, Ints, Rows
+from tokenprune.families.anatomy import Anatomy
+from tokenprune.families.tower import (
+    Attending,
+    Patches,
+    VisionParts,
+    fused,
+    num_tokens,
+    separate,
+)
+from tokenprune.strategy import Need, VisionNeed, VisionRows, VisionStates
+from tokenprune.tensors import attention_rows, single_precision, to_device
+
+#: Bytes of float32 attention weights that one chunk of query rows may take.
+CHUNK_BYTES = 2**27
+#: Methods that make features, by the kind of their placeholders.
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+
+
+@dataclass(eq=False)
+class Heard:
+    """What one layer of the tower did in one run.
+
+    Attributes:
+        queries: What its projection of queries gave.
+        keys: What its projection of keys gave.
+        named: Arguments of its attention.
+        hidden: Its output.
+    """
+
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    def some(self) -> Tensor:
+        """Whichever was noted: it says how many positions there are, (N, L, C) or (P, C)."""
+        return next(v for v in (self.hidden, self.keys, self.queries) if v is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What is known of the visual tokens that one call of a features' method made.
+
+    Attributes:
+        values: By need, (T, ...).
+        tiles: int64 (T,), the tile of each, on the host; -1 for tokens without patches.
+    """
+
+    values: Mapping[Need, Tensor]
+    tiles: Ints
+
+
+class Watch:
+    """Hears the vision tower of one model.
+
+    Attributes:
+        parts: The tower.
+        needs: What is asked of it.
+    """
+
+    def __init__(self, parts: VisionParts, needs: frozenset[VisionNeed]) -> None:
+        self.parts = parts
+        self.needs = needs
+        self._thread = threading.local()
+        self._known: dict[int, tuple[weakref.ref[Any], Signals]] = {}
+
+    # -- hooks on the tower ----------------------------------------------------------------------
+
+    def hook(self) -> list[Any]:
+        """Hooks on the layers that are asked, and on nothing else."""
+        found, names = [], self.parts.tower
+        for number in sorted({need.layer for need in self.needs}):
+            kinds = {_kind(need) for need in self.needs if need.layer == number}
+            attention, layer = self.parts.attention(number), self.parts.layers[number]
+            if "rows" in kinds:
+                before = self._note_arguments(number)
+                found.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+            for what in ("queries", "keys"):
+                if {"rows", what} & kinds:
+                    module = getattr(attention, getattr(names, what))
+                    found.append(module.register_forward_hook(self._note(number, what)))
+            if "hidden" in kinds:
+                found.append(layer.register_forward_hook(self._note(number, "hidden")))
+        return found
+
+    def _note(self, number: int, what: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            heard = self._heard(number)
+            if heard is not None:
+                value = output[0] if isinstance(output, tuple) else output
+                setattr(heard, what, value.detach())
+
+        return hook
+
+    def _note_arguments(self, number: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            heard = self._heard(number)
+            if heard is not None:
+                heard.named = kwargs
+
+        return hook
+
+    def _heard(self, number: int) -> Heard | None:
+        """Where a layer's doings are noted; None outside a call that makes features.
+
+        Gradient checkpointing computes layers anew in the backward pass, which is none.
+        """
+        layers: dict[int, Heard] | None = getattr(self._thread, "layers", None)
+        return None if layers is None else layers.setdefault(number, Heard())
+
+    # -- the calls that make features ------------------------------------------------------------
+
+    def noted(
+        self, kind: str, features: Callable[..., Any], found: Callable[[str, Signals], None]
+    ) -> Callable[..., Any]:
+        """A method that makes features, and signals beside them.
+
+        Args:
+            kind: `"image"` or `"video"`.
+            features: The model's own method.
+            found: Is told of what was made within a call.
+        """
+        parameters = inspect.signature(features)
+
+        @functools.wraps(features)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._thread, "layers", None) is not None:  # one that calls another
+                return features(*args, **kwargs)
+            layers: dict[int, Heard] = {}
+            self._thread.layers = layers
+            try:
+                output = features(*args, **kwargs)
+            finally:
+                self._thread.layers = None
+            named = dict(parameters.bind(*args, **kwargs).arguments)
+            named |= named.pop("kwargs", {})
+            signals = make_signals(self.parts, self.needs, layers, named, num_tokens(output))
+            self._keep(output, signals)
+            found(kind, signals)
+            return output
+
+        return method
+
+    def _keep(self, output: Any, signals: Signals) -> None:
+        try:
+            key, known = id(output), self._known
+            known[key] = weakref.ref(output, lambda _: known.pop(key, None)), signals
+        except TypeError:  # a tuple: nothing hands it on to another call
+            return
+
+    def known(self, output: Any) -> Signals | None:
+        """Signals of what a features' method returned, while that lives."""
+        reference, signals = self._known.get(id(output), (lambda: None, None))
+        return signals if reference() is output else None
+
+    def forget(self) -> None:
+        """Forgets all that was heard."""
+        self._known.clear()
+
+
+def _kind(need: VisionNeed) -> str:
+    """What of a layer a need reads: `"rows"`, `"hidden"`, `"keys"` or `"queries"`."""
+    return need.what if isinstance(need, VisionStates) else "rows"
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+
+@torch.no_grad()
+def make_signals(
+    parts: VisionParts,
+    needs: frozenset[VisionNeed],
+    layers: Mapping[int, Heard],
+    named: Mapping[str, Any],
+    count: int,
+) -> Signals:
+    """Signals (T, ...) of the visual tokens that one run of the tower made.
+
+    Args:
+        parts: The tower.
+        needs: What is asked.
+        layers: What the asked layers did.
+        named: Arguments of the method that ran the tower.
+        count: Visual tokens T that it made.
+
+    Raises:
+        ValueError: If it cannot be said which patches make up each token.
+    """
+    hidden = layers[next(iter(needs)).layer].some()
+    shape = hidden.shape[:-1] if hidden.dim() == 3 else (1, len(hidden))
+    index = torch.arange(shape[0] * (shape[1] - parts.num_class)).view(shape[0], -1)
+    tiles = torch.arange(shape[0]).repeat_interleave(index.shape[1])
+    if parts.tower.frames is not None:
+        tiles = parts.tower.frames(named)
+    index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
+    patches = parts.tower.patches(parts.base, named, index)
+    if len(patches.index) != count:
+        raise ValueError(
+            f"prune: expected the patches of {count} visual tokens, got those of "
+            f"{len(patches.index)} from what is known of {type(parts.base).__name__}. "
+            "Choose a strategy that does not read the vision tower."
+        )
+    largest = patches.index.amax(1)
+    of_token = tiles[largest.clamp_min(0)].where(largest >= 0, -1)
+    patches = _placed(patches, hidden.device)
+    values: dict[Need, Tensor] = {}
+    for need in sorted(needs, key=repr):
+        values[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
+    return Signals(values, of_token.numpy())
+
+
+def _placed(patches: Patches, device: torch.device) -> Patches:
+    return Patches(patches.index.to(device), to_device(patches.shares, device))
+
+
+def _mean(values: Tensor, patches: Patches) -> Tensor:
+    """Values (P, ...) of patches, mean over those of each token, (T, ...)."""
+    shares = patches.shares
+    exists_TK = patches.index >= 0
+    if shares is None:
+        shares = exists_TK / exists_TK.sum(1, keepdim=True).clamp_min(1)
+    shares = (shares * exists_TK).to(values.dtype)
+    taken = values[patches.index.clamp_min(0)]  # (T, K, ...)
+    return torch.einsum("tk...,tk->t...", taken, shares)
+
+
+def _of_patches(parts: VisionParts, need: VisionNeed, heard: Heard, tiles: Tensor) -> Tensor:
+    """What is asked of each patch, (P, H) or (P, C)."""
+    first = parts.num_class
+    if isinstance(need, VisionStates):
+        values: Tensor = getattr(heard, need.what)
+        if need.what != "hidden" and parts.tower.is_fused:
+            values = values.chunk(3, -1)[0 if need.what == "queries" else 1]
+        values = values if values.dim() == 3 else values[None]  # (N, L, C)
+        values = values[:, first:].to(torch.promote_types(values.dtype, torch.float32))
+        return values.flatten(0, 1)
+    assert isinstance(need, VisionRows)
+    assert heard.keys is not None
+    attention = parts.attention(need.layer)
+    if parts.tower.is_fused:
+        attending = fused(attention, heard.keys, heard.named)
+    else:
+        assert heard.queries is not None
+        valid = _valid(heard.named.get("attention_mask"), heard.keys)
+        attending = separate(attention, heard.queries, heard.keys, valid)
+    if need.heads == "one":
+        attending = attending.as_one_head()
+    with single_precision(heard.keys.device):
+        if need.queries == "class":
+            return _rows(attending, 0, 1)[:, :, 0, first:].transpose(1, 2).flatten(0, 1)
+        received = _received(attending, first).transpose(1, 2)  # (N, P, H)
+    if not attending.packed:
+        if attending.valid is None:
+            return received.flatten(0, 1) / received.shape[1]
+        asking = attending.valid[:, first:].sum(1).clamp_min(1)
+        return (received / asking[:, None, None]).flatten(0, 1)
+    values = received.flatten(0, 1)
+    if attending.valid is not None:
+        values = values[attending.valid.flatten()]
+    asking = tiles.bincount()[tiles]  # of windows, those of the whole frame
+    return values / asking.to(values.device)[:, None]
+
+
+def _valid(mask: Any, keys: Tensor) -> Tensor | None:
+    """Which positions of the tower's sequences are no padding, bool (N, L); None for all."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    given = dense(mask, len(keys))
+    if given is None:
+        return None
+    allowed = given if given.dtype == torch.bool else given == 0
+    return allowed[:, 0].any(1)
+
+
+def _rows(attending: Attending, start: int, stop: int) -> Tensor:
+    """Attention of some positions of each sequence to all of its own, (N, H, Q, L), float32."""
+    allowed = None if attending.valid is None else attending.valid[:, None, None]
+    return attention_rows(
+        attending.queries[:, :, start:stop], attending.keys, allowed, attending.scaling
+    )
+
+
+def _received(attending: Attending, first: int) -> Tensor:
+    """Attention that patches get from all patches of their sequence, summed (N, H, P), float32.
+
+    Args:
+        attending: What the attention is made of.
+        first: Positions before the first patch, which do not ask.
+    """
+    num_sequences, num_heads, length, _ = attending.keys.shape
+    chunk = max(1, CHUNK_BYTES // (4 * num_sequences * num_heads * length))
+    total = attending.keys.new_zeros(num_sequences, num_heads, length, dtype=torch.float32)
+    for start in range(first, length, chunk):
+        rows = _rows(attending, start, start + chunk)
+        if attending.valid is not None:
+            rows = rows * attending.valid[:, None, start : start + chunk, None]
+        total += rows.sum(2)
+    return total[:, :, first:]
+
+
+# ----------------------------------------------------------------------------------- of one's call
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Signals of a call's visual tokens.
+
+    Attributes:
+        parts: Those of its features.
+        index: int64 (B, V), of each visual token its number in them, one after another; what does
+            not exist has the number after the last.
+        tiles: int64 (B, V), the tile of each, numbered within the row; -1 for none.
+        tile_shape: Tiles that a row has at most, and tokens that a tile has at most.
+    """
+
+    parts: list[Signals]
+    index: Ints
+    tiles: Ints
+    tile_shape: tuple[int, int]
+
+    def signal(self, need: Need, index_BV: Tensor) -> Tensor:
+        """A signal of the call's visual tokens, (B, V, ...); zeros for what does not exist.
+
+        Args:
+            need: Which.
+            index_BV: The index, on the device where it is needed.
+        """
+        known = [to_device(part.values[need], index_BV.device) for part in self.parts]
+        if (self.index == sum(len(part.tiles) for part in self.parts)).any():
+            known.append(known[0].new_zeros(1, *known[0].shape[1:]))
+        joined = known[0] if len(known) == 1 else torch.cat(known)
+        return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, *joined.shape[1:])
+
+
+def match(
+    watch: Watch,
+    anatomy: Anatomy,
+    inputs: Mapping[str, Any],
+    made: Mapping[str, Signals],
+    rows: Rows,
+) -> Seen:
+    """Signals of the features that a call was given, or made itself.
+
+    Args:
+        watch: What has heard the tower.
+        anatomy: The model's parts.
+        inputs: Arguments of the modules above the decoder.
+        made: Signals of features that the call made, by kind.
+        rows: The call's rows.
+
+    Raises:
+        ValueError: If there are none, or not of all visual tokens.
+    """
+    given: Any = inputs.get("mm_encoder_outputs")
+    given = given if isinstance(given, Mapping) else {}
+    index_BT = np.full(rows.visual.shape, -1, dtype=np.int64)
+    parts: list[Signals] = []
+    start = 0
+    for kind in METHODS:
+        signals = made.get(kind) if given.get(kind) is None else watch.known(given[kind])
+        marked = rows.visual
+        if rows.ids is not None:
+            marked = np.isin(rows.ids, anatomy.placeholders(kind))
+        if signals is None or not marked.any():
+            continue
+        count = len(signals.tiles)
+        number_BT = _numbers(marked, count)
+        if number_BT is None:
+            continue
+        index_BT = np.where(marked, number_BT + start, index_BT)
+        parts.append(signals)
+        start += count
+    index_BV = _of_visual(index_BT, rows, start)
+    if (index_BV < 0).any():
+        raise ValueError(
+            "prune: expected images that the vision tower encodes while the model is pruned, for a "
+            f"strategy that reads it ({', '.join(map(repr, sorted(watch.needs, key=repr)))}), got "
+            "visual tokens whose features were made before, elsewhere, or in parts. Pass pixels, "
+            "and leave prefill_chunk_size out."
+        )
+    return Seen(parts, index_BV, *_tiles(parts, index_BV))
+
+
+def _tiles(parts: list[Signals], index_BV: Ints) -> tuple[Ints, tuple[int, int]]:
+    """Tiles of a call's visual tokens, numbered within the row, and how many of how many tokens."""
+    through, start = [], 0
+    for part in parts:
+        through.append(np.where(part.tiles < 0, -1, part.tiles + start))
+        start = int(through[-1].max(initial=start - 1)) + 1
+    tiles_BV = np.concatenate([*through, [-1]])[index_BV]
+    most, length = 1, 1
+    for row in tiles_BV:
+        _, row[row >= 0], sizes = np.unique(row[row >= 0], return_inverse=True, return_counts=True)
+        most, length = max(most, len(sizes)), max(length, int(sizes.max(initial=0)))
+    return tiles_BV, (most, length)
+
+
+def _numbers(marked: Bools, count: int) -> Ints | None:
+    """Numbers of marked tokens among the features', int64 (B, T); None where they do not fit.
+
+    Generation repeats rows (beams, several returned sequences), and shows each the same features.
+    """
+    own = marked.sum(1)
+    times, rest = divmod(int(own.sum()), count) if count else (0, 0)
+    if rest or times == 0 or len(own) % times:
+        return None
+    groups = own.reshape(-1, times)
+    if (groups != groups[:, :1]).any():
+        return None
+    before = np.cumsum(groups[:, 0]) - groups[:, 0]
+    numbers: Ints = np.cumsum(marked, 1) - 1 + np.repeat(before, times)[:, None]
+    return numbers
+
+
+def _of_visual(index_BT: Ints, rows: Rows, pad: int) -> Ints:
+    """Entries of the visual tokens of each row, int64 (B, V), filled up with `pad`."""
+    table = np.full((len(index_BT), max(rows.num_visual)), pad, dtype=np.int64)
+    for row, marked in enumerate(rows.visual):
+        table[row, : rows.num_visual[row]] = index_BT[row][marked]
+    return table
