@@ -467,7 +467,9 @@ class AttentionStrategy(ScoreStrategy):
     source: str = "next"
 
     def __post_init__(self) -> None:
-        DecoderRows(self.queries, self.source)  # refuses bad values here, not at the first cut
+        # Refuses bad values here, not at the first cut; rows of text are not one score.
+        _check_choice("DecoderRows.queries", self.queries, QUERIES[:2])
+        DecoderRows(self.queries, self.source)
 
     def needs(self) -> tuple[Need, ...]:
         return (DecoderRows(self.queries, self.source),)

@@ -35,10 +35,10 @@ PER_CUT = {
     "vispruner": {1: (417, 427), 8: (428, 436)},
     # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
     "cdpruner": {1: (364, 374), 8: (411, 419)},
-    "dart": {1: (154, 164), 8: (167, 175)},
+    "dart": {1: (153, 163), 8: (166, 174)},
     "divprune": {1: (93, 103), 8: (119, 127)},
     "pool": {1: (110, 120), 8: (131, 139)},
-    "sparsevlm": {1: (180, 190), 8: (199, 207)},
+    "sparsevlm": {1: (177, 187), 8: (196, 204)},
     "vtw": {1: (9, 19), 8: (14, 22)},
 }
 READS_TOWER = {name for name in PER_CUT if vision_needs(tp.build_strategy(name))}

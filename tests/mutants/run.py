@@ -37,6 +37,7 @@ ENGINE = [
     "tests/engine/test_cases.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_overhead.py",
+    "tests/engine/test_needs.py",
     "tests/engine/test_generation.py",
     "tests/engine/test_oracles.py",
     "tests/families/test_adapters.py",

@@ -141,6 +141,13 @@ def test_a_token_that_is_no_number_is_picked_last() -> None:
     torch.testing.assert_close(selection.weights[0].sum(1), torch.ones(4))
 
 
+def test_the_first_token_is_the_farthest_from_those_that_exist() -> None:
+    """What is no number is no neighbour, although a right angle is nearer than all of these."""
+    tokens = torch.tensor([[[-0.5, 0.8], [-0.6, -0.8], [1.0, 0.0], [torch.nan, 0.0]]])
+    view = one_row({tp.Projected(): tokens}, 4, 1)
+    assert kept(tp.build_strategy("divprune"), view, 1) == [2]
+
+
 def test_more_tokens_than_dimensions_are_no_division_by_nothing() -> None:
     tokens = torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(0))
     answers = {tp.Projected(): tokens, tp.Text(): question()}

@@ -9,11 +9,13 @@ attention by what rotary positions alone would give, and hears the 14 heads that
 most.
 
 Departures. The engine moves no token to a new seat: kept and merged tokens, in that order, take the
-seats of the kept ones and of the last dropped ones. Means of attention are float32. The released
-code adds noise of 1e-6 to the density; here there is none, and ties go to the lower index, which
-decides where there is one cluster only. Where no text token exceeds the mean, all rate. Version
-2.0's divisor turns negative beyond a distance of 1706 (base 10000, heads of 128): longer prompts
-are refused. Version 1, whose budget follows a matrix rank, is left out.
+seats of the kept ones and of the last dropped ones (positions are counted anew, as published; with
+original ones a kept token behind a filled seat has the position of the seat that it moves to).
+Means of attention are float32. The released code adds noise of 1e-6 to the density; here there is
+none, and ties go to the lower index, which decides where there is one cluster only. Where no text
+token exceeds the mean, all rate. Version 2.0's divisor turns negative beyond a distance of 1706
+(base 10000, heads of 128): longer prompts are refused. Version 1, whose budget follows a matrix
+rank, is left out.
 """
 
 from __future__ import annotations
