@@ -582,6 +582,8 @@ def test_features_made_before_are_refused() -> None:
             forward(model, inputs | {"mm_encoder_outputs": {"image": before}})
         with torch.no_grad():
             during = model.model.get_image_features(pixels, return_dict=True)
+        with pytest.raises(ValueError, match=REFUSED):  # nor is what is known of others
+            forward(model, inputs | {"mm_encoder_outputs": {"image": before}})
         forward(model, inputs | {"mm_encoder_outputs": {"image": during}})
 
 
@@ -594,6 +596,29 @@ def test_embeddings_instead_of_pixels_are_refused() -> None:
         for call in ({"inputs_embeds": embeds}, {"input_ids": inputs["input_ids"]}):
             with pytest.raises(ValueError, match=REFUSED):
                 forward(model, call | {"visual_mask": mask})
+
+
+def test_two_runs_of_the_model_in_one_call_are_apart() -> None:
+    """Within a module that runs the model twice, the second does not find the first's images."""
+    specimen, model, inputs, strategy = image_inputs()
+    mask = tp.visual_mask(model, inputs["input_ids"])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, embeddings: bool) -> None:
+            self.model(**inputs)
+            call = {"inputs_embeds": embeds, "visual_mask": mask} if embeddings else inputs
+            self.model(**call)
+
+    twice = Twice()
+    with torch.no_grad(), tp.prune(twice, strategy, schedule(specimen)):
+        twice(False)
+        with pytest.raises(ValueError, match=REFUSED):
+            twice(True)
 
 
 def test_features_in_parts_are_refused() -> None:
