@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -392,11 +392,13 @@ class Published:
         schedule: Name of a `Schedule` constructor, `"pyramid"`, `"one_shot"` or `"explicit"`.
         options: Its keyword arguments.
         positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
+        strategies: Where a strategy of its own acts at each cut: their names and fields.
     """
 
     schedule: str
     options: Mapping[str, Any]
     positions: str
+    strategies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 class PruningStrategy(ABC):
@@ -501,6 +503,26 @@ class PerStage(PruningStrategy):
 
     def at(self, cut: int) -> PruningStrategy:
         return self.strategies[cut]
+
+    def check(self, cuts: Sequence[int]) -> None:
+        """Refuses a schedule with more or fewer cuts.
+
+        Args:
+            cuts: Their layers.
+
+        Raises:
+            ValueError: If there is not one strategy for each.
+        """
+        if len(self.strategies) != len(cuts):
+            raise ValueError(
+                f"PerStage: expected a strategy for each of the cuts at {list(cuts)}, got "
+                f"{len(self.strategies)}. Name as many strategies as stages."
+            )
+
+    @property
+    def title(self) -> str:
+        """The names of its strategies, as one."""
+        return "+".join(getattr(own, "name", type(own).__name__) for own in self.strategies)
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         raise ValueError(
