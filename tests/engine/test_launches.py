@@ -33,9 +33,9 @@ PER_CUT = {
     "uniform": {1: (74, 84), 8: (93, 101)},
     "fastervlm": {1: (60, 70), 8: (68, 76)},
     "prumerge": {1: (106, 116), 8: (115, 123)},
-    "prumerge_plus": {1: (999, 999), 8: (999, 999)},
-    "visionzip": {1: (999, 999), 8: (999, 999)},
-    "vscan": {1: (999, 999), 8: (999, 999)},
+    "prumerge_plus": {1: (169, 179), 8: (178, 186)},
+    "visionzip": {1: (135, 145), 8: (143, 151)},
+    "vscan": {1: (138, 148), 8: (168, 176)},
     "vispruner": {1: (417, 427), 8: (428, 436)},
     # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
     "cdpruner": {1: (364, 374), 8: (411, 419)},

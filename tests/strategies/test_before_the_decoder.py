@@ -339,7 +339,7 @@ def vscan(
     kept += ranked(others, far)[: keep - keep // 2]
     members = {token: [token] for token in sorted(kept)}
     for token in range(side * side):
-        if token not in members:
+        if token not in members and kept:
             likeness = {
                 seat: sum(a * b for a, b in zip(units[token], units[seat], strict=True))
                 for seat in sorted(kept)
