@@ -459,6 +459,20 @@ def test_scoring_at_layer_0_counts_all_tokens() -> None:
     assert cost.total == cost.layers + cost.scoring + cost.vocabulary
 
 
+@pytest.mark.parametrize(
+    ("queries", "captured", "products"),
+    [
+        ("last", False, 10 * 4 * 3 + 7 * 10 * 2 * 3 + 7 * 4 * 3),
+        ("all", False, 7 * 10 * 4 * 3 + 7 * 10 * 2 * 3 + 7 * 7 * 4 * 3 + 7 * 7 * 4),
+        ("last", True, 7 * 10 * (4 + 2 + 2) * 3 + 7 * 4 * 3),
+    ],
+)
+def test_scoring_counts_each_product(queries: str, captured: bool, products: int) -> None:
+    """Queries, keys, logits and, of several rows, their mean: 7 tokens, 4 heads, 2 for keys."""
+    shape = tp.cost.DecoderShape(1, 10, 16, 4, 2, 3, 50)
+    assert tp.cost.scoring_flops(shape, 7, queries, captured) == 2 * products
+
+
 def test_causal_attention_is_half() -> None:
     half, whole = (tp.cost.exact(SEVEN, [576] * 32, causal=causal) for causal in (True, False))
     assert (half.attention * 2, half.linear) == (whole.attention, whole.linear)

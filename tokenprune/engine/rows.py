@@ -205,10 +205,8 @@ def read_rows(
 
 
 def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Ints]:
-    """Integer tensors (B, n) on the host, by name, in one transfer; absent ones are left out."""
+    """Integer tensors (B, n) on the host, by name, in one transfer; those that are there."""
     given = {name: part for name, part in parts.items() if part is not None}
-    if not given:
-        return {}
     if len(given) == 1:
         ((name, part),) = given.items()
         part = part if part.dtype in (torch.bool, torch.int64) else part.to(torch.int64)
