@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -24,14 +25,24 @@ class GridSweeper(Sweeper):
         self.grids = grids
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
+        self.loader: ConfigLoader | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.config = config
+        self.loader = hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def _choices(self, group: str) -> list[str]:
+        assert self.config is not None
+        assert self.loader is not None
+        found: list[str] = self.loader.get_group_options(
+            group, overrides=list(self.config.hydra.overrides.hydra)
+        )
+        return found
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
@@ -40,7 +51,7 @@ class GridSweeper(Sweeper):
 
         assert self.config is not None
         assert self.launcher is not None
-        jobs = expand(self.grids, arguments)
+        jobs = expand(self.grids, arguments, self._choices)
         names = run_names(jobs)
         named = [
             [*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)

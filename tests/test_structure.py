@@ -28,6 +28,7 @@ FLOORS = {
     "cost": 3,
     "strategy": 2,
     "families": 2,
+    "imports": 1,
     "schedule": 1,
     "tensors": 1,
     "data": 1,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenprune.schedule import Schedule, Stage
     from tokenprune.strategies.published import published
     from tokenprune.strategy import (
+        LOGITS,
         POSITIONS,
         AttentionStrategy,
         DecoderKeys,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LOGITS",
     "POSITIONS",
     "Adapter",
     "AttentionStrategy",
@@ -101,10 +103,10 @@ _NAMES = {
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (
-        *("POSITIONS", "AttentionStrategy", "DecoderKeys", "DecoderRows", "Entered", "Need"),
-        *("Normed", "PerStage", "Projected", "PruningStrategy", "Published", "RandomNumbers"),
-        *("ScoreStrategy", "Selection", "Text", "TextView", "TokensAndText", "TokenView"),
-        *("VisionRows", "VisionStates", "available", "build_strategy", "register"),
+        *("LOGITS", "POSITIONS", "AttentionStrategy", "DecoderKeys", "DecoderRows", "Entered"),
+        *("Need", "Normed", "PerStage", "Projected", "PruningStrategy", "Published"),
+        *("RandomNumbers", "ScoreStrategy", "Selection", "Text", "TextView", "TokensAndText"),
+        *("TokenView", "VisionRows", "VisionStates", "available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -11,11 +11,15 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from tokenprune.imports import locate
+
 if TYPE_CHECKING:  # a strategy is named, listed and priced without torch
+    from importlib.metadata import EntryPoint
+
     from torch import Tensor
 
 SOURCES = ("next", "previous")
@@ -24,6 +28,8 @@ VISION_QUERIES = ("class", "all")
 VISION_HEADS = ("own", "one")
 VISION_STATES = ("hidden", "keys", "queries")
 POSITIONS = ("original", "renumbered")
+#: Of which positions a pruned call makes logits, see `tokenprune.attach`.
+LOGITS = ("all", "supervised", "full")
 
 
 class Need:
@@ -386,11 +392,13 @@ class Published:
         schedule: Name of a `Schedule` constructor, `"pyramid"`, `"one_shot"` or `"explicit"`.
         options: Its keyword arguments.
         positions: `"original"` or `"renumbered"`; what `positions: auto` of configs stands for.
+        strategies: Where a strategy of its own acts at each cut: their names and fields.
     """
 
     schedule: str
     options: Mapping[str, Any]
     positions: str
+    strategies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 class PruningStrategy(ABC):
@@ -461,7 +469,9 @@ class AttentionStrategy(ScoreStrategy):
     source: str = "next"
 
     def __post_init__(self) -> None:
-        DecoderRows(self.queries, self.source)  # refuses bad values here, not at the first cut
+        # Refuses bad values here, not at the first cut; rows of text are not one score.
+        _check_choice("DecoderRows.queries", self.queries, QUERIES[:2])
+        DecoderRows(self.queries, self.source)
 
     def needs(self) -> tuple[Need, ...]:
         return (DecoderRows(self.queries, self.source),)
@@ -494,6 +504,26 @@ class PerStage(PruningStrategy):
     def at(self, cut: int) -> PruningStrategy:
         return self.strategies[cut]
 
+    def check(self, cuts: Sequence[int]) -> None:
+        """Refuses a schedule with more or fewer cuts.
+
+        Args:
+            cuts: Their layers.
+
+        Raises:
+            ValueError: If there is not one strategy for each.
+        """
+        if len(self.strategies) != len(cuts):
+            raise ValueError(
+                f"PerStage: expected a strategy for each of the cuts at {list(cuts)}, got "
+                f"{len(self.strategies)}. Name as many strategies as stages."
+            )
+
+    @property
+    def title(self) -> str:
+        """The names of its strategies, as one."""
+        return "+".join(getattr(own, "name", type(own).__name__) for own in self.strategies)
+
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         raise ValueError(
             "PerStage: expected a cut's own strategy to be asked, at(cut), got them all."
@@ -513,6 +543,8 @@ def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:
 _REGISTRY: dict[str, type[PruningStrategy]] = {}
 #: Has the strategies that come with the package, each in the file of its name.
 _SHIPPED = "tokenprune.strategies"
+#: Entry points by which installed packages offer strategies: `norm = "my_package.norm:Norm"`.
+ENTRY_POINTS = "tokenprune.strategies"
 StrategyClass = TypeVar("StrategyClass", bound=type[PruningStrategy])
 
 
@@ -556,32 +588,76 @@ def register(name: str) -> Callable[[StrategyClass], StrategyClass]:
 
 
 def available() -> list[str]:
-    """Names of all strategies, sorted: those of the package, and those registered since."""
-    return sorted({*_shipped(), *_REGISTRY})
+    """Names of all strategies, sorted: of the package, of installed ones, and registered since.
+
+    Installed packages offer them by entry points of the group `tokenprune.strategies`; none is
+    imported before it is built.
+    """
+    return sorted({*_shipped(), *_REGISTRY, *_offered()})
 
 
 def strategy_class(name: str) -> type[PruningStrategy]:
-    """The class of that name; one of the package is loaded when it is first asked for.
+    """The class of that name; one of a package is loaded when it is first asked for.
 
     Raises:
         KeyError: If there is none; names the choices and the nearest.
-        ValueError: If a file of the package registers no strategy of its name.
+        ValueError: If a file of the package registers no strategy of its name, or an installed
+            package cannot give the one that it offers.
     """
-    if name not in _REGISTRY and name in _shipped():
-        importlib.import_module(f"{_SHIPPED}.{name}")
-        if name not in _REGISTRY:
-            raise ValueError(
-                f"strategies/{name}.py: expected @register({name!r}), got no strategy of that "
-                "name. Name a file as its strategy."
-            )
     if name not in _REGISTRY:
-        raise unknown_name("strategy", name, available())
+        if name in _shipped():
+            _load_shipped(name)
+        elif name in (offered := _offered()):
+            _load_offered(name, offered[name])
+        else:
+            raise unknown_name("strategy", name, available())
     return _REGISTRY[name]
 
 
 def _shipped() -> list[str]:
     names: list[str] = importlib.import_module(_SHIPPED).names()
     return names
+
+
+def _load_shipped(name: str) -> None:
+    importlib.import_module(f"{_SHIPPED}.{name}")
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"strategies/{name}.py: expected @register({name!r}), got no strategy of that "
+            "name. Name a file as its strategy."
+        )
+
+
+def _offered() -> dict[str, list[EntryPoint]]:
+    """What installed packages offer, by name; nothing of theirs is imported."""
+    from importlib import metadata  # takes a moment, and most commands ask for no strategy
+
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        if all(entry.value != other.value for other in found.setdefault(entry.name, [])):
+            found[entry.name].append(entry)
+    return found
+
+
+def _load_offered(name: str, entries: list[EntryPoint]) -> None:
+    """Registers what a package offers, unless that does so itself when it is imported."""
+    packages = [entry.dist.name if entry.dist else entry.module for entry in entries]
+    if len(entries) > 1:
+        raise ValueError(
+            f"strategy {name!r}: expected one package that offers it, got {packages}. "
+            "Uninstall all others."
+        )
+    (entry,), (package,) = entries, packages
+    broken = f"strategy {name!r}: expected the package {package!r} to give it, got {entry.value!r}"
+    try:
+        found = locate(".".join(filter(None, (entry.module, entry.attr))))
+    except ImportError as error:
+        raise ValueError(f"{broken}: {error}. Repair or uninstall it.") from error
+    if name not in _REGISTRY:
+        try:
+            register(name)(found)
+        except ValueError as error:
+            raise ValueError(f"{broken}: {error}") from error
 
 
 def build_strategy(name: str, **fields: Any) -> PruningStrategy:

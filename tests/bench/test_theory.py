@@ -43,3 +43,6 @@ def test_training_counts_the_logits_that_are_made() -> None:
     saved = every.theory.flops("train", True) - supervised.theory.flops("train", True)
     assert saved == 2 * rows * 64 * 1000
     assert every.theory.flops("train", False) == supervised.theory.flops("train", False)
+    full = made("logits=full")
+    more = full.theory.flops("train", True) - every.theory.flops("train", True)
+    assert more == 2 * (96 - 12) * 64 * 1000  # of the visual tokens that were dropped

@@ -291,5 +291,14 @@ def test_f1_in_another_process(path: str | None) -> None:
     assert f"got: [Errno 28] No space left on device: {path or repr('/there')}. Make room" in told
 
 
+def test_f1_memory_that_processes_share() -> None:
+    """Is files in /dev/shm: torch says so in words of its own."""
+    text = "unable to resize file </torch_7_1_2> to the right size: No space left on device (28)"
+    told = explain(RuntimeError(text))
+    assert told is not None
+    assert "got: [Errno 28] No space left on device: </torch_7_1_2>. Make room" in told
+    assert explain(RuntimeError("unable to agree on this (2)")) is None
+
+
 def test_f1_other_errors_of_the_system_are_none_of_the_disk_s() -> None:
     assert explain(OSError(errno.ENOMEM, "Cannot allocate memory"), Path("there")) is None

@@ -39,6 +39,14 @@ from tokenprune.cli.mistakes import explain
         (["show", "no.png", "what?"], "show: expected a picture, got 'no.png'"),
         (["show"], "show: the following arguments are required"),
         (["verify", "strategy=none"], "strategy: expected one that prunes, got 'none'"),
+        (
+            ["train", "logits=ful"],
+            "logits: expected one of ['all', 'supervised', 'full'], got",
+        ),
+        (
+            ["bench", "logits=none"],
+            "logits: expected one of ['all', 'supervised', 'full'], got",
+        ),
         (["train", "strategy=fastvv"], "Did you mean 'fastv'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

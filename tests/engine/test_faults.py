@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import NUM_LAYERS, ROWS, Row, batch, build, text_config
+from models import NUM_LAYERS, ROWS, Row, batch, build, labelled, text_config
 from oracles import Frozen, assert_close, decided
 from torch import Tensor
 from transformers import (
@@ -149,6 +149,24 @@ def test_later_tokens_of_one_call_do_not_see_each_others_future(attention) -> No
             model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(3)
         ]
     assert_close(at_once, torch.cat(one_by_one, 1))
+
+
+def test_pads_are_what_the_caller_says_whatever_the_decoder_is_handed() -> None:
+    """A model may hide more from its layers than pads."""
+    model = build("llava")
+    inputs = batch(model, ROWS)
+    padding = inputs["attention_mask"].bool()
+
+    def hide(module, args, kwargs):
+        allowed = padding[:, None] & torch.ones(padding.shape[1], padding.shape[1]).tril().bool()
+        allowed[:, :, -3] = False
+        allowed = allowed | torch.eye(padding.shape[1]).bool()
+        return args, kwargs | {"attention_mask": allowed[:, None]}
+
+    model.get_decoder().register_forward_pre_hook(hide, with_kwargs=True)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**inputs)
+    assert trace.lengths[0].tolist() == padding.sum(1).tolist()
 
 
 # ------------------------------------------------------------------------------- calls that break
@@ -407,6 +425,25 @@ def test_the_last_of_shifted_labels_has_a_question() -> None:
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
         model(**inputs, labels=labels, shift_labels=shifted)
     assert trace.visual_lengths[-1].tolist() == [3]
+
+
+def test_a_stage_of_a_trace_cannot_be_changed() -> None:
+    model = build("llava")
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        model(**batch(model, ROWS[:1]))
+    with pytest.raises(AttributeError):
+        trace.stages[0].layer = 3
+
+
+@pytest.mark.parametrize("logits", ["all", "full", "supervised"])
+def test_labels_of_pads_count_for_nothing(logits) -> None:
+    model = build("llava")
+    inputs, labels = labelled(model)
+    careless = labels.masked_fill(inputs["attention_mask"] == 0, 7)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE, logits=logits):
+        expected = model(**inputs, labels=labels).loss
+        got = model(**inputs, labels=careless).loss
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_cache_cropped_into_an_image_is_refused_though_nothing_was_cut() -> None:

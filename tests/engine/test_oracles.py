@@ -48,7 +48,7 @@ STRATEGIES = [*EVERY, *VARIANTS]
 RUNNABLE = runnable(FAMILIES, STRATEGIES)
 RUNNABLE_DROPPING = runnable(FAMILIES, [*DROPPING, *VARIANTS])
 #: Where rounding could choose a token to say, another model and batch.
-SEEDS = {"vtw": 7}
+SEEDS = {"sparsevlm": 7, "vtw": 7}
 
 
 def ids(value) -> str:

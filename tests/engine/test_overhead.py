@@ -34,9 +34,18 @@ def counted() -> Iterator[Counter[str]]:
         yield calls
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "fastv"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *map(tp.build_strategy, ("cdpruner", "divprune", "fastv", "pyramiddrop", "sparsevlm")),
+        tp.build_strategy("sparsevlm", version="2.0"),
+        tp.build_strategy("dart", exact_budget=True),
+        tp.build_strategy("vtw"),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["alone", "padded"])
-def test_a_call_waits_once_more_whatever_its_cuts(name, rows) -> None:
+def test_a_call_waits_once_more_whatever_its_cuts(strategy, rows) -> None:
     """Counts of visual and real tokens come in one transfer; no layer waits for anything."""
     model = build("llava")
     inputs = batch(model, rows)
@@ -52,7 +61,7 @@ def test_a_call_waits_once_more_whatever_its_cuts(name, rows) -> None:
 
     with torch.no_grad():
         plain = waits()
-        with tp.prune(model, tp.build_strategy(name), SCHEDULE):
+        with tp.prune(model, strategy, SCHEDULE):
             model(**inputs)  # the first call compares two ways to the same queries and keys
             pruned = waits()
     assert all(b <= a + 1 for a, b in zip(plain, pruned, strict=True))

@@ -31,12 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = [
     "tests/test_tensors.py",
     "tests/engine/test_golden.py",
-    "tests/engine/test_cases.py",
-    "tests/engine/test_hunt.py",
     "tests/engine/test_faults.py",
+    "tests/engine/test_hunt.py",
     "tests/engine/test_corners.py",
-    "tests/engine/test_overhead.py",
+    "tests/engine/test_cases.py",
     "tests/engine/test_engine.py",
+    "tests/engine/test_overhead.py",
+    "tests/engine/test_needs.py",
     "tests/engine/test_generation.py",
     "tests/engine/test_oracles.py",
     "tests/families/test_adapters.py",
@@ -45,6 +46,7 @@ CONCERNED = {
     "tokenprune/schedule.py": ["tests/test_schedule.py", "tests/engine/test_golden.py"],
     "tokenprune/tensors.py": ENGINE,
     "tokenprune/engine/*.py": ENGINE,
+    "tokenprune/engine/settings.py": [*ENGINE, "tests/families/test_positions.py"],
     "tokenprune/cost/*.py": ["tests/cost"],
 }
 #: Seconds for which a fault may wait for each second of its limit: a machine may be busy.

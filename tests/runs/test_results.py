@@ -55,6 +55,12 @@ def write(folder: Path, **changes: object) -> None:
     )
 
 
+def test_what_is_imported_makes_no_other_run(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert results.changes(tmp_path, CONFIG | {"imports": ["mine"]}, MARKS) == []
+    assert results.changes(tmp_path, CONFIG | {"seed": 1}, MARKS) == ["seed"]
+
+
 def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert results.changes(tmp_path, CONFIG, MARKS) is None
     write(tmp_path)

@@ -33,16 +33,20 @@ class Made:
     answers: dict[Need, object]
 
 
-def made(seed: int) -> Made:
+def made(seed: int, longest: int = 40) -> Made:
     """The batch of a seed: ragged rows, some without images, budgets from none to all and more.
 
     In every other one values are few and exact, so that tokens tie and repeat.
+
+    Args:
+        seed: Of all that is drawn.
+        longest: Most visual tokens of a row.
     """
     draw, own = random.Random(seed), torch.Generator().manual_seed(seed)
     tied = seed % 2 == 1
     rows = draw.randint(1, 4)
-    counts = [draw.choice([0, draw.randint(1, 40)]) for _ in range(rows)]
-    counts[draw.randrange(rows)] = draw.randint(1, 40)
+    counts = [draw.choice([0, draw.randint(1, longest)]) for _ in range(rows)]
+    counts[draw.randrange(rows)] = draw.randint(1, longest)
     original = [count + draw.choice([0, draw.randint(0, 9)]) * (count > 0) for count in counts]
     texts = [draw.randint(0, 6) for _ in range(rows)]
     following = [draw.randint(0, text) for text in texts]
@@ -100,7 +104,6 @@ def made(seed: int) -> Made:
         _hidden=lambda: hidden,
         _places=lambda: places,
         _signal=answers.__getitem__,
-        _random=lambda seed: torch.rand(rows, width, generator=own),
     )
     return Made(view, keep, counts, original, answers)
 

@@ -38,6 +38,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def divprune(made: Made, row: int, again: bool = False) -> Row:
     tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
     number = len(tokens)
+    if int(made.keep[row]) >= number:
+        return list(range(number)), None
     distance = [[1 - cosine(a, b) for b in tokens] for a in tokens]
     for i in range(number):
         distance[i][i] = 0.0

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import second
 import torch
-from made_views import made
+from made_views import Made, made
+from torch import Tensor
 
 import tokenprune as tp
 
@@ -31,27 +32,35 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_picks_and_the_same_mixes(name: str) -> None:
-    strategy, slow = METHODS[name]
     for seed in range(CASES):
-        batch = made(seed)
-        selection = strategy.select(batch.view, batch.keep)
-        assert selection.kept.dtype == torch.bool
-        for row, count in enumerate(batch.counts):
-            seats, mixes = slow(batch, row)
-            where = f"made({seed}), row {row}"
-            assert selection.kept[row].nonzero()[:, 0].tolist() == seats, where
-            if strategy.keeps_exactly:
-                assert len(seats) == min(count, int(batch.keep[row])), where
-            assert (selection.weights is None) == (mixes is None), where
-            if mixes is None:
-                continue
-            expected = torch.zeros(len(seats), batch.view.valid.shape[1])
-            for survivor, mix in enumerate(mixes):
-                for token, weight in mix.items():
-                    expected[survivor, token] = float(weight)
-            assert selection.weights.shape[1] == batch.view.max_keep
-            ours = selection.weights[row, : len(seats)]
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=where)
+        compare(name, made(seed))
+
+
+def test_the_same_mixes_of_many_clusters() -> None:
+    for seed in range(40):
+        compare("sparsevlm", made(seed, longest=300))
+
+
+def compare(name: str, batch: Made) -> None:
+    """A method and its second implementation on a batch."""
+    strategy, slow = METHODS[name]
+    selection = strategy.select(batch.view, batch.keep)
+    assert selection.kept.dtype == torch.bool
+    for row, count in enumerate(batch.counts):
+        seats, mixes = slow(batch, row)
+        assert selection.kept[row].nonzero()[:, 0].tolist() == seats
+        if strategy.keeps_exactly:
+            assert len(seats) == min(count, int(batch.keep[row]))
+        assert (selection.weights is None) == (mixes is None)
+        if mixes is None:
+            continue
+        expected = torch.zeros(len(seats), batch.view.valid.shape[1])
+        for survivor, mix in enumerate(mixes):
+            for token, weight in mix.items():
+                expected[survivor, token] = float(weight)
+        assert selection.weights.shape[1] == batch.view.max_keep
+        ours = selection.weights[row, : len(seats)]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -62,10 +71,147 @@ def test_who_keeps_all_changes_nothing(name: str) -> None:
         keep = torch.tensor(batch.counts)
         view = tp.TokenView(**{**vars(batch.view), "max_keep": max(batch.counts)})
         selection = strategy.select(view, keep)
-        if name == "divprune-again":  # duplicates are picked again
-            assert (selection.kept <= view.valid).all()
-            continue
         assert torch.equal(selection.kept, view.valid)
         if selection.weights is not None:
             for row, count in enumerate(batch.counts):
                 assert torch.equal(selection.weights[row, :count, :count], torch.eye(count))
+
+
+# ---------------------------------------------------------------------------------- ties and limits
+
+
+def one_row(answers: dict[tp.Need, object], number: int, keep: int, **more: Tensor) -> tp.TokenView:
+    """A view of one row whose tokens all exist, and what is asked of it."""
+    valid = torch.ones(1, number, dtype=torch.bool)
+    places = torch.full((1, number, 4), -1)
+    return tp.TokenView(
+        layer=2,
+        num_layers=8,
+        num_original=torch.tensor([number]),
+        max_keep=min(keep, number),
+        ragged=False,
+        _valid=lambda: valid,
+        _positions=lambda: torch.arange(number)[None],
+        _hidden=lambda: more.get("hidden", torch.zeros(1, number, 4)),
+        _places=lambda: places,
+        _signal=answers.__getitem__,
+    )
+
+
+def kept(strategy: tp.PruningStrategy, view: tp.TokenView, keep: int) -> list[int]:
+    return strategy.select(view, torch.tensor([keep])).kept[0].nonzero()[:, 0].tolist()
+
+
+def question(number: int = 2, after: int = 2, length: int = 0) -> tp.TextView:
+    return tp.TextView(
+        embeddings=torch.eye(4)[:number][None],
+        valid=torch.ones(1, number, dtype=torch.bool),
+        follows=torch.arange(number)[None] >= number - after,
+        positions=torch.arange(number)[None] + length,
+    )
+
+
+def test_duplicates_are_picked_again_by_the_released_divprune_alone() -> None:
+    tokens = torch.eye(4)[[0, 0, 0, 1, 1, 1]][None]
+    view = one_row({tp.Projected(): tokens}, 6, 5)
+    assert kept(tp.build_strategy("divprune"), view, 5) == [0, 1, 2, 3, 4]
+    assert kept(tp.build_strategy("divprune", exact_reference=True), view, 5) == [0, 3]
+
+
+def test_a_token_that_is_no_number_is_picked_last() -> None:
+    tokens = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    tokens[0, 2] = torch.nan
+    view = one_row({tp.Projected(): tokens, tp.Text(): question()}, 6, 5)
+    assert kept(tp.build_strategy("divprune"), view, 5) == [0, 1, 3, 4, 5]
+    view = one_row({tp.Projected(): tokens, tp.Text(): question()}, 6, 4)
+    assert 2 not in kept(tp.build_strategy("cdpruner"), view, 4)
+    hidden = tokens.clone()
+    answers = {
+        tp.Text(): question(),
+        tp.Normed(): tp.TokensAndText(tokens, torch.randn(1, 2, 4)),
+        tp.DecoderKeys("previous"): tp.TokensAndText(tokens[:, :, None], torch.randn(1, 2, 1, 4)),
+        tp.Entered(): tokens,
+        tp.DecoderRows("text", "previous"): torch.rand(1, 2, 2, 6),
+    }
+    view = one_row(answers, 6, 4, hidden=hidden)
+    assert len(kept(tp.build_strategy("dart", exact_budget=True), view, 4)) == 4
+    selection = tp.build_strategy("sparsevlm").select(view, torch.tensor([4]))
+    assert int(selection.kept.sum()) == 4
+    assert selection.weights is not None
+    torch.testing.assert_close(selection.weights[0].sum(1), torch.ones(4))
+
+
+def test_the_first_token_is_the_farthest_from_those_that_exist() -> None:
+    """What is no number is no neighbour, although a right angle is nearer than all of these."""
+    tokens = torch.tensor([[[-0.5, 0.8], [-0.6, -0.8], [1.0, 0.0], [torch.nan, 0.0]]])
+    view = one_row({tp.Projected(): tokens}, 4, 1)
+    assert kept(tp.build_strategy("divprune"), view, 1) == [2]
+
+
+def test_more_tokens_than_dimensions_are_no_division_by_nothing() -> None:
+    tokens = torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(0))
+    answers = {tp.Projected(): tokens, tp.Text(): question()}
+    first = kept(tp.build_strategy("cdpruner"), one_row(answers, 40, 4), 4)
+    more = kept(tp.build_strategy("cdpruner"), one_row(answers, 40, 20), 20)
+    others = [i for i in range(40) if i not in first]
+    assert more == sorted(first + others[:16])
+
+
+def test_a_quarter_of_a_grid_is_pooled_two_by_two() -> None:
+    cells = [(0, 0, row, column) for row in range(6) for column in range(8)]
+    view = one_row({}, 48, 12)
+    view = tp.TokenView(**{**vars(view), "_places": lambda: torch.tensor([cells])})
+    weights = tp.build_strategy("pool").select(view, torch.tensor([12])).weights
+    assert weights is not None
+    image = torch.arange(48.0).view(6, 8)
+    expected = torch.nn.functional.avg_pool2d(image[None, None], 2).flatten()
+    torch.testing.assert_close(weights[0] @ image.flatten(), expected)
+
+
+def test_sparsevlm_s_lists_count_tokens_and_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for alive, single, total in ((576, 300, 309), (309, 200, 204), (204, 110, 113), (55, 26, 27)):
+        tokens = torch.randn(1, alive, 4, generator=generator)
+        answers = {
+            tp.Text(): question(),
+            tp.Entered(): tokens,
+            tp.DecoderRows("text", "previous"): torch.rand(1, 2, 2, alive, generator=generator),
+        }
+        view = one_row(answers, alive, total, hidden=tokens)
+        weights = tp.build_strategy("sparsevlm").select(view, torch.tensor([total])).weights
+        assert weights is not None
+        assert weights.shape == (1, total, alive)
+        # Tokens as they are first, then the means of clusters.
+        alone = weights[0].amax(1) == 1
+        assert alone[:single].all()
+        members = int((weights[0, single:] > 0).sum())
+        assert members == int(0.3 * (alive - single)) + 1
+
+
+def test_version_2_refuses_prompts_that_its_divisor_does_not_reach() -> None:
+    strategy = tp.build_strategy("sparsevlm", version="2.0")
+    for number, fits in ((1704, True), (1705, False)):
+        answers = {
+            tp.Text(): question(length=number),
+            tp.Entered(): torch.zeros(1, number, 4),
+            tp.DecoderRows("text", "previous"): torch.rand(1, 1, 2, number),
+        }
+        view = one_row(answers, number, 9)
+        if fits:
+            assert len(kept(strategy, view, 9)) == 9
+            continue
+        with pytest.raises(ValueError, match=r"at most 1706 tokens for version 2.0, .* got 1707"):
+            kept(strategy, view, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("sparsevlm", {"version": "1.0"}, r"SparseVLM.version: expected one of \['1.5', '2.0'\]"),
+        ("dart", {"image_pivots": 0}, "DART.image_pivots: expected an integer >= 1, got 0"),
+        ("dart", {"text_pivots": "4"}, "DART.text_pivots: expected an integer >= 1, got '4'"),
+    ],
+)
+def test_fields_that_cannot_be(name: str, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tp.build_strategy(name, **fields)

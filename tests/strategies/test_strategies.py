@@ -172,6 +172,8 @@ def test_unknown_names_and_fields() -> None:
         tp.build_strategy("fastv", k=2)
     with pytest.raises(ValueError, match=r"DecoderRows.queries: expected one of .* got 'first'"):
         tp.build_strategy("fastv", queries="first")
+    with pytest.raises(ValueError, match=r"queries: expected one of \['last', 'all'\], got 'text'"):
+        tp.build_strategy("fastv", queries="text")
     with pytest.raises(ValueError, match=r"DecoderRows.source: expected one of .* got 'own'"):
         tp.build_strategy("pyramiddrop", source="own")
 

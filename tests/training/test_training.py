@@ -6,10 +6,12 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any, ClassVar
 
 import models
 import pandas
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.throughput import Throughput
 from omegaconf import OmegaConf
@@ -623,6 +625,51 @@ def test_a_logger_without_its_package(checkpoint: str, tmp_path: Path) -> None:
         training.train(own, tmp_path)
 
 
+class Widths(pl.Callback):
+    """Notes how wide the logits of each step are, beside its inputs; None for none."""
+
+    found: ClassVar[list[tuple[int | None, int]]] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx > 0:
+            return
+        self.found.clear()  # and after the engine's hooks
+
+        def note(model: object, given: object, named: dict[str, Any], output: Any) -> None:
+            if model.training:
+                logits = output.logits
+                width = None if logits is None else logits.shape[1]
+                self.found.append((width, named["input_ids"].shape[1]))
+
+        pl_module.model.register_forward_hook(note, with_kwargs=True)
+
+
+def test_logits_of_a_step_are_what_the_config_asks_for(checkpoint: str, tmp_path: Path) -> None:
+    losses = {}
+    for logits in ("supervised", "all", "full"):
+        own = config(checkpoint, f"logits={logits}", "trainer.max_steps=2",
+                     "trainer.callbacks=[{_target_:test_training.Widths}]")  # fmt: skip
+        training.train(own, tmp_path / logits)
+        assert len(Widths.found) == 2
+        for width, full in Widths.found:
+            if logits == "full":
+                assert width == full
+            elif logits == "all":
+                assert width is not None
+                assert 0 < width < full
+            else:
+                assert width is None
+        summary = json.loads((tmp_path / logits / "training.json").read_text())
+        losses[logits] = (summary["train_loss"], summary["validation"]["loss"])
+    assert losses["all"] == pytest.approx(losses["supervised"], rel=1e-5)
+    assert losses["full"] == pytest.approx(losses["supervised"], rel=1e-5)
+    assert config(checkpoint).logits == "supervised"
+    with pytest.raises(ValueError, match=r"^logits: expected one of \['all', 'supervised',"):
+        FineTune(load(checkpoint, dtype="float32"), pruning(), logits="none")
+
+
 def test_a_short_training_has_a_curve(checkpoint: str, tmp_path: Path) -> None:
     training.train(config(checkpoint, "logger=csv", "trainer.max_steps=2"), tmp_path)
     curve = pandas.read_csv(tmp_path / "csv" / "metrics.csv")
@@ -685,7 +732,8 @@ def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):
         rows = [frame[["step", name]].dropna().values.tolist() for frame in (whole, parts)]
         assert rows[0] == rows[1], name
     assert parts["train_loss"].notna().sum() == 8
-    assert sorted(path.name for path in (tmp_path / "parts" / "csv").iterdir()) == ["metrics.csv"]
+    files = sorted(path.name for path in (tmp_path / "parts" / "csv").iterdir())
+    assert files == ["hparams.yaml", "metrics.csv"]
 
 
 def test_tensorboard_gets_the_curves(checkpoint, tmp_path):

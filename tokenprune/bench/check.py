@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig
 
+from tokenprune import LOGITS
 from tokenprune.runs.compose import build_pruning
 from tokenprune.runs.shapes import decoder_shape, num_tokens
 
@@ -27,7 +28,7 @@ def check(config: DictConfig) -> None:
     choices = {
         "measure": MEASURES,
         "tuning": TUNINGS,
-        "logits": ("all", "supervised"),
+        "logits": LOGITS,
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", *DTYPES),
     }

@@ -82,7 +82,8 @@ def _measure(
     weights = sum(weight.nbytes for weight in model.parameters())
     pruning = fit_pruning(config, model)
     assert pruning is not None, "checked before"
-    bench = Bench(model, pruning, load, config.logits, list(config.ways))
+    logits = config.logits if config.measure == "train" else "all"
+    bench = Bench(model, pruning, load, logits, list(config.ways))
     optimizer = prepare_training(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)

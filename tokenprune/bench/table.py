@@ -44,7 +44,7 @@ def publish(folder: Path) -> list[dict[str, Any]]:
 
 
 def _collect(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob(f"*/{RESULT}")) or [folder / RESULT]
+    paths = sorted(folder.rglob(RESULT))
     runs = [read(path.parent) | {"run": path.parent.name} for path in paths]
     rows = [row for run in runs for row in with_ways(run)]
     # A stable sort: the rows of a run stay together, its ways in their order.

@@ -16,7 +16,7 @@ class Theory:
         shape: Sizes of the decoder.
         schedule: How many visual tokens survive.
         load: What the model is given.
-        logits: Of which positions training makes logits, `all` or `supervised`.
+        logits: Of which positions training makes logits: `all`, `supervised` or `full`.
         bytes_per_value: Of the key-value cache.
     """
 
@@ -45,8 +45,9 @@ class Theory:
             return cost.decode_flops(shape, lengths, num_text)
         projected = 1
         if measure == "train":
-            supervised = pruned and self.logits == "supervised"
-            projected = self.load.num_labels if supervised else lengths[-1] + num_text
+            whole, survivors = self.load.num_visual + num_text, lengths[-1] + num_text
+            counts = {"all": survivors, "supervised": self.load.num_labels, "full": whole}
+            projected = counts[self.logits] if pruned else whole
         terms = cost.exact(shape, lengths, num_text, num_logits=projected)
         return terms.layers + terms.vocabulary
 

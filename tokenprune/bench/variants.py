@@ -42,7 +42,7 @@ class Bench:
         model: From `build_model`.
         pruning: Strategy, schedule and positions.
         load: What the model is given.
-        logits: Of which positions training makes logits, `all` or `supervised`.
+        logits: Of which positions training makes logits: `all`, `supervised` or `full`.
         ways: Ways of published code to measure beside, of `ways.WAYS`.
     """
 

@@ -15,6 +15,13 @@ class Parser(argparse.ArgumentParser):
         complain(self.prog, message)
 
 
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Lets a command take a folder of the user's configs, as `eval` does."""
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="FOLDER", help="a folder with further configs, as for eval"
+    )
+
+
 def complain(prog: str, message: str) -> NoReturn:
     """Raises argparse's complaint as `BadInput`."""
     # Everything that may be left out is called overrides.

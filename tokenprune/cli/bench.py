@@ -13,12 +13,17 @@ from tokenprune.bench import table
 from tokenprune.bench.check import MEASURES, check
 from tokenprune.cli.jobs import Job, names, tidy, told
 from tokenprune.runs.compose import plain
+from tokenprune.runs.targets import load_imports
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
     given = [f"measure={word}" if word in MEASURES else word for word in arguments]
-    return Job("bench", _task, check, "tokenprune.bench.run").run(given)
+    return Job("bench", _task, check, "tokenprune.bench.run", _wanted).run(given)
+
+
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return "time_ratio", "minimize"
 
 
 def _task(config: DictConfig) -> float:
@@ -28,12 +33,14 @@ def _task(config: DictConfig) -> float:
     with tidy(folder):
         from tokenprune.bench.run import run
 
+        load_imports(config)
         called = names(plain(config))
         shape = OmegaConf.select(config, "shape.path")
         shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))
         own = {"strategy": called["strategy"], "schedule": called["schedule"], "shape": shape}
         row = run(config, folder, own, again=not sweeps)
-    home = folder.parent if sweeps else folder
+    depth = len(Path(HydraConfig.get().sweep.subdir).parts)
+    home = folder.parents[depth - 1] if sweeps else folder
     with told(home):  # what was measured stays
         rows = table.publish(home)
     table.print_table([row] if sweeps else rows, str(folder if sweeps else home / table.TABLE))

@@ -7,33 +7,51 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune import Schedule
-from tokenprune.cli.configs import compose, missing, reject_sweep_values, single
+from tokenprune.cli.configs import (
+    choices,
+    compose,
+    missing,
+    reject_sweep_values,
+    single,
+)
 from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
-from tokenprune.runs import budgets
-from tokenprune.runs.compose import build_pruning, explicit_schedule
+from tokenprune.runs import budgets, targets
+from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
 from tokenprune.runs.models import check_choices, load_config
-from tokenprune.runs.sweeps import expand, sweep_name
+from tokenprune.runs.sweeps import expand, sweep_name, tabulates
+
+#: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
+_UNNAMED = "outputs/sweep"
 
 
-def single_run(overrides: Sequence[str]) -> DictConfig:
-    """A checked config for a command that runs no evaluation."""
+def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictConfig:
+    """A checked config for a command that runs no evaluation.
+
+    Args:
+        overrides: As on the command line.
+        extra_dir: A folder with further configs (`--config-dir`).
+    """
     reject_sweep_values(overrides)
-    config = compose("eval", overrides)
+    config = compose("eval", overrides, extra_dir)
     check([config])
     return config
 
 
 def check_jobs(
-    command: str, args: argparse.Namespace, own: Callable[[DictConfig], None] | None = None
+    command: str,
+    args: argparse.Namespace,
+    own: Callable[[DictConfig], None],
+    wanted: Callable[[DictConfig], tuple[str, str]],
 ) -> None:
     """Composes every run and checks it: mistakes show before any folder.
 
@@ -41,6 +59,8 @@ def check_jobs(
         command: Name of the primary config.
         args: Hydra's options; a sweep without a name of its own gets one.
         own: Checks that the command adds.
+        wanted: Of a config, what sweepers that search look at, and whether to `maximize` or to
+            `minimize` it.
     """
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
@@ -56,22 +76,78 @@ def check_jobs(
         reject_sweep_values(args.overrides)
         check([compose(command, args.overrides, args.config_dir)], own)
         return
-    target = OmegaConf.select(master, "hydra.sweeper._target_")
-    if not str(target).endswith("GridSweeper"):
-        return  # another sweeper finds its own values
-    keys = {override.split("=")[0].lstrip("+") for override in args.overrides}
-    if not keys & {"experiment", "hydra.sweep.dir"}:
+    _check_plugins(master)
+    given = {override.split("=")[0].lstrip("+") for override in args.overrides}
+    folder = OmegaConf.to_container(master.hydra.sweep)["dir"]  # type: ignore[call-overload,index]
+    if "hydra.sweep.dir" not in given and folder == _UNNAMED:
         name = sweep_name([command, *args.overrides])
         args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
+    if not tabulates(master):  # another sweeper finds its own values
+        fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
+        args.overrides += _direction(fixed, given, *wanted(fixed))
+        return
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
-    check((compose(command, job, args.config_dir) for job in expand(grids, task)), own)
+    known = partial(choices, overrides=args.overrides, extra_dir=args.config_dir)
+    places = [item for item in args.overrides if item.startswith("hydra.searchpath=")]
+    jobs = [[*places, *job] for job in expand(grids, task, known)]
+    _check_experiments(command, jobs, args.config_dir)
+    check((compose(command, job, args.config_dir) for job in jobs), own)
+
+
+def _check_plugins(config: DictConfig) -> None:
+    """Refuses a sweeper or launcher that Hydra does not have."""
+    plugins = Plugins.instance().class_name_to_class
+    for part in ("sweeper", "launcher"):
+        if (target := config.hydra[part]._target_) not in plugins:
+            raise BadInput(
+                f"hydra.{part}._target_: expected a plugin of Hydra's package hydra_plugins, got "
+                f"{target!r}. Choose hydra/{part}=..., or install its package."
+            )
+
+
+def _check_experiments(command: str, jobs: Sequence[Sequence[str]], extra_dir: str | None) -> None:
+    """Refuses a sweep over experiments that are sweeps: their grids would be left out."""
+    chosen = {item: job for job in jobs for item in job if re.match(r"\+?experiment=", item)}
+    for item in sorted(chosen) if len(chosen) > 1 else ():
+        if compose(command, chosen[item], extra_dir, hydra=True).hydra.mode == RunMode.MULTIRUN:
+            own = item.lstrip("+")
+            raise BadInput(
+                f"experiment: expected several that are no sweeps themselves, got {own}. "
+                f"Run tokenprune {command} {own} alone."
+            )
+
+
+def _direction(config: DictConfig, given: Collection[str], name: str, way: str) -> list[str]:
+    """Overrides that tell a sweeper which way is better, where it has a key for that.
+
+    Args:
+        config: Has the sweeper's own config.
+        given: Keys that the user has set.
+        name: What is searched by.
+        way: `maximize` or `minimize`.
+    """
+    ways: dict[str, str | bool] = {
+        "hydra.sweeper.direction": way,  # Optuna's
+        "hydra.sweeper.optim.maximize": way == "maximize",  # Nevergrad's
+        "hydra.sweeper.ax_config.experiment.minimize": way == "minimize",  # Ax's
+    }
+    for key, right in ways.items():
+        value = OmegaConf.select(config, key)
+        value = getattr(value, "name", value)  # of an enumeration
+        if value is not None and value != right and key not in given:
+            override = f"{key}={str(right).lower()}"
+            print(f"{override}, for {name}; another one can be set", flush=True)
+            return [override]
+    return []
 
 
 def check(configs: Iterable[DictConfig], own: Callable[[DictConfig], None] | None = None) -> None:
     """Refuses what can be known of runs before their models and data are loaded."""
     right = []
     for config in configs:
+        targets.load_imports(config)
+        targets.check(config)
         _check_values(config)
         if own is not None:
             own(config)
@@ -104,8 +180,8 @@ def _check_pruning(config: DictConfig) -> None:
         build_pruning(config, known[0].num_layers)
         return
     if config.strategy is not None:
-        instantiate(config.strategy)
-        _check_fractions(instantiate(config.schedule))
+        build_strategy(config.strategy)
+        _check_fractions(targets.build(config.schedule, "schedule"))
 
 
 def _check_fractions(schedule: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenprune.cli.guide import BENCH_GROUPS, GROUPS
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
 from tokenprune.runs.compose import config_dir
+from tokenprune.strategy import available
 
 
 def compose(
@@ -33,10 +36,15 @@ def compose(
         hydra: Keeps the `hydra` node.
     """
     overrides = list(overrides)
+    folders(overrides, extra_dir)
     if extra_dir is not None:
-        if not Path(extra_dir).is_dir():
-            raise BadInput(f"--config-dir: expected a folder, got {extra_dir!r}. Check the path.")
-        overrides.append(f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]")
+        others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
+        paths = [
+            str(Path(path).resolve()) if key.startswith("--") else path
+            for key, path in _search_path(overrides, extra_dir)
+        ]
+        quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
+        overrides = [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
         try:
@@ -50,26 +58,76 @@ def compose(
     return config
 
 
-def check_folder(extra_dir: str) -> None:
-    """Refuses a user's configs named as those of tokenprune: Hydra would read these, silently."""
-    for path in sorted(Path(extra_dir).rglob("*.yaml")):
-        own = path.relative_to(extra_dir)
-        if (config_dir() / own).exists():
+def choices(group: str, overrides: Sequence[str], extra_dir: str | None = None) -> list[str]:
+    """Names of all configs of a group; arguments as for `folders`."""
+    places = folders(overrides, extra_dir)
+    return sorted(path.stem for place in places for path in (place / group).glob("*.yaml"))
+
+
+def folders(overrides: Sequence[str], extra_dir: str | None = None) -> list[Path]:
+    """Where configs are: our own folder, `--config-dir`, and those of `hydra.searchpath`.
+
+    Raises:
+        BadInput: One of them is none, or has a file named as one of tokenprune, which Hydra would
+            read instead, silently.
+    """
+    found = [config_dir()]
+    for key, path in _search_path(overrides, extra_dir):
+        folder = _folder(path)
+        if folder is None:
+            raise BadInput(f"{key}: expected a folder, got {path!r}. Check the path.")
+        for own in sorted(config_dir().rglob("*.yaml")):
+            name = own.relative_to(config_dir())
+            if (folder / name).exists() and folder != config_dir():
+                raise BadInput(
+                    f"{key}: expected names of their own, got {name}, which tokenprune has "
+                    "as well. Rename yours."
+                )
+        found.append(folder)
+    return found
+
+
+def _search_path(overrides: Sequence[str], extra_dir: str | None) -> list[tuple[str, str]]:
+    """Further places of configs, each with the key that names it."""
+    found = [] if extra_dir is None else [("--config-dir", extra_dir)]
+    given = [item for item in overrides if item.startswith("hydra.searchpath=")]
+    for override in _parse(given):
+        value = override.value()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise BadInput(
-                f"--config-dir: expected names of their own, got {own}, which tokenprune has "
-                "as well. Rename yours."
+                f"hydra.searchpath: expected a list of folders, got {override.input_line!r}. "
+                "Write hydra.searchpath=[file:///my/configs]."
             )
+        found += [("hydra.searchpath", item) for item in value]
+    return found
+
+
+def _folder(path: str) -> Path | None:
+    """The folder of an entry of Hydra's search path: file://..., pkg://... or a plain path."""
+    kind, _, rest = path.rpartition("://")
+    if kind == "pkg":
+        try:
+            rest = str(resources.files(rest.strip("/").replace("/", ".")))
+        except (ImportError, TypeError):
+            return None
+    elif kind not in ("", "file"):
+        return None
+    return Path(rest) if Path(rest).is_dir() else None
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise BadInput(_translate("", overrides, error)) from error
+    return parsed
 
 
 def single(overrides: Sequence[str]) -> list[str]:
     """The overrides without those that sweep."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise BadInput(_translate("", overrides, error)) from error
     return [
         item
-        for item, override in zip(overrides, parsed, strict=True)
+        for item, override in zip(overrides, _parse(overrides), strict=True)
         if not override.is_sweep_override()
     ]
 
@@ -103,7 +161,14 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
         folder = config_dir() / group[1]
         choices = sorted(path.stem for path in folder.glob("*.yaml"))
         choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or choices
-        return unknown(group[1], group[2], choices)
+        if group[1] == "strategy" and group[2] in available():
+            return (
+                f"strategy: expected strategy/{group[2]}.yaml, got none for {group[2]!r}, which is "
+                "registered. Write one (docs/add_a_strategy.md), and add --config-dir."
+            )
+        plugins = " Others come with Hydra's plugins, such as hydra-optuna-sweeper."
+        hint = plugins if group[1].startswith("hydra/") else ""
+        return unknown(group[1], group[2], choices) + hint
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if key or "No match in the defaults list" in text:
         name = (key[1] or key[2]) if key else text.split("'")[1]

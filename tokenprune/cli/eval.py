@@ -14,16 +14,21 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results
 from tokenprune.runs.compose import entries, plain
 from tokenprune.runs.devices import check_nodes
+from tokenprune.runs.targets import load_imports
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("eval", _task, _check, "tokenprune.evaluation.run").run(arguments)
+    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted).run(arguments)
 
 
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
     check_nodes(entries(config.trainer, ("num_nodes",)))
+
+
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return "accuracy", "maximize"
 
 
 def _task(config: DictConfig) -> float:
@@ -32,6 +37,7 @@ def _task(config: DictConfig) -> float:
     with tidy(folder), quiet():
         from tokenprune.evaluation.run import evaluate
 
+        load_imports(config)
         resolved = plain(config)
         changes = results.changes(folder, resolved, results.fingerprint(resolved))
         metrics = evaluate(config, folder, names(resolved))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenprune.cli.arguments import Parser
+from tokenprune.cli.arguments import Parser, add_config_dir
 from tokenprune.cli.mistakes import BadInput
 
 
@@ -20,12 +20,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="model=llava_1_5_7b budget.avg_tokens=192")
     parser.add_argument("--csv", action="store_true", help="prints the layers as CSV, in full")
     parser.add_argument("--output", type=Path, help="where a picture goes: costs.png")
+    add_config_dir(parser)
     args = parser.parse_intermixed_args(arguments)
     from tokenprune import Schedule
     from tokenprune.cli import breakdown
     from tokenprune.cli.configs import compose, missing, reject_sweep_values
-    from tokenprune.runs import budgets
-    from tokenprune.runs.compose import build_pruning, entries
+    from tokenprune.runs import budgets, targets
+    from tokenprune.runs.compose import build_pruning, called, entries
 
     reject_sweep_values(args.overrides)
     # The benchmark's config has shapes, and no budget.
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     if by_shape and any(re.match(r"\+*model\b", override) for override in args.overrides):
         raise BadInput("shape: expected it or a model, got both. Leave one of them out.")
     given = ["+budget=default", *args.overrides] if by_shape else args.overrides
-    config = compose("bench" if by_shape else "eval", given, hydra=True)
+    config = compose("bench" if by_shape else "eval", given, args.config_dir, hydra=True)
+    targets.load_imports(config)
     what = "shape" if by_shape else "model"
     open_keys = missing(config[what], f"{what}.") + missing(config.schedule, "schedule.")
     if open_keys:
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     strategy = None if pruning is None else pruning.strategy
     schedule = Schedule() if pruning is None else pruning.schedule
     workload = budgets.workload(sizes, strategy)
-    name = "unpruned" if config.strategy is None else config.strategy.name
+    name = "unpruned" if strategy is None else called(strategy)
     text = f" and {workload.num_text} text" if workload.num_text else ""
     whose = config[what].get("path") or config.hydra.runtime.choices[what]
     title = f"{whose}, {name}: {workload.num_visual} visual{text} tokens"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-
-from tokenprune.runs.compose import config_dir
 
 #: Groups of configs, in the order in which they are told.
 GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "experiment")
@@ -29,21 +27,36 @@ tokenprune bench -m measure=prefill,decode batch_size=1,8 resolution=336x336,672
 Comments = dict[tuple[str, ...], str]
 
 
-def lines(command: str, config: DictConfig) -> Iterator[str]:
-    """The help of a command, with its config as composed."""
+def lines(command: str, config: DictConfig, folders: Sequence[Path]) -> Iterator[str]:
+    """The help of a command, with its config as composed.
+
+    Args:
+        command: Its name.
+        config: As composed.
+        folders: Where configs are.
+    """
     yield "Override anything below: `group=choice` picks a file, `key=value` sets a value.\n"
     yield "== Choices (group=choice) =="
     for group in BENCH_GROUPS if command == "bench" else GROUPS:
-        choices = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        choices = sorted(path.stem for path in choice_files(group, folders))
         yield f"{group}: {', '.join(choices)}"
     yield "\n== Config (key=value) =="
-    yield from config_lines(config)
+    yield from config_lines(config, folders)
     yield f"\n== Examples ==\n{EXAMPLES}"
 
 
-def config_lines(config: DictConfig) -> Iterator[str]:
+def choice_files(group: str, folders: Sequence[Path]) -> list[Path]:
+    """The YAML files of a group of configs, in the order of their names."""
+    files = [path for folder in folders for path in (folder / group).glob("*.yaml")]
+    return sorted(files, key=lambda path: path.stem)
+
+
+def config_lines(config: DictConfig, folders: Sequence[Path]) -> Iterator[str]:
     """A composed config as YAML, each key under its comment."""
-    yield from _lines(config, (), comments(config_dir()))
+    known: Comments = {}
+    for folder in folders:
+        known = comments(folder) | known
+    yield from _lines(config, (), known)
 
 
 def comments(folder: Path) -> Comments:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra._internal.utils import (
     _run_hydra,
     create_automatic_config_search_path,
     get_args_parser,
+    run_and_report,
 )
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tokenprune.cli.arguments import complain
+from tokenprune.cli.mistakes import explain
 from tokenprune.runs.compose import config_dir
 
 
@@ -53,7 +56,7 @@ def start(command: str, args: argparse.Namespace, task: Callable[[DictConfig], A
 
 
 def _run(command: str, args: argparse.Namespace, task: Callable[[DictConfig], Any]) -> None:
-    """As `_run_hydra` does, which prints what is raised with a traceback, and ends with 1."""
+    """As `_run_hydra` does, which prints all that is raised with a traceback, and ends with 1."""
     path = create_automatic_config_search_path(None, None, args.config_path or str(config_dir()))
     if args.config_dir is not None:
         own = f"file://{Path(args.config_dir).resolve()}"
@@ -61,10 +64,19 @@ def _run(command: str, args: argparse.Namespace, task: Callable[[DictConfig], An
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=path)
     name = args.config_name or command
     mode = RunMode.MULTIRUN if args.multirun else hydra.get_mode(name, args.overrides)
-    if mode == RunMode.MULTIRUN:
-        hydra.multirun(name, task, [*args.overrides, "hydra.mode=MULTIRUN"])
-    else:
-        hydra.run(name, task, [*args.overrides, "hydra.mode=RUN"])
+    try:
+        if mode == RunMode.MULTIRUN:
+            hydra.multirun(name, task, [*args.overrides, "hydra.mode=MULTIRUN"])
+        else:
+            hydra.run(name, task, [*args.overrides, "hydra.mode=RUN"])
+    except Exception as error:
+        if explain(error) is not None:
+            raise
+        run_and_report(partial(_raise, error))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
-from tokenprune.cli.configs import check_folder, compose
+from tokenprune.cli.configs import compose, folders
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
 from tokenprune.runs.folders import LOCK, occupied
 from tokenprune.runs.launchers import check_launch
@@ -37,12 +37,15 @@ class Job:
         task: Does one run, inside `tidy`.
         check: Refuses values of a config; loads neither torch nor transformers where it can.
         needs: The module that does the work, which takes seconds to load.
+        wanted: Of a config, the name of what the task returns, and whether sweepers that search are
+            to `maximize` or to `minimize` it.
     """
 
     command: str
     task: Callable[[DictConfig], Any]
     check: Callable[[DictConfig], None]
     needs: str
+    wanted: Callable[[DictConfig], tuple[str, str]]
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs the command, once or for every run of a sweep; the exit code."""
@@ -51,17 +54,16 @@ class Job:
             raise BadInput("--cfg: expected a single run, got -m as well. Leave one of them out.")
         if args.resolve and not args.cfg:
             raise BadInput("--resolve: expected --cfg beside it, got none. Add --cfg job.")
-        if args.config_dir is not None:
-            check_folder(args.config_dir)
         if args.help:
             config = compose(self.command, args.overrides, args.config_dir)
-            print("\n".join(guide.lines(self.command, config)))
+            places = folders(args.overrides, args.config_dir)
+            print("\n".join(guide.lines(self.command, config, places)))
             return 0
         if args.cfg:
             compose(self.command, args.overrides, args.config_dir)
         elif not (args.hydra_help or args.info or args.shell_completion):
             check_launch()
-            check_jobs(self.command, args, self.check)
+            check_jobs(self.command, args, self.check, self.wanted)
             importlib.import_module(self.needs)
         with process.Interruptible():
             hydra_start.start(self.command, args, self.task)
@@ -78,16 +80,17 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
     """
     hydra = HydraConfig.get()
     choices = hydra.runtime.choices
-    changed = [
-        override.removeprefix("strategy.")
-        for override in hydra.overrides.task
-        if override.startswith("strategy.") and not override.startswith("strategy.seed=")
-    ]
+    given = [override.lstrip("+") for override in hydra.overrides.task]
+    changed = [own.removeprefix("strategy.") for own in given if own.startswith("strategy.")]
     strategy = str(choices.get("strategy"))
+    for key in ("name", "_target_"):  # another one than the choice
+        if any(own.startswith(f"{key}=") for own in changed):
+            strategy = str(config["strategy"][key]).rpartition(".")[2]
+    changed = [own for own in changed if own.split("=")[0] not in ("name", "_target_", "seed")]
     named = {key: str(choices.get(key)) for key in ("schedule", "model", "data")}
     for group in ("model", "data"):
-        given = any(override.startswith(f"{group}.path=") for override in hydra.overrides.task)
-        if given or (named[group] in ("hub", "folder") and config[group].get("path")):
+        set_here = any(own.startswith(f"{group}.path=") for own in given)
+        if set_here or (named[group] in ("hub", "folder") and config[group].get("path")):
             named[group] = str(config[group]["path"])
     return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
 

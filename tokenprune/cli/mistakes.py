@@ -57,6 +57,10 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
             return _files(str(own), own.errno)
         if isinstance(own, OSError) and own.errno in _DISK:
             return _files(str(own), own.errno, folder)
+    # torch's words for memory that processes share, which is files as well.
+    shared = re.search(r"^unable to \w+ .*(<.+>).*: (.+) \((\d+)\)$", text)
+    if isinstance(cause, RuntimeError) and shared:
+        return _files(f"[Errno {shared[3]}] {shared[2]}: {shared[1]}", int(shared[3]))
     if type(cause).__name__ == "MisconfigurationException":  # Lightning's
         return f"trainer: expected settings that fit this machine, got: {one_line(text)}"
     if type(cause).__name__ == "ProcessExitedException":

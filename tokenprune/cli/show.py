@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenprune.cli.arguments import Parser
+from tokenprune.cli.arguments import Parser, add_config_dir
 from tokenprune.cli.mistakes import BadInput
 
 
@@ -16,12 +16,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("question")
     parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
     parser.add_argument("--output", type=Path, help="where the kept-token picture goes")
+    add_config_dir(parser)
     args = parser.parse_intermixed_args(arguments)
     from PIL import Image
 
     from tokenprune.cli.checks import single_run
 
-    config = single_run(args.overrides)
+    config = single_run(args.overrides, args.config_dir)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
     form = Image.registered_extensions().get((args.output or Path("x.png")).suffix.lower())
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenprune.evaluation.kept import kept_tokens
     from tokenprune.report import pictures
     from tokenprune.runs import results
-    from tokenprune.runs.compose import fit_pruning
+    from tokenprune.runs.compose import called, fit_pruning
     from tokenprune.runs.sweeps import run_name
 
     with quiet():
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         (whole,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
         with pruned(loaded, pruning) as trace:
             (part,) = generate(loaded, inputs, config.max_new_tokens, FirstToken())
+    assert pruning is not None
     assert trace is not None
+    strategy = called(pruning.strategy)
     if not trace.stages:
         raise BadInput(
             "show: expected a schedule that cuts and a model with visual tokens, got no cut. "
@@ -67,9 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     share = cost.flops(shape, lengths) / cost.flops(shape, [num_visual] * shape.num_layers)
     print(f"question        {args.question}")
     print(f"unpruned        {whole}")
-    print(f"{config.strategy.name:<15} {part}")
+    print(f"{strategy:<15} {part}")
     print(f"visual tokens   {num_visual} -> {lengths[-1]}, {100 * share:.0f} % of the FLOPs")
-    name = run_name([f"{args.image.stem}-{config.strategy.name}"])
+    name = run_name([f"{args.image.stem}-{strategy}"])
     output = args.output or Path("outputs") / "show" / f"{name}.png"
     kept = kept_tokens(trace, 0, num_visual)
     cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,21 @@ from omegaconf import DictConfig
 from tokenprune.cli.jobs import Job, quiet, tidy
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
-from tokenprune.training.check import check
+from tokenprune.runs.targets import load_imports
+from tokenprune.training.check import MONITORS, check
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("train", _task, check, "tokenprune.training.run").run(arguments)
+    return Job("train", _task, check, "tokenprune.training.run", _wanted).run(arguments)
 
 
-def _task(config: DictConfig) -> None:
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return config.monitor, f"{MONITORS[config.monitor]}imize"
+
+
+def _task(config: DictConfig) -> float | None:
+    """Trains; returns what `monitor` names, for sweepers that search; None without validation."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     with tidy(folder), quiet():
@@ -29,6 +36,7 @@ def _task(config: DictConfig) -> None:
         from tokenprune.training.run import train
         from tokenprune.training.summary import SUMMARY
 
+        load_imports(config)
         if sweeps:
             resolved = plain(config)
             marks = results.fingerprint(resolved)
@@ -36,7 +44,7 @@ def _task(config: DictConfig) -> None:
             changes = results.changes(folder, resolved, marks, SUMMARY)
             if changes == []:
                 print(f"{label}: complete already", flush=True)
-                return
+                return _monitored(config, folder / SUMMARY)
             if changes:
                 print(f"{label}: again, {', '.join(changes)} changed", flush=True)
             elif results.changes(folder, resolved, marks, LAST) == []:
@@ -53,3 +61,9 @@ def _task(config: DictConfig) -> None:
             hint = f" To go on: {again}" if (folder / LAST).is_file() else ""
             print(f"tokenprune: training was stopped {stop}.{hint}", file=sys.stderr)
             raise SystemExit(128 + stop.signum) from None
+        return _monitored(config, folder / SUMMARY)
+
+
+def _monitored(config: DictConfig, summary: Path) -> float | None:
+    found = json.loads(summary.read_text(encoding="utf-8"))["validation"]
+    return found.get(config.monitor.removeprefix("val_"))  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tokenprune.cli.arguments import Parser
+from tokenprune.cli.arguments import Parser, add_config_dir
 from tokenprune.cli.mistakes import BadInput
 
 if TYPE_CHECKING:
@@ -19,16 +19,17 @@ def main(arguments: Sequence[str]) -> int:
         description="Is pruning exact on this checkpoint? Identity, and drop = mask.",
     )
     parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
-    overrides = parser.parse_args(arguments).overrides
+    add_config_dir(parser)
+    args = parser.parse_intermixed_args(arguments)
     from tokenprune.cli.checks import single_run
 
-    config = single_run(overrides)
+    config = single_run(args.overrides, args.config_dir)
     if config.strategy is None:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
     from tokenprune.cli import prompt
     from tokenprune.cli.jobs import quiet
     from tokenprune.evaluation.verify import made_image, verify
-    from tokenprune.runs.compose import fit_pruning
+    from tokenprune.runs.compose import called, fit_pruning
     from tokenprune.runs.tables import print_table
 
     with quiet():
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         assert pruning is not None
         checks = verify(loaded, prompt.prompt(loaded, made_image(), "What is this?"), pruning)
     print_table(
-        f"{config.model.path}, {config.strategy.name}",
+        f"{config.model.get('path', config.model._target_)}, {called(pruning.strategy)}",
         ("check",),
         ("difference", "allowed", "result"),
         [

@@ -14,6 +14,7 @@ from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
+    LOGITS,
     POSITIONS,
     DecoderKeys,
     DecoderRows,
@@ -30,7 +31,6 @@ from tokenprune.strategy import (
     vision_needs,
 )
 
-LOGITS = ("all", "supervised", "full")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
@@ -159,11 +159,8 @@ class Settings:
                 'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
                 f'got {reason}. Use positions="original".'
             )
-        if isinstance(self.strategy, PerStage) and len(self.strategy.strategies) != len(self.cuts):
-            raise ValueError(
-                f"PerStage: expected a strategy for each of the cuts at {list(self.cuts)}, got "
-                f"{len(self.strategy.strategies)}. Name as many strategies as stages."
-            )
+        if isinstance(self.strategy, PerStage):
+            self.strategy.check(self.cuts)
         for cut, strategy, requests in zip(self.cuts, self.strategies, self.requests, strict=True):
             reads_previous = any(request.source == "previous" for request in requests)
             first = max(self.anatomy.adapter.first_layer, int(reads_previous))

@@ -20,8 +20,9 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
-from tokenprune.runs.loggers import CSVCurve
+from tokenprune.runs.loggers import CSVCurve, log_config
 from tokenprune.runs.models import LoadedModel
+from tokenprune.runs.targets import load_imports
 
 _PREDICTION = ("id", "kind", "question", "answer", "prediction", "score", "correct")
 
@@ -72,8 +73,12 @@ class Evaluator(pl.LightningModule):
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
+    def setup(self, stage: str) -> None:
+        log_config(self.trainer, self.config)
+
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
+        load_imports(self.config)
         self.loaded = self.load()
         self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
         if getattr(self.loaded.model, "hf_device_map", None) is None:

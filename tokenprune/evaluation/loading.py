@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from tokenprune.runs import targets
 from tokenprune.runs.compose import plain
 from tokenprune.runs.models import LoadedModel
 
@@ -67,9 +68,7 @@ def key_of(config: DictConfig, marks: Mapping[str, str] | None) -> str:
 @lru_cache(maxsize=1)
 def cached_model(key: str) -> LoadedModel:
     """The model of a key."""
-    from hydra.utils import instantiate
-
-    loaded = instantiate(_config(key))
+    loaded = targets.build(_config(key), "model", LoadedModel)
     assert isinstance(loaded, LoadedModel)
     return loaded
 
@@ -77,9 +76,8 @@ def cached_model(key: str) -> LoadedModel:
 @lru_cache(maxsize=1)
 def cached_data(key: str, model: str) -> pl.LightningDataModule:
     """The data of a key, for the model of another."""
-    from hydra.utils import instantiate
-
-    data = instantiate(_config(key), processor=cached_model(model).processor)
+    processor = cached_model(model).processor
+    data = targets.build(_config(key), "data", pl.LightningDataModule, processor=processor)
     assert isinstance(data, pl.LightningDataModule)
     return data
 

@@ -164,9 +164,13 @@ def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
+#: What decoders call the norm after their last layer: LLaMA's, Persimmon's, OPT's, Kosmos's.
+_LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "layer_norm")
+
+
 def final_norm(decoder: nn.Module) -> nn.Module | None:
     """The norm after the last layer; None where it is not known."""
-    found = (getattr(decoder, name, None) for name in ("norm", "final_layernorm"))
+    found = (getattr(decoder, name, None) for name in _LAST_NORMS)
     return next((norm for norm in found if isinstance(norm, nn.Module)), None)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule
+from tokenprune import POSITIONS, PerStage, PruningStrategy, Schedule
 from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
-from tokenprune.runs import budgets
+from tokenprune.runs import budgets, targets
 
 #: In configs: the strategy's published policy where the model takes it, else `original`.
 AUTO = "auto"
@@ -99,9 +99,7 @@ def build_schedule(config: DictConfig, num_layers: int) -> Schedule:
     Raises:
         ValueError: If the schedule does not fit the model.
     """
-    from hydra.utils import instantiate
-
-    partial = instantiate(config)
+    partial = targets.build(config, "schedule")
     if isinstance(partial, Schedule):
         schedule = partial
     elif "num_layers" in inspect.signature(partial.func).parameters:
@@ -123,11 +121,9 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
     Raises:
         ValueError: If it cannot be met; says what is possible.
     """
-    from hydra.utils import instantiate
-
     if budgets.asked(config.get("budget")) is None:
         return None
-    partial = instantiate(config.schedule)
+    partial = targets.build(config.schedule, "schedule")
     name, options = "explicit", {}
     if not isinstance(partial, Schedule):
         name, options = partial.func.__name__, partial.keywords
@@ -149,8 +145,6 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
         ValueError: If a value is out of range or the schedule does not fit the model.
         KeyError: If the strategy is unknown.
     """
-    from hydra.utils import instantiate
-
     if config.positions not in (AUTO, *POSITIONS):
         raise ValueError(
             f"positions: expected one of {[AUTO, *POSITIONS]}, got {config.positions!r}. "
@@ -158,26 +152,55 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
         )
     if config.get("strategy") is None:
         return None
-    strategy = instantiate(config.strategy)
-    if not isinstance(strategy, PruningStrategy):
-        raise ValueError(
-            f"strategy: expected a PruningStrategy, got {strategy!r}. "
-            "Let strategy._target_ name one."
-        )
+    strategy = build_strategy(config.strategy)
     solution = solve_budget(config, num_layers, strategy)
     if solution is None:
         schedule = build_schedule(config.schedule, num_layers)
     else:
         schedule = solution.schedule
+    if isinstance(strategy, PerStage):
+        strategy.check([stage.layer for stage in schedule.stages])
     if config.positions == AUTO:
         return Pruning(strategy, schedule, published_positions(strategy), solution, published=True)
     return Pruning(strategy, schedule, config.positions, solution)
 
 
+def build_strategy(config: Any) -> PruningStrategy:
+    """The strategy that a config's `strategy` names: registered ones by name, any by `_target_`.
+
+    A list has one for each cut.
+
+    Raises:
+        ValueError: If it cannot be imported or built, or is none.
+        KeyError: If there is none of that name.
+    """
+    if OmegaConf.is_list(config) or isinstance(config, list):
+        return PerStage(
+            tuple(
+                targets.build(own, f"strategy.{cut}", PruningStrategy)
+                for cut, own in enumerate(config)
+            )
+        )
+    strategy = targets.build(config, "strategy", PruningStrategy)
+    assert isinstance(strategy, PruningStrategy)
+    return strategy
+
+
+def called(strategy: PruningStrategy) -> str:
+    """What a strategy is called: the name it is registered by, or its class's."""
+    if isinstance(strategy, PerStage):
+        return strategy.title
+    return str(getattr(strategy, "name", type(strategy).__name__))
+
+
 def published_positions(strategy: PruningStrategy) -> str:
-    """The position policy of a strategy's published run; `original` for one that has none."""
+    """The position policy of a strategy's published run; `original` for one that has none.
+
+    Of several, that of the first.
+    """
+    first = strategy.at(0) if isinstance(strategy, PerStage) else strategy
     try:
-        return strategy.published(_DEPTH).positions
+        return first.published(_DEPTH).positions
     except ValueError:
         return "original"
 

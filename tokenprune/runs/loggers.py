@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from tokenprune.runs import targets
 from tokenprune.runs.files import draft, growing
 from tokenprune.runs.results import write_text
 
@@ -20,23 +22,23 @@ def build_logger(config: Any) -> Any:
     """The logger that a config names, False for none.
 
     Raises:
-        ValueError: If its package is not installed.
+        ValueError: If it cannot be imported, or its package is not installed.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    return targets.build(config, "logger", Logger) if config else False
 
-    if not config:
-        return False
-    try:
-        return instantiate(config)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise ValueError(
-            f"logger: expected the package that {config['_target_'].rpartition('.')[2]} needs, "
-            "got none. Install it (TensorBoard: pip install 'tokenprune-vlm[train]'), or choose "
-            "logger=csv."
-        ) from error
+
+def log_config(trainer: pl.Trainer, config: Mapping[str, Any]) -> None:
+    """Gives a run's whole config to its loggers; before it runs, for some then write their files.
+
+    Args:
+        trainer: Whose loggers.
+        config: The resolved config.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # Of an earlier run in this folder: it is never written again.
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        logger.log_hyperparams(dict(config))
 
 
 class CSVCurve(CSVLogger):

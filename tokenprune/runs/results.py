@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -130,10 +131,11 @@ def _version(package: str) -> str:
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """What decides about a run besides its config: packages, and contents of model and data.
+    """What decides about a run besides its config: packages, contents of model and data, your code.
 
     Contents are those of local files and folders under keys that end in `path`, and the commit of a
-    model on the Hub. Pictures beside a data file are not read.
+    model on the Hub. Pictures beside a data file are not read. Of a strategy that is not ours it is
+    the file that its class is in.
 
     Args:
         config: The resolved config.
@@ -154,7 +156,20 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     for key, value in _paths(config.get("data"), "data"):
         if Path(value).expanduser().exists():
             marks[key] = _digest(Path(value).expanduser())
-    return marks
+    return marks | _code(config.get("strategy"))
+
+
+def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
+    """The code of a user's strategy; ours has a version."""
+    from tokenprune.runs import compose
+
+    if strategy is None:
+        return {}
+    cls = type(compose.build_strategy(strategy))
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None or cls.__module__.startswith("tokenprune."):
+        return {}
+    return {"strategy.code": _digest(Path(file))}
 
 
 def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -193,8 +208,8 @@ def changes(
 
     Args:
         folder: The run's folder.
-        config: The resolved config; where a training goes on from and what it logs to are no part
-            of it.
+        config: The resolved config; where a training goes on from, what it logs to and which
+            modules are imported are no part of it.
         marks: Its `fingerprint`.
         last: The file that the run writes last.
     """
@@ -203,7 +218,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger"})
+    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
@@ -215,15 +230,13 @@ def _published(config: Mapping[str, Any]) -> str | None:
 
     A complete run that was asked for just that one shows that the model takes it.
     """
-    from hydra.utils import instantiate
-
     from tokenprune.runs import compose
 
     if config.get("positions") != compose.AUTO:
         return None
     if config.get("strategy") is None:
         return "original"  # nothing is removed, so nothing moves
-    return compose.published_positions(instantiate(config["strategy"]))
+    return compose.published_positions(compose.build_strategy(config["strategy"]))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -258,10 +271,11 @@ def collect(folder: Path, runs: Sequence[str] | None = None) -> list[dict[str, A
 
     Args:
         folder: A sweep's folder.
-        runs: Sub-folders in the order wanted; None for all there are.
+        runs: Sub-folders in the order wanted; None for all there are, at any depth.
     """
     if runs is None:
-        runs = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
+        paths = sorted(path.parent for path in folder.rglob(f"*/{METRICS}"))
+        runs = [str(path.relative_to(folder)) for path in paths]
     return [
         row(read_metrics(folder / run), run)
         for run in dict.fromkeys(runs)
@@ -303,7 +317,7 @@ def settle(
     return rows
 
 
-def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
+def finish_sweep(folder: Path, runs: Sequence[str] = ()) -> None:
     """Writes results.csv of a sweep's folder and prints its table; training leaves none.
 
     Args:
@@ -312,9 +326,9 @@ def finish_sweep(folder: Path, runs: Sequence[str]) -> None:
     """
 
     def collects() -> list[dict[str, Any]]:
-        whole = [path.parent for path in folder.glob(f"*/{METRICS}")]
-        others = [p.name for p in whole if (p / CONFIG).is_file() and (p / VERSIONS).is_file()]
-        return collect(folder, [*runs, *sorted(others)])
+        whole = [path.parent for path in folder.rglob(f"*/{METRICS}")]
+        others = [path for path in whole if all((path / n).is_file() for n in (CONFIG, VERSIONS))]
+        return collect(folder, [*runs, *sorted(str(path.relative_to(folder)) for path in others)])
 
     rows = settle(collects, lambda rows: write_table(folder, rows))
     if rows:

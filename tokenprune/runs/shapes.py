@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.cost import DecoderShape
+from tokenprune.runs import targets
 from tokenprune.runs.models import load_config
 
 #: CLIP ViT-L/14 at 336 pixels, the tile of LLaVA-1.5 and LLaVA-NeXT: 24 x 24 patches of 14 pixels.
@@ -64,9 +65,7 @@ def shape_config(config: Mapping[str, Any]) -> Any:
     Args:
         config: As composed from configs/bench.yaml.
     """
-    from hydra.utils import instantiate
-
-    return instantiate(config["shape"])
+    return targets.build(config["shape"], "shape")
 
 
 def decoder_shape(config: Mapping[str, Any]) -> DecoderShape:

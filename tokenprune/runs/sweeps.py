@@ -5,22 +5,34 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune.runs import results
 
 _LONGEST_NAME = 120  # most file systems end at 255 bytes
 
 
-def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> list[list[str]]:
+def expand(
+    grids: Sequence[Mapping[str, object]],
+    arguments: Sequence[str],
+    choices: Callable[[str], Sequence[str]] = lambda group: (),
+) -> list[list[str]]:
     """Overrides of every run: the product of each grid, one grid after another.
 
     Args:
         grids: Maps overrides to values; several values are separated by commas.
         arguments: Overrides from the command line, which win over every grid.
+        choices: All choices of a group, for patterns such as `strategy=glob(*)`.
 
     Raises:
-        ValueError: If a value asks for a sweep that is no list.
+        ValueError: If a value asks for a sweep that is no list, or a pattern fits nothing.
     """
     parser = OverridesParser.create()
     given = parser.parse_overrides(list(arguments))
@@ -32,7 +44,7 @@ def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> l
         for override in [*parser.parse_overrides(lines), *given]:
             key = override.get_key_element()
             if override.is_discrete_sweep():
-                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+                axes.append([f"{key}={value}" for value in _values(override, choices)])
             elif override.is_sweep_override():
                 raise ValueError(
                     f"{key}: expected values separated by commas, got {override.input_line!r}. "
@@ -46,6 +58,49 @@ def expand(grids: Sequence[Mapping[str, object]], arguments: Sequence[str]) -> l
             if list(job) not in jobs:
                 jobs.append(list(job))
     return jobs
+
+
+def _values(override: Override, choices: Callable[[str], Sequence[str]]) -> list[str]:
+    """What a swept override stands for.
+
+    Raises:
+        ValueError: If that is nothing.
+    """
+    pattern: Any = override.value()
+    group = override.key_or_group
+    if not isinstance(pattern, Glob):
+        return list(override.sweep_string_iterator())
+    # Hydra's own iterator leaves out what is in folders of hydra.searchpath.
+    known = list(choices(group))
+    values: list[str] = pattern.filter(known)
+    if values:
+        return values
+    given = str(override.input_line).partition("=")[2]
+    if known:
+        raise ValueError(
+            f"{group}: expected a pattern that fits some of {known}, got {given!r}. "
+            f"{group}=glob(*) fits all."
+        )
+    raise ValueError(
+        f"{group}: expected values separated by commas, got {given!r}. Patterns are for groups of "
+        "configs, such as strategy=glob(*)."
+    )
+
+
+def tabulates(config: DictConfig) -> bool:
+    """Whether the sweeper of a config writes the table of its runs itself: ours does."""
+    return str(OmegaConf.select(config, "hydra.sweeper._target_")).endswith(".GridSweeper")
+
+
+class Tabulate(Callback):
+    """Writes results.csv and prints it at the end of a sweep whose sweeper is another's.
+
+    It has all complete runs in the sweep's folder, those of earlier searches included.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not tabulates(config):
+            results.finish_sweep(Path(config.hydra.sweep.dir))
 
 
 def run_name(overrides: Sequence[str]) -> str:

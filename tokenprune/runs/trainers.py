@@ -13,7 +13,7 @@ from lightning_fabric.plugins.environments.lightning import (
     find_free_network_port,
 )
 
-from tokenprune.runs import launchers
+from tokenprune.runs import launchers, targets
 
 #: Remarks of any trainer, when it is built and when it runs, on things that are meant to be so.
 MEANT = (
@@ -45,13 +45,11 @@ def build_trainer(config: Any, **arguments: Any) -> pl.Trainer:
     Raises:
         ValueError: It would start several under torchrun.
     """
-    from hydra.utils import instantiate
-
     if config.get("plugins") is None:
         arguments["plugins"] = [OwnProcesses()]
     with quiet():
         # Partial: arguments are objects, which a config does not hold.
-        trainer = instantiate(config, _partial_=True)(**arguments)
+        trainer = targets.build(config, "trainer", _partial_=True)(**arguments)
     assert isinstance(trainer, pl.Trainer)
     launchers.check_torchrun(trainer.num_devices)
     return trainer

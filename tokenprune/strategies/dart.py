@@ -68,8 +68,6 @@ class DART(PruningStrategy):
         from tokenprune.tensors import take, top_k
 
         valid_BV, keys, states = view.valid, view.keys("previous"), view.normed
-        alive_B = valid_BV.sum(1)
-        keep = torch.minimum(keep, alive_B)
         own_BP, is_own_BP = _largest(keys.visual, valid_BV, self.image_pivots)
         is_own_BP &= torch.arange(own_BP.shape[1], device=keep.device) < keep[:, None]
         text_BQ, is_text_BQ = _largest(keys.text, view.text.follows, self.text_pivots)
@@ -88,7 +86,8 @@ class DART(PruningStrategy):
         for pivot in range(exists_BR.shape[1]):
             share_B = share_BR[:, pivot] * exists_BR[:, pivot]
             kept_BV = kept_BV | top_k(-likeness_BRV[:, pivot], valid_BV & ~kept_BV, share_B)
-        return Selection(kept=torch.where((keep >= alive_B)[:, None], valid_BV, kept_BV))
+        whole_B1 = (keep >= valid_BV.sum(1))[:, None]
+        return Selection(kept=torch.where(whole_B1, valid_BV, kept_BV))
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

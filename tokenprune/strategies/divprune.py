@@ -4,7 +4,7 @@ Greedy: first the token that is farthest from its nearest neighbour, then always
 farthest from those picked; the distance is 1 - cosine of what enters the decoder. Departures:
 distances are float32, where the released code has the model's dtype, and a token is picked once.
 The released code may pick one again where tokens are duplicates, and then keeps fewer
-(`exact_reference=True`).
+(`exact_reference=True`; a row that may keep all keeps all).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class DivPrune(PruningStrategy):
             reach_BV = torch.minimum(reach_BV, take(distance_BVV, pick_B1)[:, 0])
             if not self.exact_reference:
                 reach_BV = reach_BV.scatter(1, pick_B1, -torch.inf)
-        return Selection(kept=mark(picks, keep, valid_BV))
+        whole_B1 = (keep >= valid_BV.sum(1))[:, None]
+        return Selection(kept=torch.where(whole_B1, valid_BV, mark(picks, keep, valid_BV)))
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

@@ -9,11 +9,13 @@ attention by what rotary positions alone would give, and hears the 14 heads that
 most.
 
 Departures. The engine moves no token to a new seat: kept and merged tokens, in that order, take the
-seats of the kept ones and of the last dropped ones. Means of attention are float32. The released
-code adds noise of 1e-6 to the density; here there is none, and ties go to the lower index, which
-decides where there is one cluster only. Where no text token exceeds the mean, all rate. Version
-2.0's divisor turns negative beyond a distance of 1706 (base 10000, heads of 128): longer prompts
-are refused. Version 1, whose budget follows a matrix rank, is left out.
+seats of the kept ones and of the last dropped ones (positions are counted anew, as published; with
+original ones a kept token behind a filled seat has the position of the seat that it moves to).
+Means of attention are float32. The released code adds noise of 1e-6 to the density; here there is
+none, and ties go to the lower index, which decides where there is one cluster only. Where no text
+token exceeds the mean, all rate. Version 2.0's divisor turns negative beyond a distance of 1706
+(base 10000, heads of 128): longer prompts are refused. Version 1, whose budget follows a matrix
+rank, is left out.
 """
 
 from __future__ import annotations
@@ -198,10 +200,8 @@ def _recycle(view: TokenView, scores_BV: Tensor, keep: Tensor) -> Selection:
     share_BV = share_BV.scatter(1, members_BM, part_BM + share_BV.gather(1, members_BM))
     from_end_BV = dropped_BV.flip(1).cumsum(1).flip(1)
     seats_BV = kept_BV | (dropped_BV & (from_end_BV <= clusters_B1))
-    # A row that loses nothing stays as it is.
-    seats_BV = torch.where(whole_B1, valid_BV, seats_BV)
+    # A row that loses nothing has one cluster of one token, which stays where it is.
     row_BV = torch.where(whole_B1, torch.arange(width, device=device), row_BV)
-    share_BV = torch.where(whole_B1, valid_BV.float(), share_BV)
     return Selection(seats_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from tokenprune import LOGITS
 from tokenprune.runs.compose import entries
 from tokenprune.runs.devices import check_settings
 
@@ -40,6 +41,7 @@ def check(config: DictConfig) -> None:
     Lora(**own["lora"])
     check_rates(*(own[name] for name in _RATES))
     check_saving(*(own[name] for name in _SAVING))
+    check_logits(config.logits)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,19 @@ def check_rates(
             )
         if rate is not None:
             _check_number(f"learning_rates.{part}", rate, lambda x: x > 0, "above 0", 2e-5)
+
+
+def check_logits(logits: str) -> None:
+    """Refuses what a call cannot be asked for; see `tokenprune.attach`.
+
+    Raises:
+        ValueError: It is no choice.
+    """
+    if logits not in LOGITS:
+        raise ValueError(
+            f"logits: expected one of {list(LOGITS)}, got {logits!r}. "
+            "supervised makes those that the loss needs."
+        )
 
 
 def check_saving(checkpoint_every: int, monitor: str, keep: str, patience: int | None) -> None:

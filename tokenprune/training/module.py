@@ -20,7 +20,7 @@ from tokenprune.cost import DecoderShape
 from tokenprune.data.collate import IGNORED
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
-from tokenprune.training.check import Lora, check_rates
+from tokenprune.training.check import Lora, check_logits, check_rates
 from tokenprune.training.quiet import quiet_if_started
 from tokenprune.training.sharding import shard
 from tokenprune.training.throughput import forward_flops
@@ -51,6 +51,8 @@ class FineTune(pl.LightningModule):
         schedule_warmup: Share of the steps during which `keep` falls from 1 to the schedule's.
             Validation always prunes by the schedule itself.
         gradient_checkpointing: Recomputes layers in the backward pass: slower, less memory.
+        logits: What a pruned training step's call returns, as in `tokenprune.attach`: any other
+            than `"supervised"` costs memory, for callbacks and hooks that read logits.
 
     Raises:
         ValueError: A value is out of range, or the model has no such part.
@@ -70,10 +72,13 @@ class FineTune(pl.LightningModule):
         warmup: float = 0.03,
         schedule_warmup: float = 0.0,
         gradient_checkpointing: bool = False,
+        logits: str = "supervised",
     ) -> None:
         super().__init__()
         rates = dict(learning_rates or {})
         check_rates(learning_rate, rates, weight_decay, warmup, schedule_warmup)
+        check_logits(logits)
+        self.logits = logits
         self.loaded = loaded
         model: Any = loaded.model
         self.model = model
@@ -186,7 +191,7 @@ class FineTune(pl.LightningModule):
     def on_train_start(self) -> None:
         self._num_samples, self._started = 0, time.perf_counter()
         self._window = None
-        self.attach("supervised", self.schedule_at(self.global_step))
+        self.attach(self.logits, self.schedule_at(self.global_step))
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -210,7 +215,7 @@ class FineTune(pl.LightningModule):
         if self._window is None and self.schedule_warmup > 0:
             schedule = self.schedule_at(self.global_step)
             if schedule != self._schedule:
-                self.attach("supervised", schedule)
+                self.attach(self.logits, schedule)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         inputs, num_supervised = batch["inputs"], batch["num_supervised"]
@@ -345,7 +350,7 @@ class FineTune(pl.LightningModule):
         self._started += time.perf_counter() - self._paused
         self.detach()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.attach("supervised", self.schedule_at(self.global_step))
+            self.attach(self.logits, self.schedule_at(self.global_step))
 
 
 class _Detach(pl.Callback):

@@ -17,9 +17,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping
 
-from tokenprune.runs import compose, files, results
+from tokenprune.runs import compose, files, results, targets
 from tokenprune.runs.devices import check_training
-from tokenprune.runs.loggers import build_logger
+from tokenprune.runs.loggers import build_logger, log_config
+from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.trainers import build_trainer
 from tokenprune.training import resume
 from tokenprune.training.check import MONITORS, Lora, check_saving
@@ -47,8 +48,6 @@ def train(config: DictConfig, output_dir: Path) -> None:
         ValueError: If something in the config cannot be honoured.
         Stopped: A signal came while it trained; `checkpoints/last.ckpt` holds all steps.
     """
-    from hydra.utils import instantiate
-
     logs = config.get("logger")
     if logs and "save_dir" in logs.keys() and OmegaConf.is_interpolation(logs, "save_dir"):  # noqa: SIM118
         config = config.copy()
@@ -64,7 +63,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
     # Not from the evaluation's memory: this model changes.
     recipe = dict(resolved["model"])
     tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
-    loaded = instantiate(recipe)
+    loaded = targets.build(recipe, "model", LoadedModel)
     pruning = compose.fit_pruning(config, loaded.model)
     torch.manual_seed(config.seed)  # adapters start at random
     module = FineTune(
@@ -79,19 +78,23 @@ def train(config: DictConfig, output_dir: Path) -> None:
         warmup=config.warmup,
         schedule_warmup=config.schedule_warmup,
         gradient_checkpointing=config.gradient_checkpointing,
+        logits=config.logits,
     )
     _check_precision(loaded.model, options)
     if start is not None:
         resume.check_weights(start, module)
-    module.attach("supervised")  # refuses here, before any data is read, what is not supported
+    module.attach(config.logits)  # refuses here, before any data is read, what is not supported
     module.detach()
-    data = instantiate(config.data, processor=loaded.processor)
+    data = targets.build(config.data, "data", pl.LightningDataModule, processor=loaded.processor)
     data.train_dataloader()  # refuses a config without training data
     if 0 < (options.get("max_steps") or 0) < (options.get("log_every_n_steps") or 0):
         options["log_every_n_steps"] = options["max_steps"]  # the curve has its end at least
     signals = StopSignals()
     own = _callbacks(config, output_dir, signals, validates=data.validation is not None)
-    given = [instantiate(callback) for callback in options.pop("callbacks", None) or []]
+    given = [
+        targets.build(callback, "trainer.callbacks", pl.Callback)
+        for callback in options.pop("callbacks", None) or []
+    ]
     if data.validation is None:
         options["limit_val_batches"] = 0
     logger = build_logger(config.get("logger"))
@@ -180,6 +183,11 @@ class _Begin(pl.Callback):
     ) -> None:
         self.folder, self.config, self.marks, self.anew = folder, config, marks, anew
         self._begun = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        targets.load_imports(self.config)  # in each process
+        if stage == "fit":
+            log_config(trainer, self.config)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
