@@ -550,3 +550,16 @@ def test_a_router_loss_takes_a_mask_of_ones() -> None:
         without = model(**inputs, labels=labels, output_router_logits=True)
     torch.testing.assert_close(with_mask.loss, without.loss)
     torch.testing.assert_close(with_mask.aux_loss, without.aux_loss)
+
+
+def test_a_router_loss_takes_no_padding() -> None:
+    """Its terms read the mask of the whole call, beside logits of what is left."""
+    specimen = ZOO["qwen3_vl_moe"]
+    model = specimen.build("sdpa")
+    inputs = specimen.batch(model, [(3, "image", 5), (3, "image", 7)])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    with torch.no_grad(), tp.prune(model, Frozen(), tp.Schedule.one_shot(3, 0.5)):
+        model(**inputs, labels=labels)
+        with pytest.raises(ValueError, match="without padding for a loss with router terms"):
+            model(**inputs, labels=labels, output_router_logits=True)
