@@ -95,8 +95,7 @@ class VScan(PruningStrategy):
         count_BV = torch.zeros_like(in_BV).scatter_add(1, seat_BV, in_BV)
         share_BV = in_BV / count_BV.gather(1, seat_BV).clamp_min(1)
         row_BV = (kept_BV.cumsum(1) - 1).gather(1, seat_BV)
-        most = view.max_keep if self.exact_budget else int(kept_BV.sum(1).max())
-        return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, most))
+        return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
     def _windows(self, places: Tensor, has_place_BV: Tensor) -> tuple[Tensor, Tensor]:
         """Window of each token, int64 (B, V), V for none; and how many windows each row has."""

@@ -32,9 +32,9 @@ class Selection:
         kept: Bool (B, V).
         scores: float32 (B, V) for the trace, or None for joint choices.
         weights: float (B, K, V), how each survivor, in ascending order, is mixed from the tokens
-            alive, or None where survivors stay as they are. K is the most that a row keeps; what
-            stands beyond a row's own survivors is not read. Gradients flow through the mixture,
-            not through the weights.
+            alive, or None where survivors stay as they are. K is the most that a row keeps, or
+            more; what stands beyond a row's own survivors is not read. Gradients flow through the
+            mixture, not through the weights.
     """
 
     kept: Tensor
