@@ -56,8 +56,13 @@ def merges(strategy: tp.PruningStrategy) -> bool:
     return trace.stages[0].weights is not None
 
 
-#: Fields of methods whose own do not fit tiny models.
-TINY = {"vscan": {"shallow": 0, "window": 2}}
+#: Fields of methods whose own do not fit tiny models, or cuts at any layer.
+TINY = {
+    "prumerge": {"space": "decoder"},
+    "prumerge_plus": {"space": "decoder"},
+    "visionzip": {"space": "decoder"},
+    "vscan": {"shallow": 0, "window": 2},
+}
 
 
 def tiny(name: str) -> tp.PruningStrategy:

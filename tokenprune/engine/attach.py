@@ -37,7 +37,7 @@ from tokenprune.engine.trace import Trace
 from tokenprune.engine.vision import METHODS, Watch
 from tokenprune.families.anatomy import device_of, examine, rotary_modules
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import PruningStrategy
+from tokenprune.strategy import BeforeProjector, PruningStrategy
 from tokenprune.tensors import to_device
 
 #: Decoders that are pruned now.
@@ -70,7 +70,8 @@ class Handle:
         self._told = False
         needs = settings.vision_needs
         parts = settings.anatomy.vision if needs else None
-        self._watch = None if parts is None else Watch(parts, needs)
+        mixes = BeforeProjector() in settings.needs
+        self._watch = None if parts is None else Watch(parts, needs, mixes)
 
     def __reduce__(self) -> Any:
         raise ValueError(

@@ -18,7 +18,7 @@ from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
-from tokenprune.strategy import PruningStrategy, Selection
+from tokenprune.strategy import BeforeProjector, PruningStrategy, Selection
 from tokenprune.tensors import ascending, single_precision, take, to_device
 
 
@@ -45,7 +45,11 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
         selection = strategy.select(view, plan.counts[number])
     kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
     weights_BKV = _mixture(strategy, selection, num_kept, level, plan)
-    run.levels.append(level.after(kept_BV, num_kept, counts_B1, plan, weights_BKV))
+    after = level.after(kept_BV, num_kept, counts_B1, plan)
+    after.weights = weights_BKV
+    if weights_BKV is not None and selection.space == "vision":
+        after.source, after.project = _before_projector(run, strategy, device)
+    run.levels.append(after)
     seen = [0] * len(num_kept) if run.record is None else run.record.num_visual
     run.stages.append(  # it must keep alive neither the model nor the call
         partial(
@@ -132,6 +136,23 @@ def _mixture(
             f"{weights.dtype} of shape {tuple(weights.shape)}. Give each survivor a row."
         )
     return given.masked_fill(~level.valid(plan)[:, None], 0) if level.ragged else given
+
+
+def _before_projector(
+    run: Pass, strategy: PruningStrategy, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the projector was given of the call's visual tokens (B, V, C), and the projector."""
+    if BeforeProjector() not in strategy.needs():
+        raise ValueError(
+            f"{type(strategy).__name__}.select: expected BeforeProjector() in needs() for "
+            'space="vision", got none. Declare it there.'
+        )
+    parts, plan = run.settings.anatomy.vision, run.plan_on(device)
+    assert parts is not None
+    assert parts.projector is not None
+    assert run.seen is not None
+    assert plan.seen is not None
+    return run.seen.given(plan.seen), parts.projector
 
 
 def _traced(

@@ -84,6 +84,8 @@ class Level:
         pads_left: Whether pads stand on the left.
         chosen: int64 (B, V), which of the visual tokens alive before are left; None for all.
         weights: (B, V, U), how the visual tokens are mixed from the U alive before, or None.
+        source: (B, U, C), what is mixed instead of their hidden states, or None.
+        project: Makes hidden states of the mixture of `source`.
         moved: int64 (B, N), positions that the layers use instead of the model's, if others.
         shift: int64 (B, 1), the model's next position minus the layers', if not 0.
         side: Side tensors of this level, by name and identity of the original.
@@ -100,6 +102,8 @@ class Level:
     pads_left: bool
     chosen: Tensor | None = None
     weights: Tensor | None = None
+    source: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
     moved: Tensor | None = None
     shift: Tensor | None = None
     side: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -156,11 +160,10 @@ class Level:
         """The same level with its tensors on another device."""
         return replace(self, **_on(self, device) | {"side": {}})
 
-    def unchanged(self, weights: Tensor | None = None) -> Level:
+    def unchanged(self) -> Level:
         """The level after a cut that removed nothing."""
-        return replace(
-            self, index=None, chosen=None, weights=weights, moved=None, shift=None, side={}
-        )
+        anew: dict[str, Any] = dict.fromkeys(_OF_THE_CUT)
+        return replace(self, **anew, side={})
 
     def enter(self, hidden: Tensor, before: Level, plan: Plan) -> Tensor:
         """Hidden states (B, N, D) of this level, out of those of the level before.
@@ -170,14 +173,30 @@ class Level:
         left = hidden if self.index is None else take(hidden, self.index)
         if self.weights is None:
             return left
-        mixed = self._mixed(take(hidden, before.seats()))
         seats = self.seats()
+        if self.source is None:
+            mixed = self._mixed(take(hidden, before.seats()))
+        else:
+            assert self.project is not None
+            mixed = self.project(self._mixed(self.source)).to(left.dtype)
+            mixed = torch.where(self._stay(plan), take(left, seats), mixed)
         if not self.ragged:
             return left.scatter(1, seats[..., None].expand_as(mixed), mixed)
         # What does not exist goes to a seat beyond the last.
         seats = seats.masked_fill(~self.valid(plan), self.length)
         left = torch.nn.functional.pad(left, (0, 0, 0, 1))
         return left.scatter(1, seats[..., None].expand_as(mixed), mixed)[:, :-1]
+
+    def _stay(self, plan: Plan) -> Tensor:
+        """Survivors that are nothing but themselves, or have no patch to mix, bool (B, V, 1)."""
+        assert self.weights is not None
+        assert plan.tiles is not None
+        chosen = self.chosen
+        if chosen is None:
+            chosen = plan.order[: self.weights.shape[2]].expand(len(self.weights), -1)
+        own = self.weights.gather(2, chosen[..., None])
+        alone = (own == 1) & (self.weights != 0).sum(2, keepdim=True).eq(1)
+        return alone | (take(plan.tiles, chosen) < 0)[..., None]
 
     def follow(self, values: Tensor) -> Tensor:
         """What is known of the visual tokens alive before (B, U, ...), of those alive now."""
@@ -193,14 +212,7 @@ class Level:
             mixed = self.weights.to(dtype) @ values.flatten(2).to(dtype)
         return mixed.to(values.dtype).view(*mixed.shape[:2], *values.shape[2:])
 
-    def after(
-        self,
-        kept_BV: Tensor,
-        num_kept: list[int],
-        counts: Tensor,
-        plan: Plan,
-        weights: Tensor | None = None,
-    ) -> Level:
+    def after(self, kept_BV: Tensor, num_kept: list[int], counts: Tensor, plan: Plan) -> Level:
         """The level on which, of the visual tokens, only the marked ones are left.
 
         Args:
@@ -208,10 +220,9 @@ class Level:
             num_kept: How many per row.
             counts: The same on the device, int64 (B, 1).
             plan: The pass's.
-            weights: (B, V, U), how they are mixed, or None.
         """
         if num_kept == self.num_visual:
-            return self.unchanged(weights)
+            return self.unchanged()
         assert self.visual is not None
         num_real = [
             real - before + now
@@ -249,7 +260,6 @@ class Level:
             counts=counts,
             pads_left=self.pads_left,
             chosen=chosen,
-            weights=weights,
         )
 
     def renumber(
@@ -292,6 +302,10 @@ class Level:
         self.moved = torch.where(removed_B1, order_BN, otherwise)
         shift_B1 = next_B1 - start_B1 - ones_BN.sum(1, keepdim=True)
         self.shift = torch.where(removed_B1, shift_B1, 0 if held_shift is None else held_shift)
+
+
+#: Fields of a level that say what the cut before it did.
+_OF_THE_CUT = ("index", "chosen", "weights", "source", "project", "moved", "shift")
 
 
 def _ascending(visual_BV: Tensor, counts_B1: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
     LOGITS,
     POSITIONS,
+    BeforeProjector,
     DecoderKeys,
     DecoderRows,
     Entered,
@@ -177,7 +178,7 @@ class Settings:
             )
         known = (
             *(DecoderRows, DecoderKeys, Entered, Normed, Projected, RandomNumbers, Text),
-            VisionNeed,
+            *(VisionNeed, BeforeProjector),
         )
         for need in self.needs:
             if not isinstance(need, known):
@@ -187,6 +188,21 @@ class Settings:
                 )
         for vision_need in sorted(self.vision_needs, key=repr):
             self._check_vision(vision_need, name)
+        self._check_projector(name)
+
+    def _check_projector(self, name: str) -> None:
+        """Refuses mixtures before the projector where they cannot be."""
+        parts = self.anatomy.vision
+        for cut, strategy in zip(self.cuts, self.strategies, strict=True):
+            if BeforeProjector() not in strategy.needs():
+                continue
+            if cut > 0 or parts is None or parts.projector is None:
+                got = f"layer {cut}" if cut > 0 else f"{name}, whose projector is not known"
+                raise ValueError(
+                    "prune: expected a cut at layer 0 of a model that projects each patch, for "
+                    f"{type(strategy).__name__}, which mixes what the projector is given, got "
+                    f'{got}. Use space="decoder".'
+                )
 
     def _check_vision(self, need: VisionNeed, name: str) -> None:
         """Refuses what this model's vision tower cannot give."""

@@ -71,10 +71,14 @@ class Signals:
     Attributes:
         values: By need, (T, ...).
         tiles: int64 (T,), the tile of each, on the host; -1 for tokens without patches.
+        given: (..., C), what the projector was given of each patch, if a strategy mixes there.
+        patch: int64 (T,), the patch of each token, -1 for none, if so.
     """
 
     values: Mapping[Need, Tensor]
     tiles: Ints
+    given: Tensor | None = None
+    patch: Tensor | None = None
 
 
 class Watch:
@@ -83,11 +87,15 @@ class Watch:
     Attributes:
         parts: The tower.
         needs: What is asked of it.
+        mixes: Whether survivors are mixed before the projector.
     """
 
-    def __init__(self, parts: VisionParts, needs: frozenset[VisionNeed]) -> None:
+    def __init__(
+        self, parts: VisionParts, needs: frozenset[VisionNeed], mixes: bool = False
+    ) -> None:
         self.parts = parts
         self.needs = needs
+        self.mixes = mixes
         self._thread = threading.local()
         self._known: dict[int, tuple[weakref.ref[Any], Signals]] = {}
 
@@ -108,7 +116,13 @@ class Watch:
                     found.append(module.register_forward_hook(self._note(number, what)))
             if "hidden" in kinds:
                 found.append(layer.register_forward_hook(self._note(number, "hidden")))
+        if self.mixes and self.parts.projector is not None:
+            found.append(self.parts.projector.register_forward_pre_hook(self._note_given))
         return found
+
+    def _note_given(self, module: Any, args: Any) -> None:
+        if getattr(self._thread, "layers", None) is not None:
+            self._thread.given = args[0]
 
     def _note(self, number: int, what: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -154,14 +168,16 @@ class Watch:
             if getattr(self._thread, "layers", None) is not None:  # one that calls another
                 return features(*args, **kwargs)
             layers: dict[int, Heard] = {}
-            self._thread.layers = layers
+            self._thread.layers, self._thread.given = layers, None
             try:
                 output = features(*args, **kwargs)
             finally:
                 self._thread.layers = None
+                given, self._thread.given = self._thread.given, None
             named = dict(parameters.bind(*args, **kwargs).arguments)
             named |= named.pop("kwargs", {})
-            signals = make_signals(self.parts, self.needs, layers, named, num_tokens(output))
+            count = num_tokens(output)
+            signals = make_signals(self.parts, self.needs, layers, named, count, given)
             self._keep(output, signals)
             found(kind, signals)
             return output
@@ -200,6 +216,7 @@ def make_signals(
     layers: Mapping[int, Heard],
     named: Mapping[str, Any],
     count: int,
+    given: Tensor | None = None,
 ) -> Signals:
     """Signals (T, ...) of the visual tokens that one run of the tower made.
 
@@ -209,6 +226,7 @@ def make_signals(
         layers: What the asked layers did.
         named: Arguments of the method that ran the tower.
         count: Visual tokens T that it made.
+        given: What the projector was given, if survivors are mixed there.
 
     Raises:
         ValueError: If it cannot be said which patches make up each token.
@@ -233,7 +251,16 @@ def make_signals(
     values: dict[Need, Tensor] = {}
     for need in sorted(needs, key=repr):
         values[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
-    return Signals(values, of_token.numpy())
+    patch = None
+    if given is not None:
+        if patches.index.shape[1] > 1 or given.shape[:-1].numel() != len(tiles):
+            raise ValueError(
+                f"prune: expected a projector that is given each of {len(tiles)} patches, got one "
+                f"of {given.shape[:-1].numel()}, for survivors that are mixed before it. Mix them "
+                'in space="decoder".'
+            )
+        patch = patches.index[:, 0]
+    return Signals(values, of_token.numpy(), given, patch)
 
 
 def _placed(patches: Patches, device: torch.device) -> Patches:
@@ -357,6 +384,19 @@ class Seen:
             known.append(known[0].new_zeros(1, *known[0].shape[1:]))
         joined = known[0] if len(known) == 1 else torch.cat(known)
         return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, *joined.shape[1:])
+
+    def given(self, index_BV: Tensor) -> Tensor:
+        """What the projector was given of a call's tokens, (B, V, C); zeros for what has none."""
+        known = []
+        for part in self.parts:
+            assert part.given is not None
+            assert part.patch is not None
+            patch = part.patch.to(part.given.device)
+            own = part.given.flatten(0, -2)[patch.clamp_min(0)]
+            known.append(own.masked_fill((patch < 0)[:, None], 0).to(index_BV.device))
+        known.append(known[0].new_zeros(1, known[0].shape[1]))
+        joined = torch.cat(known)
+        return joined.index_select(0, index_BV.flatten()).view(*index_BV.shape, -1)
 
 
 def match(

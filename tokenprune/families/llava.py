@@ -46,7 +46,7 @@ def selected(model: Any, named: Mapping[str, Any], index: Tensor) -> Tensor:
     return index[:, 1:] if strategy == "default" else index
 
 
-TOWER = Tower("vision_tower", patches)
+TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
 register_adapter("llava", Adapter(layout=layout, tower=TOWER))
 for _model_type in ("vipllava", "deepseek_vl", "deepseek_vl_hybrid", "janus"):

@@ -81,4 +81,6 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     return Patches(torch.cat(packed))
 
 
-register_adapter("llava_next", Adapter(layout=layout, tower=Tower("vision_tower", patches)))
+TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
+
+register_adapter("llava_next", Adapter(layout=layout, tower=TOWER))

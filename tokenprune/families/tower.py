@@ -46,6 +46,7 @@ class Tower:
             and values, (P, 3 * C), of a packed sequence, whose runs `cu_seqlens` says.
         frames: Of the arguments: the image or frame of each patch, numbered from 0, int64 (P,), in
             the tower's order; for towers that pack them into one sequence.
+        projector: Path in the base model of what projects a patch to a token, if there is one.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Tower:
     queries: str = "q_proj"
     keys: str = "k_proj"
     frames: Callable[[Mapping[str, Any]], Tensor] | None = None
+    projector: str | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -76,6 +78,12 @@ class VisionParts:
     base: nn.Module
     layers: tuple[nn.Module, ...]
     num_class: int
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """What projects a patch to a token; None where several become one, or none is known."""
+        path = self.tower.projector
+        return None if path is None else self.base.get_submodule(path)
 
     def attention(self, layer: int) -> Any:
         """The attention module of a layer."""

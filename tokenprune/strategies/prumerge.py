@@ -4,10 +4,10 @@ Attention of CLIP's last layer, all channels as one head, ranks the patches of e
 survivors each get the sum of their nearest others, by keys, weighted by that attention; a last one
 stands for all that are dropped. `spread` is the part of the budget that goes to tokens at even
 distances: a half makes it PruMerge+. Departures: the paper's number of survivors is that of the
-outliers among the scores (5.5 % on average, 25 % for PruMerge+), here the schedule's; it mixes what
-the projector is given, here what it gives is mixed; survivors stand in the image's order, not in
-that of their scores, and the last in the seat of the best that is dropped; LLaVA-NeXT's newlines
-stay only when all else does.
+outliers among the scores (5.5 % on average, 25 % for PruMerge+), here the schedule's; survivors
+stand in the image's order, not in that of their scores, and the last in the seat of the best that
+is dropped; LLaVA-NeXT's newlines stay only when all else does. As released, what the projector is
+given is mixed; `space="decoder"` mixes what it gives, at any cut and with any projector.
 
 Shape suffixes: B batch rows, V visual tokens alive, K survivors.
 """
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import (
+    SPACES,
+    BeforeProjector,
     Need,
     PruningStrategy,
     Published,
@@ -25,6 +27,7 @@ from tokenprune.strategy import (
     TokenView,
     VisionRows,
     VisionStates,
+    check_choice,
     register,
 )
 
@@ -42,6 +45,7 @@ class PruMerge(PruningStrategy):
     layer: int = -1
     neighbours: int = 32
     spread: float = 0.0
+    space: str = "vision"
 
     def __post_init__(self) -> None:
         if self.neighbours < 0:
@@ -55,8 +59,11 @@ class PruMerge(PruningStrategy):
                 "Say which part of the budget goes to tokens at even distances."
             )
 
+        check_choice("PruMerge.space", self.space, SPACES)
+
     def needs(self) -> tuple[Need, ...]:
-        return (VisionRows(self.layer, "class", "one"), VisionStates(self.layer, "keys"))
+        tower = (VisionRows(self.layer, "class", "one"), VisionStates(self.layer, "keys"))
+        return (*tower, BeforeProjector()) if self.space == "vision" else tower
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
@@ -86,7 +93,7 @@ class PruMerge(PruningStrategy):
         stands_BK1 = rest_BV.gather(1, index_BK)[..., None]
         mixed_BKV = torch.where(stands_BK1, rest_BV[:, None] & same_BKV, near_BKV)
         weights = attention_BV[:, None] * mixed_BKV + (itself_BKV & ~stands_BK1)
-        return Selection(kept=kept_BV, weights=weights)
+        return Selection(kept=kept_BV, weights=weights, space=self.space)
 
     def _rank(
         self, attention_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor, quota_BV: Tensor

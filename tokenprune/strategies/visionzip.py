@@ -5,8 +5,8 @@ tokens of a tile, targets stand at even distances; each token that is left goes 
 key is most like its own, mean over heads, and a target becomes the sum of itself and the mean of
 what came to it. Departures: the released code keeps the class token as well, for which a patch more
 is dominant here; targets follow the dominant tokens there, here all stand in the image's order;
-LLaVA-NeXT's newlines, which it drops, stay only when all else does; and it mixes what the projector
-is given, where here what the projector gives is mixed.
+LLaVA-NeXT's newlines, which it drops, stay only when all else does. As released, what the projector
+is given is mixed; `space="decoder"` mixes what it gives, at any cut and with any projector.
 
 Shape suffixes: B batch rows, V visual tokens alive, H heads of the tower.
 """
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import (
+    SPACES,
+    BeforeProjector,
     Need,
     PruningStrategy,
     Published,
@@ -24,6 +26,7 @@ from tokenprune.strategy import (
     TokenView,
     VisionRows,
     VisionStates,
+    check_choice,
     register,
 )
 
@@ -40,6 +43,8 @@ class VisionZip(PruningStrategy):
         layer: Layer of the vision tower.
         queries: Who asks there: `"class"`, or `"all"` for towers without a class token.
         contextual: Part of the budget that goes to mixed tokens.
+        space: Where they are mixed: `"vision"`, before the projector and the decoder, or
+            `"decoder"`, in what enters a layer.
     """
 
     keeps_exactly: ClassVar[bool] = True
@@ -47,6 +52,7 @@ class VisionZip(PruningStrategy):
     layer: int = -2
     queries: str = "class"
     contextual: float = 10 / 64
+    space: str = "vision"
 
     def __post_init__(self) -> None:
         if not 0 <= self.contextual <= 1:
@@ -55,8 +61,11 @@ class VisionZip(PruningStrategy):
                 "Say which part of the budget goes to mixed tokens."
             )
 
+        check_choice("VisionZip.space", self.space, SPACES)
+
     def needs(self) -> tuple[Need, ...]:
-        return (VisionRows(self.layer, self.queries), VisionStates(self.layer, "keys"))
+        tower = (VisionRows(self.layer, self.queries), VisionStates(self.layer, "keys"))
+        return (*tower, BeforeProjector()) if self.space == "vision" else tower
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
@@ -90,7 +99,8 @@ class VisionZip(PruningStrategy):
         count_BV = torch.zeros_like(seat_BV).scatter_add(1, seat_BV, joins_BV.long())
         share_BV = kept_BV + joins_BV / count_BV.gather(1, seat_BV).clamp_min(1)
         row_BV = (kept_BV.cumsum(1) - 1).gather(1, seat_BV)
-        return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, view.max_keep))
+        weights = mixture(row_BV, share_BV, view.max_keep)
+        return Selection(kept=kept_BV, weights=weights, space=self.space)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

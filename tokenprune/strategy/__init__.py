@@ -20,9 +20,11 @@ from tokenprune.strategy.needs import (
     BESIDE,
     QUERIES,
     SOURCES,
+    SPACES,
     VISION_HEADS,
     VISION_QUERIES,
     VISION_STATES,
+    BeforeProjector,
     DecoderKeys,
     DecoderRows,
     Entered,
@@ -37,6 +39,7 @@ from tokenprune.strategy.needs import (
     VisionNeed,
     VisionRows,
     VisionStates,
+    check_choice,
 )
 from tokenprune.strategy.registry import (
     ENTRY_POINTS,
@@ -53,6 +56,9 @@ from tokenprune.strategy.view import (
 )
 
 __all__ = [
+    "SPACES",
+    "check_choice",
+    "BeforeProjector",
     "AttentionStrategy",
     "BESIDE",
     "DecoderKeys",

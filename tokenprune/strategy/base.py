@@ -35,11 +35,15 @@ class Selection:
             alive, or None where survivors stay as they are. K is the most that a row keeps, or
             more; what stands beyond a row's own survivors is not read. Gradients flow through the
             mixture, not through the weights.
+        space: Where they are mixed: `"decoder"`, its hidden states, or `"vision"`, what the
+            projector is given, which projects the mixture (`BeforeProjector` in `needs`). There
+            survivors that are nothing but themselves, and those without patches, stay as they are.
     """
 
     kept: Tensor
     scores: Tensor | None = None
     weights: Tensor | None = None
+    space: str = "decoder"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
+#: Where survivors are mixed.
+SPACES = ("decoder", "vision")
 VISION_QUERIES = ("class", "all")
 VISION_HEADS = ("own", "one")
 VISION_STATES = ("hidden", "keys", "queries")
@@ -126,6 +128,14 @@ class VisionStates(VisionNeed):
 
     def __post_init__(self) -> None:
         check_choice("VisionStates.what", self.what, VISION_STATES)
+
+
+@dataclass(frozen=True)
+class BeforeProjector(Need):
+    """What the projector is given of each visual token, so that survivors are mixed there.
+
+    For `Selection(space="vision")` at a cut before the decoder; beside other needs of the tower.
+    """
 
 
 @dataclass(frozen=True)
