@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ VARIANTS = [
 STRATEGIES = [*EVERY, *VARIANTS]
 RUNNABLE = runnable(FAMILIES, STRATEGIES)
 RUNNABLE_DROPPING = runnable(FAMILIES, [*DROPPING, *VARIANTS])
+CORE = ("fastv", "pyramiddrop", "random", "uniform")
 #: Where rounding could choose a token to say, another model and batch.
 SEEDS = {"sparsevlm": 7, "vtw": 7}
 
@@ -55,13 +57,26 @@ def ids(value) -> str:
     return value if isinstance(value, str) else repr(value).replace("'", "")
 
 
+def fair(pairs, **axes):
+    """Every family with every strategy, in every way by `make test-all`.
+
+    By default the published pair and the baselines in every way, the others in a quarter of them,
+    so that each way is tried with some.
+    """
+    cases = []
+    for number, (family, strategy) in enumerate(pairs):
+        for place, way in enumerate(itertools.product(*axes.values())):
+            often = strategy.name in CORE or (number + place) % 4 == 0
+            cases.append(
+                pytest.param(family, strategy, *way, marks=() if often else pytest.mark.matrix)
+            )
+    return pytest.mark.parametrize(("family", "strategy", *axes), cases, ids=ids)
+
+
 # ------------------------------------------------------------------------------------ 1. identity
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
+@fair(RUNNABLE, attention=ATTENTIONS, side=SIDES, policy=POLICIES)
 def test_identity(family, strategy, attention, side, policy) -> None:
     model = build(family, attention)
     inputs, mask = split(batch(model, ROWS, side))
@@ -86,9 +101,7 @@ def test_identity(family, strategy, attention, side, policy) -> None:
 # --------------------------------------------------------------------------------- 2. drop = mask
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(("family", "strategy"), RUNNABLE_DROPPING, ids=ids)
+@fair(RUNNABLE_DROPPING, attention=ATTENTIONS, side=SIDES)
 def test_drop_is_mask(family, strategy, attention, side) -> None:
     model = build(family, attention)
     full = batch(model, ROWS, side)
@@ -113,8 +126,7 @@ def test_drop_is_mask(family, strategy, attention, side) -> None:
         assert_same_tokens(got, expected)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("family", "strategy"), RUNNABLE_DROPPING, ids=ids)
+@fair(RUNNABLE_DROPPING, side=SIDES)
 def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
     """In float64, where rounding hides nothing: what differs by 1e-10 is not the same."""
     model = build(family, "sdpa").double()
@@ -134,10 +146,7 @@ def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
 # -------------------------------------------------------------------------------- 3. batch = alone
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(("family", "strategy"), RUNNABLE, ids=ids)
+@fair(RUNNABLE, attention=ATTENTIONS, side=SIDES, policy=POLICIES)
 def test_batch_is_alone(family, strategy, attention, side, policy) -> None:
     seed = SEEDS.get(strategy.name, SEED)
     model = build(family, attention, seed)
