@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenprune import strategies, strategy
+from tokenprune.strategy import registry
 
 #: A strategy in the module `own_norm`, registered by nobody.
 NORM = """
@@ -86,7 +87,7 @@ def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         del sys.modules[name]
     for name in strategies.names():
         strategy.strategy_class(name)  # or it would be forgotten with what is registered here
-    monkeypatch.setattr(strategy, "_REGISTRY", dict(strategy._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()

@@ -190,7 +190,8 @@ def test_i3_help_shows_your_configs(tmp_path: Path, capsys: pytest.CaptureFixtur
     write(tmp_path / "configs", {"experiment/own_try.yaml": "# @package _global_\nseed: 3\n"})
     assert cli.main(["eval", "--help", "-cd", str(tmp_path / "configs")]) == 0
     printed = capsys.readouterr().out
-    assert "strategy: fastv, none, own, own_short, pyramiddrop" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("strategy: ")]
+    assert {"fastv", "none", "own", "own_short"} <= set(line.split(": ")[1].split(", "))
     assert "own_try" in printed
 
 

@@ -22,6 +22,7 @@ from oracles import (
     generate,
     masked,
     survivors,
+    tiny,
 )
 from torch import nn
 
@@ -122,7 +123,7 @@ def test_supervised_logits(family, schedule) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", tp.available())
 def test_gradient_checkpointing(name, reentrant) -> None:
-    strategy = tp.build_strategy(name)
+    strategy = tiny(name)
     gradients = []
     for checkpointing in (False, True):
         model = build("llava").train()
@@ -415,7 +416,7 @@ def test_global_random_state_is_untouched(name) -> None:
     model = build("llava")
     inputs = batch(model, ROWS)
     states = torch.get_rng_state(), python_random.getstate(), np.random.get_state()[1].copy()
-    with torch.no_grad(), tp.prune(model, tp.build_strategy(name), SCHEDULE):
+    with torch.no_grad(), tp.prune(model, tiny(name), SCHEDULE):
         model(**inputs)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == python_random.getstate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
@@ -32,6 +33,9 @@ PER_CUT = {
     "uniform": {1: (74, 84), 8: (93, 101)},
     "fastervlm": {1: (60, 70), 8: (68, 76)},
     "prumerge": {1: (106, 116), 8: (115, 123)},
+    "prumerge_plus": {1: (169, 179), 8: (178, 186)},
+    "visionzip": {1: (135, 145), 8: (143, 151)},
+    "vscan": {1: (138, 148), 8: (168, 176)},
     "vispruner": {1: (417, 427), 8: (428, 436)},
     # Of these, for each of 19 picks, 18 and 4; the eight pivots of dart take turns.
     "cdpruner": {1: (364, 374), 8: (411, 419)},
@@ -138,7 +142,7 @@ def test_launches_of_a_cut(model, name, positions, num_rows) -> None:
     embeds, mask = inputs(num_rows)
     prefill(model, embeds)
     plain = launches(lambda: prefill(model, embeds))
-    with tp.prune(model, tp.build_strategy(name), SCHEDULE, positions, visual_mask=mask):
+    with tp.prune(model, tiny(name), SCHEDULE, positions, visual_mask=mask):
         prefill(model, embeds)  # the first call compares two ways to the same queries and keys
         pruned = launches(lambda: prefill(model, embeds))
     assert (pruned - plain) / CUTS <= PER_CUT[name][num_rows][positions == "renumbered"]
@@ -159,7 +163,7 @@ def test_launches_of_a_cut_that_reads_the_tower(seeing, name, positions, num_row
 
     call()
     plain = launches(call)
-    with tp.prune(seeing, tp.build_strategy(name), SCHEDULE, positions):
+    with tp.prune(seeing, tiny(name), SCHEDULE, positions):
         call()
         pruned = launches(call)
     assert (pruned - plain) / CUTS <= PER_CUT[name][num_rows][positions == "renumbered"]

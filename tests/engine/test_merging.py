@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import ROWS, batch, build, labelled
-from oracles import MERGING, all_visual, assert_close, generate
+from models import FAMILIES, ROWS, batch, build, labelled
+from oracles import DROPPING, MERGING, all_visual, assert_close, generate, runnable
 
 import tokenprune as tp
 from tokenprune.tensors import causal
@@ -83,14 +83,13 @@ def embeddings(model, inputs):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
 @pytest.mark.parametrize(
-    ("strategy", "layers"),
+    ("family", "strategy", "layers"),
     [
-        *((Mixing(), layers) for layers in ([0], [2], [0, 3], [1, 2, 4])),
-        *((strategy, layers) for strategy in MERGING for layers in ([2], [1, 2, 4])),
+        *((family, Mixing(), at) for family in FAMILIES for at in ([0], [2], [0, 3], [1, 2, 4])),
+        *((*pair, at) for pair in runnable(FAMILIES, MERGING) for at in ([2], [1, 2, 4])),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llama"])
 def test_a_merged_cut_is_mixed_by_hand(family, strategy, layers, positions, attention):
     model = build(family, attention)
     schedule = tp.Schedule.pyramid(layers=layers, lam=0.6)
@@ -131,7 +130,8 @@ def test_at_layer_0_it_is_the_model_fed_mixed_embeddings():
 
 
 def test_methods_that_merge_are_known():
-    assert [strategy.name for strategy in MERGING] == ["pool", "sparsevlm"]
+    assert {"pool", "sparsevlm"} <= {strategy.name for strategy in MERGING}
+    assert {"divprune", "uniform"} <= {strategy.name for strategy in DROPPING}
 
 
 @pytest.mark.parametrize("positions", ["original", "renumbered"])

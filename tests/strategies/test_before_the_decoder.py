@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from models import ROWS, batch, build
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.strategy import Tiles, TileShape
+from tokenprune.strategy import HasPatches, Tiles, TileShape
 
 #: Of one row: tiles by their tokens' numbers, and tokens without patches.
 Row = tuple[list[list[int]], list[int]]
@@ -164,6 +165,39 @@ def prumerge(
     return mixed
 
 
+def visionzip(
+    row: Row, scores: list[float], keys: list[list[float]], keep: int, contextual: float
+) -> dict[int, dict[int, float]]:
+    """Of each survivor's seat, the tokens that it is mixed from; keys are (H, E) a token, flat."""
+
+    def metric(token: int) -> list[float]:
+        half = len(keys[token]) // 2
+        mean = [(a + b) / 2 for a, b in zip(keys[token][:half], keys[token][half:], strict=True)]
+        length = sum(x * x for x in mean) ** 0.5
+        return [x / length for x in mean]
+
+    parts, rest = budgets(row, keep)
+    mixed: dict[int, dict[int, float]] = {token: {token: 1.0} for token in row[1][:rest]}
+    for tile, count in zip(row[0], parts, strict=True):
+        num_targets = int(count * contextual)
+        dominant = ranked(tile, scores)[: count - num_targets]
+        others = [token for token in tile if token not in dominant]
+        step = max(1, len(others) // num_targets) if num_targets else 1
+        targets = others[::step][:num_targets]
+        members: dict[int, list[int]] = {token: [] for token in targets}
+        for token in others:
+            if token not in members and targets:
+                likeness = [
+                    sum(a * b for a, b in zip(metric(token), metric(target), strict=True))
+                    for target in targets
+                ]
+                members[targets[likeness.index(max(likeness))]].append(token)
+        mixed |= {token: {token: 1.0} for token in dominant}
+        for target, own in members.items():
+            mixed[target] = {target: 1.0} | {token: 1 / len(own) for token in own}
+    return mixed
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Row], int, list[int], int]:
     sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -231,6 +265,53 @@ def test_prumerge(case: Any, neighbours: int, spread: float) -> None:
             torch.testing.assert_close(selection.weights[number, place], expected)
 
 
+@given(case=cases(), contextual=st.sampled_from([0.0, 10 / 64, 0.5, 1.0]))
+def test_visionzip(case: Any, contextual: float) -> None:
+    rows, width, keep, seed = case
+    attention, keys = signals(rows, width, seed)
+    keys = keys[..., :4].contiguous()
+    counts = [sum(map(len, tiles)) + len(newlines) for tiles, newlines in rows]
+    most = max(map(min, counts, keep))
+    seen = view_of(rows, attention.float(), keys, most)
+    strategy = tp.build_strategy("visionzip", contextual=contextual)
+    selection = strategy.select(seen, torch.tensor(keep))
+    assert selection.weights.shape == (len(rows), most, width)
+    for number, row in enumerate(rows):
+        scores = attention[number].float().sum(0).tolist()
+        mixed = visionzip(row, scores, keys[number].tolist(), keep[number], contextual)
+        seats = selection.kept[number].nonzero()[:, 0].tolist()
+        assert seats == sorted(mixed)
+        for place, seat in enumerate(seats):
+            expected = torch.zeros(width)
+            for token, weight in mixed[seat].items():
+                expected[token] += weight
+            torch.testing.assert_close(selection.weights[number, place], expected)
+
+
+def test_visionzip_as_published_has_its_shares() -> None:
+    """162 and 30, 108 and 20, 54 and 10 of 576."""
+    attention, keys = signals([row_of([576], 0, list(range(576)))], 576, 0)
+    seen = view_of([row_of([576], 0, list(range(576)))], attention.float(), keys[..., :4], 192)
+    for keep, mixed in ((192, 30), (128, 20), (64, 10)):
+        selection = tp.build_strategy("visionzip").select(seen, torch.tensor([keep]))
+        assert int(selection.kept.sum()) == keep
+        of_several = (selection.weights[0, :keep] > 0).sum(1) > 1
+        assert int(of_several.sum()) == mixed
+    with pytest.raises(ValueError, match=r"VisionZip.contextual: expected a fraction"):
+        tp.build_strategy("visionzip", contextual=2)
+
+
+def test_prumerge_plus_is_prumerge_with_even_distances() -> None:
+    plus = tp.build_strategy("prumerge_plus")
+    assert plus.spread == 0.5
+    assert tp.published("prumerge_plus", 32)[1].stages[0].keep == 0.25
+    rows = [row_of([20], 0, list(range(20)))]
+    attention, keys = signals(rows, 20, 0)
+    seen = view_of(rows, attention[:, :1].float(), keys, 8)
+    theirs = tp.build_strategy("prumerge", spread=0.5).select(seen, torch.tensor([8]))
+    assert torch.equal(plus.select(seen, torch.tensor([8])).weights, theirs.weights)
+
+
 def test_prumerge_refuses_what_is_no_part() -> None:
     with pytest.raises(ValueError, match=r"PruMerge.spread: expected a fraction in \[0, 1\]"):
         tp.build_strategy("prumerge", spread=2)
@@ -241,6 +322,77 @@ def test_prumerge_refuses_what_is_no_part() -> None:
 def test_vispruner_refuses_what_is_no_part() -> None:
     with pytest.raises(ValueError, match=r"VisPruner.important: expected a fraction in \[0, 1\]"):
         tp.build_strategy("vispruner", important=2)
+
+
+def vscan(
+    near: list[float], far: list[float], units: list[list[float]], side: int, keep: int, window: int
+) -> dict[int, list[int]]:
+    """Of each survivor of a square grid, the tokens that it is the mean of."""
+    kept: list[int] = []
+    windows = {(t // side // window, t % side // window) for t in range(side * side)}
+    share = keep // 2 // len(windows)
+    for own in sorted(windows):
+        tokens = [t for t in range(side * side)
+                  if (t // side // window, t % side // window) == own]  # fmt: skip
+        kept += ranked(tokens, near)[:share]
+    others = [token for token in range(side * side) if token not in kept]
+    kept += ranked(others, far)[: keep - keep // 2]
+    members = {token: [token] for token in sorted(kept)}
+    for token in range(side * side):
+        if token not in members and kept:
+            likeness = {
+                seat: sum(a * b for a, b in zip(units[token], units[seat], strict=True))
+                for seat in sorted(kept)
+            }
+            members[max(likeness, key=lambda seat: likeness[seat])].append(token)
+    return members
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 16, 18, 35, 36])
+@pytest.mark.parametrize("exact", [False, True])
+def test_vscan(keep: int, exact: bool) -> None:
+    side, count = 6, 36
+    strategy = tp.build_strategy("vscan", window=3, exact_budget=exact)
+    own = torch.Generator().manual_seed(keep)
+    near, far = torch.rand(2, 1, 2, count, generator=own)
+    states = torch.randn(1, count, 5, generator=own)
+    order = torch.arange(count)
+    places = torch.stack([order * 0, order * 0, order // side, order % side], 1)[None]
+
+    def signal(need: Any) -> Any:
+        if isinstance(need, tp.VisionRows):
+            return near if need.layer == 5 else far
+        known = {tp.Projected(): states, Tiles(): torch.zeros(1, count, dtype=torch.int64),
+                 HasPatches(): torch.ones(1, count, dtype=torch.bool)}  # fmt: skip
+        return known[need]
+
+    seen = view_of([row_of([count], 0, list(range(count)))], near, states, keep)
+    seen = dataclasses.replace(seen, _signal=signal, _places=lambda: places)
+    selection = strategy.select(seen, torch.tensor([keep]))
+    kept = selection.kept[0].nonzero()[:, 0].tolist()
+    units = torch.nn.functional.normalize(states[0].double(), dim=-1).tolist()
+    members = vscan(near[0].mean(0).tolist(), far[0].mean(0).tolist(), units, side, keep, 3)
+    if exact:
+        assert len(kept) == keep
+        return
+    if keep == count:
+        members = {token: [token] for token in range(count)}
+    assert kept == sorted(members)
+    assert len(kept) == (keep if keep == count else keep // 2 // 4 * 4 + keep - keep // 2)
+    if keep:
+        for place, seat in enumerate(kept):
+            expected = torch.zeros(count)
+            expected[members[seat]] = 1 / len(members[seat])
+            torch.testing.assert_close(selection.weights[0, place], expected)
+
+
+def test_vscan_is_composed() -> None:
+    strategy, schedule, positions = tp.published("vscan", num_layers=32)
+    assert strategy == tp.PerStage((tp.build_strategy("vscan"), tp.build_strategy("pyramiddrop")))
+    assert schedule.lengths(32, 576)[::16] == [288, 96]
+    assert positions == "renumbered"
+    with pytest.raises(ValueError, match=r"VScan.window: expected an integer >= 1, got 0"):
+        tp.build_strategy("vscan", window=0)
 
 
 # --------------------------------------------------------------------------------- in a whole model

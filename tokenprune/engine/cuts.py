@@ -123,13 +123,15 @@ def _mixture(
     weights = selection.weights
     if weights is None:
         return None
-    expected = (len(num_kept), max(num_kept), max(level.num_visual))
-    if not weights.is_floating_point() or weights.shape != expected:
+    most = max(num_kept)
+    expected = (len(num_kept), most, max(level.num_visual))
+    given = weights[:, :most] if weights.dim() == 3 else weights
+    if not weights.is_floating_point() or given.shape != expected:
         raise ValueError(
             f"{type(strategy).__name__}.select: expected float weights of shape {expected}, got "
             f"{weights.dtype} of shape {tuple(weights.shape)}. Give each survivor a row."
         )
-    return weights.masked_fill(~level.valid(plan)[:, None], 0) if level.ragged else weights
+    return given.masked_fill(~level.valid(plan)[:, None], 0) if level.ragged else given
 
 
 def _traced(

@@ -159,11 +159,8 @@ class Settings:
                 'prune: expected one-dimensional rotary embeddings with positions="renumbered", '
                 f'got {reason}. Use positions="original".'
             )
-        if isinstance(self.strategy, PerStage) and len(self.strategy.strategies) != len(self.cuts):
-            raise ValueError(
-                f"PerStage: expected a strategy for each of the cuts at {list(self.cuts)}, got "
-                f"{len(self.strategy.strategies)}. Name as many strategies as stages."
-            )
+        if isinstance(self.strategy, PerStage):
+            self.strategy.check(self.cuts)
         for cut, strategy, requests in zip(self.cuts, self.strategies, self.requests, strict=True):
             reads_previous = any(request.source == "previous" for request in requests)
             first = max(self.anatomy.adapter.first_layer, int(reads_previous))

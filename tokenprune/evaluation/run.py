@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.evaluation import loading
 from tokenprune.evaluation.evaluator import Evaluator
@@ -95,7 +95,7 @@ def _names(config: DictConfig, names: Mapping[str, str], pruning: Pruning | None
         "positions": pruning.positions if pruning is not None else "original",
         # A strategy's own seed counts, whether it was set or follows the run's.
         "seed": config.seed
-        if config.strategy is None
+        if config.strategy is None or OmegaConf.is_list(config.strategy)
         else config.strategy.get("seed", config.seed),
         "model": names["model"],
         "data": names["data"],

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune import POSITIONS, PruningStrategy, Schedule
+from tokenprune import POSITIONS, PerStage, PruningStrategy, Schedule
 from tokenprune.cost import DecoderShape
 from tokenprune.cost.solver import Solution
 from tokenprune.runs import budgets, targets
@@ -158,6 +158,8 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
         schedule = build_schedule(config.schedule, num_layers)
     else:
         schedule = solution.schedule
+    if isinstance(strategy, PerStage):
+        strategy.check([stage.layer for stage in schedule.stages])
     if config.positions == AUTO:
         return Pruning(strategy, schedule, published_positions(strategy), solution, published=True)
     return Pruning(strategy, schedule, config.positions, solution)
@@ -166,10 +168,19 @@ def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
 def build_strategy(config: Any) -> PruningStrategy:
     """The strategy that a config's `strategy` names: registered ones by name, any by `_target_`.
 
+    A list has one for each cut.
+
     Raises:
         ValueError: If it cannot be imported or built, or is none.
         KeyError: If there is none of that name.
     """
+    if OmegaConf.is_list(config) or isinstance(config, list):
+        return PerStage(
+            tuple(
+                targets.build(own, f"strategy.{cut}", PruningStrategy)
+                for cut, own in enumerate(config)
+            )
+        )
     strategy = targets.build(config, "strategy", PruningStrategy)
     assert isinstance(strategy, PruningStrategy)
     return strategy
@@ -177,13 +188,19 @@ def build_strategy(config: Any) -> PruningStrategy:
 
 def called(strategy: PruningStrategy) -> str:
     """What a strategy is called: the name it is registered by, or its class's."""
+    if isinstance(strategy, PerStage):
+        return strategy.title
     return str(getattr(strategy, "name", type(strategy).__name__))
 
 
 def published_positions(strategy: PruningStrategy) -> str:
-    """The position policy of a strategy's published run; `original` for one that has none."""
+    """The position policy of a strategy's published run; `original` for one that has none.
+
+    Of several, that of the first.
+    """
+    first = strategy.at(0) if isinstance(strategy, PerStage) else strategy
     try:
-        return strategy.published(_DEPTH).positions
+        return first.published(_DEPTH).positions
     except ValueError:
         return "original"
 

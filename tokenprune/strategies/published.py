@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from tokenprune.schedule import Schedule
-from tokenprune.strategy import PruningStrategy, strategy_class
+from tokenprune.strategy import PerStage, PruningStrategy, build_strategy, strategy_class
 
 
 def published(name: str, num_layers: int) -> tuple[PruningStrategy, Schedule, str]:
     """Strategy, schedule and position policy of a published method.
 
     Args:
-        name: A registered strategy. Baselines without a paper run on PyramidDrop's schedule.
+        name: A registered strategy; of a composed method, its first stage. Baselines without a
+            paper run on PyramidDrop's schedule.
         num_layers: Decoder layers of the model.
 
     Raises:
@@ -21,4 +22,7 @@ def published(name: str, num_layers: int) -> tuple[PruningStrategy, Schedule, st
     run = cls.published(num_layers)
     schedule = getattr(Schedule, run.schedule)(**run.options)
     schedule.check_depth(num_layers)
+    if run.strategies:
+        own = tuple(build_strategy(name, **fields) for name, fields in run.strategies)
+        return PerStage(own), schedule, run.positions
     return cls(), schedule, run.positions
