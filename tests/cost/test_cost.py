@@ -428,7 +428,8 @@ def test_layers_with_sizes_of_their_own_are_not_counted_by_the_usual_ones() -> N
     assert shape.unlike == "layers of several sizes"
     with pytest.raises(ValueError, match=r"layers of one size like LLaMA's, got layers of several"):
         tp.cost.decode_flops(shape, [4] * shape.num_layers)
-    same = LlamaConfig(num_hidden_layers=2, per_layer_config={1: {"head_dim": 128}})
+    alike = {"head_dim": 128, "hidden_act": "gelu"}
+    same = LlamaConfig(num_hidden_layers=2, per_layer_config={1: alike})
     assert not tp.cost.DecoderShape.from_config(same).unlike
 
 

@@ -345,16 +345,20 @@ def test_c1_a_choice_that_is_none_lists_all() -> None:
         tp.attach(build("llava"), PDROP, SCHEDULE, logits="whole")
 
 
-def test_c1_a_label_without_a_survivor_before_it_is_predicted_by_none() -> None:
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+def test_c1_a_label_without_a_survivor_before_it_is_predicted_by_none(given) -> None:
     """Whatever the logits are: a first survivor cannot predict itself."""
     model = build("llava")
     inputs = batch(model, [Row([(30, 60), 6])])
     labels = inputs["input_ids"].clone()
     labels[:, :16] = labels[:, 17:19] = -100
+    named = {"labels": labels}
+    if given == "shift_labels":
+        named["shift_labels"] = pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     losses = []
     for logits in ("all", "full", "supervised"):
         with torch.no_grad(), tp.prune(model, PDROP, tp.Schedule.one_shot(1, 0), logits=logits):
-            losses.append(model(**inputs, labels=labels).loss)
+            losses.append(model(**inputs, **named).loss)
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0])
 

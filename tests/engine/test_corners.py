@@ -481,6 +481,23 @@ def test_training_steps_leave_no_pass_behind(name, policy) -> None:
     handle.remove()
 
 
+def test_training_steps_of_a_decoder_without_rotations_leave_no_pass_behind() -> None:
+    """Its layers find their pass by the positions that they are handed."""
+    specimen = ZOO["blip-2"]
+    model = specimen.build("sdpa").train()
+    inputs = specimen.batch(model, [(3, "image", 5)])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    handle = tp.attach(model, tp.build_strategy("uniform"), tp.Schedule.one_shot(3, 0.5))
+    positions = torch.arange(labels.shape[1])[None].clone()  # no view of another tensor
+    model(**inputs, labels=labels, position_ids=positions).loss.backward()
+    assert len(handle._passes) == 1
+    del positions
+    gc.collect()
+    assert len(handle._passes) == 0
+    handle.remove()
+
+
 @pytest.mark.parametrize("labels", [-100, 7], ids=["none", "all"])
 def test_rows_of_which_none_asks_stay_whole(labels) -> None:
     """Where all is labelled, as trainers do by default, the user is told once what to set."""

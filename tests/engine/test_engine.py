@@ -208,6 +208,7 @@ def test_turns_equal_one_prompt_under_a_frozen_selection(policy) -> None:
 def test_one_token_prompt_and_text_only() -> None:
     model = build("llava")
     with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        assert trace.lengths.shape == trace.visual_lengths.shape == (0, 0)  # before any call
         one = torch.tensor([[5]])
         pruned = model(input_ids=one).logits
         assert trace.stages == []

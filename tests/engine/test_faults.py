@@ -11,6 +11,7 @@ import torch
 from models import NUM_LAYERS, ROWS, Row, batch, build, labelled, text_config
 from oracles import Frozen, assert_close, decided
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import tokenprune as tp
+from tokenprune.engine.cuts import listen
 
 PDROP = tp.build_strategy("pyramiddrop")
 SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
@@ -228,6 +230,32 @@ def test_a_choice_takes_no_part_in_gradients() -> None:
         model(**batch(model, ROWS)).logits.sum().backward()
     assert not any(score.requires_grad for stage in trace.stages for score in stage.scores)
     assert direction.grad is None
+
+
+def test_a_layer_recomputed_with_its_hooks_finds_its_pass_and_is_not_asked_again(
+    monkeypatch,
+) -> None:
+    """As older models recompute theirs, and wrappers around layers do."""
+    asked, gradients = [], []
+
+    def counted(*args):
+        asked.append(args[-1])
+        listen(*args)
+
+    monkeypatch.setattr("tokenprune.engine.attach.listen", counted)
+    strategy = tp.build_strategy("pyramiddrop", source="previous")
+    for wrap in (lambda layer: layer, checkpoint_wrapper):
+        model = build("llava").train()
+        layers = model.get_decoder().layers
+        weights = list(layers.parameters())
+        with tp.prune(model, strategy, SCHEDULE, positions="renumbered"):
+            for index, layer in enumerate(layers):
+                layers[index] = wrap(layer)
+            model(**batch(model, ROWS), use_cache=False).logits.sum().backward()
+        gradients.append([weight.grad for weight in weights])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert_close(recomputed, plain)
+    assert asked == [1, 2, 4] * 2
 
 
 # ------------------------------------------------------------------------------------------ caches

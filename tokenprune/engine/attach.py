@@ -218,6 +218,8 @@ class Handle:
         if not call.open:
             self._thread.call = None
             records.in_call(call.cache, begins=False)
+            # Layers that are recomputed need none of them, and may find their pass by one.
+            call.inputs.clear()
         if not (self._settings.supervised and call.late_labels and isinstance(output, Mapping)):
             return output
         return type(output)(**{key: output[key] for key in output if key != "logits"})
