@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.core.saving import save_hparams_to_yaml
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
@@ -69,7 +70,9 @@ class CSVCurve(CSVLogger):
 
     def begin(self) -> None:
         """Lets the next row take the place of the file, whatever was in it."""
-        self._experiment = _Replaces(log_dir=self.log_dir)
+        known = getattr(self._experiment, "hparams", {})
+        self._experiment = new = _Replaces(log_dir=self.log_dir)
+        new.log_hparams(known)
 
     def cut(self, step: int) -> None:
         """Removes the rows of later steps, which are going to be done again.
@@ -107,9 +110,17 @@ def _step(row: dict[str, Any]) -> float:
 class _Appends(ExperimentWriter):
     """Finds its file's columns instead of deleting it, and never leaves it half-written."""
 
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Notes the run's config; it is written beside the first rows, not before there are any."""
+        self.hparams.update(params)
+
     def save(self) -> None:
+        grows = bool(self.metrics)
         with growing(Path(self.metrics_file_path)):
             super().save()
+        if grows:
+            with draft(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as beside:
+                save_hparams_to_yaml(beside, self.hparams)
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
