@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,16 +36,7 @@ def compose(
         extra_dir: A folder with further configs (`--config-dir`).
         hydra: Keeps the `hydra` node.
     """
-    overrides = list(overrides)
-    folders(overrides, extra_dir)
-    if extra_dir is not None:
-        others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
-        paths = [
-            str(Path(path).resolve()) if key.startswith("--") else path
-            for key, path in _search_path(overrides, extra_dir)
-        ]
-        quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
-        overrides = [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
+    overrides = _with_folders(overrides, extra_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
         try:
@@ -56,6 +48,43 @@ def compose(
         del config["hydra"]
         OmegaConf.set_struct(config, True)
     return config
+
+
+def composed_files(
+    command: str, overrides: Sequence[str], extra_dir: str | None = None
+) -> list[tuple[Path, str]]:
+    """The files that a config is composed of, later ones winning, each with its place in it.
+
+    Args:
+        command: As for `compose`, which takes the same arguments without complaint.
+        overrides: As there.
+        extra_dir: As there.
+    """
+    overrides, places = _with_folders(overrides, extra_dir), folders(overrides, extra_dir)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
+        loader = GlobalHydra.instance().config_loader()
+        parts = loader.compute_defaults_list(command, overrides, RunMode.RUN).defaults
+    found = [
+        (place / f"{part.config_path}.yaml", part.package or "")
+        for part in parts
+        for place in places
+    ]
+    return [(path, package) for path, package in found if path.is_file()]
+
+
+def _with_folders(overrides: Sequence[str], extra_dir: str | None) -> list[str]:
+    """Overrides that name `--config-dir` as well; folders that are none are refused."""
+    folders(overrides, extra_dir)
+    if extra_dir is None:
+        return list(overrides)
+    others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
+    paths = [
+        str(Path(path).resolve()) if key.startswith("--") else path
+        for key, path in _search_path(overrides, extra_dir)
+    ]
+    quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
+    return [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
 
 
 def choices(group: str, overrides: Sequence[str], extra_dir: str | None = None) -> list[str]:
