@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenprune.cli.guide import BENCH_GROUPS, GROUPS
+from tokenprune.cli.guide import BENCH_GROUPS, GROUPS, choice_files
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
 from tokenprune.runs.compose import config_dir
 from tokenprune.strategy import available
@@ -202,9 +202,12 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
     if key or "No match in the defaults list" in text:
         name = (key[1] or key[2]) if key else text.split("'")[1]
         given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == name), f"{name}=")
-        known = _known_keys(command, [o for o in overrides if o != given])
+        owners = _owners(name, overrides)
+        known = [] if owners else _known_keys(command, [o for o in overrides if o != given])
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if owners:
+            hint = f" Choices that have it: {', '.join(owners)}."
         return f"{name}: expected a key of the config, got {given!r}.{hint}"
     if "Ambiguous value" in text:
         given = text.split("'")[1]
@@ -216,6 +219,19 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
     if broken:
         return f"override: expected key=value, got {broken[0]!r}. See tokenprune --help."
     return f"config: {one_line(text.splitlines()[0])}"
+
+
+def _owners(key: str, overrides: Sequence[str]) -> list[str]:
+    """The choices of a key's group that have that key, as `schedule=pyramid`."""
+    group, _, rest = key.partition(".")
+    found = []
+    for path in choice_files(group, folders(overrides)) if rest else []:
+        config = OmegaConf.load(path)
+        if "@package _global_" in path.read_text(encoding="utf-8"):
+            config = config.get(group)
+        if OmegaConf.is_dict(config) and rest in config:
+            found.append(f"{group}={path.stem}")
+    return found
 
 
 def _known_keys(command: str, overrides: Sequence[str]) -> list[str]:
