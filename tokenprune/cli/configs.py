@@ -226,7 +226,7 @@ def _owners(key: str, overrides: Sequence[str]) -> list[str]:
     group, _, rest = key.partition(".")
     found = []
     for path in choice_files(group, folders(overrides)) if rest else []:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.load(path)
         if "@package _global_" in path.read_text(encoding="utf-8"):
             config = config.get(group)
         if OmegaConf.is_dict(config) and rest in config:

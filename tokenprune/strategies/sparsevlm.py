@@ -63,8 +63,9 @@ class SparseVLM(PruningStrategy):
     head_dim: int = 128
 
     def __post_init__(self) -> None:
-        if isinstance(self.version, float | int):  # as YAML and shells make of it
-            object.__setattr__(self, "version", str(float(self.version)))
+        given: object = self.version
+        if isinstance(given, float | int):  # as YAML and shells make of it
+            object.__setattr__(self, "version", str(float(given)))
         if self.version not in VERSIONS:
             raise ValueError(
                 f"SparseVLM.version: expected one of {list(VERSIONS)}, got {self.version!r}. "
