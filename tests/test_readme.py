@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from models import ROWS, batch, build
 
 import tokenprune as tp
+from tokenprune.cli import main as cli
 from tokenprune.strategy import strategy_class
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,29 @@ def test_example_runs() -> None:
     inputs = batch(model, ROWS)
     code = code.replace("num_layers=32", "num_layers=6")
     exec(code, {"model": model, "inputs": {**inputs, "max_new_tokens": 2}})
+
+
+def test_whole_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"## All of it\n.*?```python\n(.*?)```", README.read_text(), re.DOTALL)
+    capsys.readouterr()
+    exec(code, {})
+    (said,) = re.findall(r"print\(.*  # (.*)\n", code)
+    assert capsys.readouterr().out == f"{said}\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
+def test_sweep_over_strategies_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = re.findall(r"^tokenprune (.*glob.*?)  #", README.read_text(), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    short = [
+        "data.test.num_samples=1",
+        "max_new_tokens=1",
+        "num_pictures=0",
+        "trainer.callbacks=[]",
+    ]
+    assert cli.main([*shlex.split(line), *short]) == 0
+    (table,) = tmp_path.rglob("results.csv")
+    assert len(table.read_text().splitlines()) == 1 + len(tp.available()) + 1 - 4  # and none
 
 
 @pytest.mark.parametrize("path", sorted(re.findall(r"\]\(([^)#:]+)\)", README.read_text())))

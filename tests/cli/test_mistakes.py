@@ -22,6 +22,15 @@ from tokenprune.cli.mistakes import explain
         (["eval", "model=tinny"], "got 'tinny'. Did you mean 'tiny'?"),
         (["eval", "stratgy=fastv"], "got 'stratgy=fastv'. Did you mean 'strategy'?"),
         (["eval", "schedule.lamm=1"], "got 'schedule.lamm=1'. Did you mean 'schedule.lam'?"),
+        (
+            ["eval", "strategy=fastv", "schedule.lam=0.4"],
+            "got 'schedule.lam=0.4'. Choices that have it: schedule=pyramid.",
+        ),
+        (["eval", "data.test.num_samples=forty"], "num_samples: expected an integer, got 'forty'"),
+        (
+            ["flops", "strategy=sparsevlm", "budget.avg_tokens=192"],
+            "got schedule=sparsevlm, which names every cut itself. Choose schedule=pyramid, or",
+        ),
         (["eval", "strategy.sauce=x"], "strategy.sauce: expected a key of the config"),
         (["eval", "hydra.run.dirr=x"], "hydra.run.dirr: expected a key of the config"),
         (["eval", "--cfg", "job", "model.pth=x"], "Did you mean 'model.path'?"),

@@ -96,6 +96,23 @@ def test_i1_an_edited_strategy_runs_again(
     assert "again: strategy.code changed" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
+@pytest.mark.parametrize("name", ["eval", "verify"])
+def test_i1_what_a_class_raises_is_one_line(
+    name: str, own: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(own, {"own_norm.py": NORM.replace("view.hidden.float()", "view.hiden")})
+    own_class = ["strategy._target_=own_norm.Norm", *DELETED]
+    sized = [*TINY, "data.test.num_samples=2"]
+    code = cli.main([name, *random_llava(checkpoint), *own_class, *sized])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in message
+    assert "Norm.score: expected it to run, got AttributeError: 'TokenView' object" in message
+    assert f"{own / 'own_norm.py'}, line 18. Repair it" in message
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_i2_a_broken_import_is_one_line(
     kind: str, own: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]

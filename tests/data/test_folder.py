@@ -188,7 +188,9 @@ def test_an_unreadable_image_is_named_when_it_is_opened(tmp_path):
 
 
 def test_bad_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a .jsonl file .*got '.*nowhere', which"):
+    with pytest.raises(
+        ValueError, match=r"expected a .json, .jsonl, .* file, or a folder .*got '.*nowhere', which"
+    ):
         FolderDataset(tmp_path / "nowhere")
     with pytest.raises(
         ValueError, match=r"expected exactly one .jsonl or .json file in '.*', got \[\]"

@@ -161,7 +161,9 @@ def test_the_module_says_what_is_missing(tmp_path):
         VQADataModule().train_dataloader()
     with pytest.raises(ValueError, match=r"expected a processor, got None. Pass"):
         VQADataModule(test=SceneDataset("test", 1)).predict_dataloader()
-    with pytest.raises(ValueError, match=r"data: expected the path of a .jsonl file .*got none"):
+    with pytest.raises(
+        ValueError, match=r"data: expected the path of a .json, .jsonl, .* file, got none"
+    ):
         VQADataModule.from_folder()
     folder = save(tmp_path, [ROW])
     module = VQADataModule.from_folder(path=str(folder), train_path=str(folder))

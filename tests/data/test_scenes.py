@@ -93,6 +93,8 @@ def test_colours_of_objects_can_be_seen_where_the_scene_says():
     ("arguments", "message"),
     [
         ({"split": "dev"}, "SceneDataset.split: expected one of .*'test'.*, got 'dev'. Each"),
+        ({"num_samples": "forty"}, "SceneDataset.num_samples: expected an integer, got 'forty'"),
+        ({"seed": 1.5}, "SceneDataset.seed: expected an integer, got 1.5"),
         ({"num_samples": 0}, "expected num_samples and num_turns >= 1, got 0 and 1. Ask"),
         ({"min_objects": 9}, "max_objects <= 8 .*, got 9 and 8. Change"),
         ({"kinds": ["count"]}, r"expected some of .*, got \['count'\]. Name"),

@@ -254,6 +254,68 @@ def test_select_must_respect_keep() -> None:
         model(**batch(model, ROWS))
 
 
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [(lambda view: None, "a NoneType"), (lambda view: view.valid, "a Tensor")],
+    ids=["nothing", "a mask"],
+)
+def test_select_must_return_a_selection(answer, got) -> None:
+    @dataclass(frozen=True)
+    class Bare(tp.PruningStrategy):
+        def select(self, view, keep):
+            return answer(view)
+
+    model = build("llava")
+    with (
+        pytest.raises(ValueError, match=f"Bare.select: expected a Selection, got {got}. Return"),
+        tp.prune(model, Bare(), SCHEDULE),
+    ):
+        model(**batch(model, ROWS))
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["ragged", "even"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda view: None,
+        lambda view: view.hidden,
+        lambda view: view.positions[:, 1:],
+        lambda view: view.num_original,
+    ],
+    ids=["nothing", "states", "too few", "a row"],
+)
+def test_scores_are_one_a_token(answer, rows) -> None:
+    @dataclass(frozen=True)
+    class Odd(tp.ScoreStrategy):
+        def score(self, view):
+            return answer(view)
+
+    model = build("llava")
+    wanted = rf"Odd.score: expected scores of shape \({len(rows)}, \d+\), got "
+    with pytest.raises(ValueError, match=wanted), tp.prune(model, Odd(), SCHEDULE):
+        model(**batch(model, rows))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_whoever_looks_at_a_trace_is_told_of_scores_that_are_no_numbers(share) -> None:
+    """Some may be NaN, which come last; of a row without any number the first tokens stay."""
+
+    @dataclass(frozen=True)
+    class Odd(tp.ScoreStrategy):
+        def score(self, view):
+            bad = torch.rand(view.positions.shape) < share
+            return torch.where(bad, torch.nan, view.positions)
+
+    model = build("llava")
+    with tp.prune(model, Odd(), tp.Schedule.one_shot(2, 0.5)) as trace:
+        model(**batch(model, ROWS))
+    if share < 1:
+        assert trace.stages
+    else:
+        with pytest.warns(UserWarning, match=r"Odd.score: expected numbers, got NaN .* layer 2"):
+            assert trace.stages
+
+
 def test_attention_must_be_declared() -> None:
     @dataclass(frozen=True)
     class Undeclared(tp.ScoreStrategy):

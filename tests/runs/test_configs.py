@@ -119,6 +119,17 @@ def test_a_list_has_a_strategy_for_each_cut() -> None:
         build_pruning(compose("eval", ["strategy=vscan", "schedule=one_shot"]), 8)
 
 
+def test_the_class_of_several_strategies_may_be_named() -> None:
+    """The strategies inside it are strategies, not configs made of them."""
+    config = compose("eval", ["schedule=explicit", "schedule.stages=[{layer:2,keep:0.5}]"])
+    inside = [{"_target_": "tokenprune.build_strategy", "name": "fastv", "queries": "all"}]
+    own = {"_target_": "tokenprune.PerStage", "strategies": inside}
+    OmegaConf.update(config, "strategy", own, merge=False)
+    pruning = build_pruning(config, 8)
+    assert pruning is not None
+    assert pruning.strategy == tp.PerStage((tp.build_strategy("fastv", queries="all"),))
+
+
 def test_explicit_stages() -> None:
     stages = "schedule.stages=[{layer:1,keep:0.5},{layer:3,keep:0.1}]"
     pruning = build_pruning(compose("eval", ["schedule=explicit", stages]), 8)

@@ -188,6 +188,12 @@ def test_sparsevlm_s_lists_count_tokens_and_clusters() -> None:
         assert members == int(0.3 * (alive - single)) + 1
 
 
+def test_sparsevlm_s_version_may_be_a_number() -> None:
+    for version, text in ((2.0, "2.0"), (2, "2.0"), (1.5, "1.5")):
+        numbered = tp.build_strategy("sparsevlm", version=version)
+        assert numbered == tp.build_strategy("sparsevlm", version=text)
+
+
 def test_version_2_refuses_prompts_that_its_divisor_does_not_reach() -> None:
     strategy = tp.build_strategy("sparsevlm", version="2.0")
     for number, fits in ((1704, True), (1705, False)):

@@ -313,7 +313,10 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         (["keep=all"], "keep: expected last or best, got 'all'"),
         (["patience=0"], "patience: expected a number of validations >= 1, or null, got 0. Set"),
         (["ckpt_path=last"], r"ckpt_path: expected a checkpoint, got '.*last.ckpt', which .* Set"),
-        (["data=folder"], "data: expected the path of a .jsonl file or its folder, got none. Set"),
+        (
+            ["data=folder"],
+            "data: expected the path of a .json, .jsonl, .ndjson, .csv or .tsv file, got none. Set",
+        ),
     ],
 )
 def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):

@@ -15,10 +15,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenprune.cli.guide import BENCH_GROUPS, GROUPS
+from tokenprune.cli.guide import BENCH_GROUPS, GROUPS, choice_files
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
 from tokenprune.runs.compose import config_dir
 from tokenprune.strategy import available
@@ -35,16 +36,7 @@ def compose(
         extra_dir: A folder with further configs (`--config-dir`).
         hydra: Keeps the `hydra` node.
     """
-    overrides = list(overrides)
-    folders(overrides, extra_dir)
-    if extra_dir is not None:
-        others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
-        paths = [
-            str(Path(path).resolve()) if key.startswith("--") else path
-            for key, path in _search_path(overrides, extra_dir)
-        ]
-        quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
-        overrides = [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
+    overrides = _with_folders(overrides, extra_dir)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
         try:
@@ -56,6 +48,43 @@ def compose(
         del config["hydra"]
         OmegaConf.set_struct(config, True)
     return config
+
+
+def composed_files(
+    command: str, overrides: Sequence[str], extra_dir: str | None = None
+) -> list[tuple[Path, str]]:
+    """The files that a config is composed of, later ones winning, each with its place in it.
+
+    Args:
+        command: As for `compose`, which takes the same arguments without complaint.
+        overrides: As there.
+        extra_dir: As there.
+    """
+    overrides, places = _with_folders(overrides, extra_dir), folders(overrides, extra_dir)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=command):
+        loader = GlobalHydra.instance().config_loader()
+        parts = loader.compute_defaults_list(command, overrides, RunMode.RUN).defaults
+    found = [
+        (place / f"{part.config_path}.yaml", part.package or "")
+        for part in parts
+        for place in places
+    ]
+    return [(path, package) for path, package in found if path.is_file()]
+
+
+def _with_folders(overrides: Sequence[str], extra_dir: str | None) -> list[str]:
+    """Overrides that name `--config-dir` as well; folders that are none are refused."""
+    folders(overrides, extra_dir)
+    if extra_dir is None:
+        return list(overrides)
+    others = [item for item in overrides if not item.startswith("hydra.searchpath=")]
+    paths = [
+        str(Path(path).resolve()) if key.startswith("--") else path
+        for key, path in _search_path(overrides, extra_dir)
+    ]
+    quoted = ["'" + path.replace("'", "\\'") + "'" for path in paths]
+    return [*others, f"hydra.searchpath=[{','.join(quoted)}]"]
 
 
 def choices(group: str, overrides: Sequence[str], extra_dir: str | None = None) -> list[str]:
@@ -173,9 +202,12 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
     if key or "No match in the defaults list" in text:
         name = (key[1] or key[2]) if key else text.split("'")[1]
         given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == name), f"{name}=")
-        known = _known_keys(command, [o for o in overrides if o != given])
+        owners = _owners(name, overrides)
+        known = [] if owners else _known_keys(command, [o for o in overrides if o != given])
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if owners:
+            hint = f" Choices that have it: {', '.join(owners)}."
         return f"{name}: expected a key of the config, got {given!r}.{hint}"
     if "Ambiguous value" in text:
         given = text.split("'")[1]
@@ -187,6 +219,19 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
     if broken:
         return f"override: expected key=value, got {broken[0]!r}. See tokenprune --help."
     return f"config: {one_line(text.splitlines()[0])}"
+
+
+def _owners(key: str, overrides: Sequence[str]) -> list[str]:
+    """The choices of a key's group that have that key, as `schedule=pyramid`."""
+    group, _, rest = key.partition(".")
+    found = []
+    for path in choice_files(group, folders(overrides)) if rest else []:
+        config: Any = OmegaConf.load(path)
+        if "@package _global_" in path.read_text(encoding="utf-8"):
+            config = config.get(group)
+        if OmegaConf.is_dict(config) and rest in config:
+            found.append(f"{group}={path.stem}")
+    return found
 
 
 def _known_keys(command: str, overrides: Sequence[str]) -> list[str]:

@@ -27,13 +27,19 @@ tokenprune bench -m measure=prefill,decode batch_size=1,8 resolution=336x336,672
 Comments = dict[tuple[str, ...], str]
 
 
-def lines(command: str, config: DictConfig, folders: Sequence[Path]) -> Iterator[str]:
+def lines(
+    command: str,
+    config: DictConfig,
+    folders: Sequence[Path],
+    composed: Sequence[tuple[Path, str]],
+) -> Iterator[str]:
     """The help of a command, with its config as composed.
 
     Args:
         command: Its name.
         config: As composed.
         folders: Where configs are.
+        composed: The files that it is composed of, later ones winning, each with its package.
     """
     yield "Override anything below: `group=choice` picks a file, `key=value` sets a value.\n"
     yield "== Choices (group=choice) =="
@@ -41,7 +47,7 @@ def lines(command: str, config: DictConfig, folders: Sequence[Path]) -> Iterator
         choices = sorted(path.stem for path in choice_files(group, folders))
         yield f"{group}: {', '.join(choices)}"
     yield "\n== Config (key=value) =="
-    yield from config_lines(config, folders)
+    yield from _lines(config, (), comments(composed))
     yield f"\n== Examples ==\n{EXAMPLES}"
 
 
@@ -51,24 +57,17 @@ def choice_files(group: str, folders: Sequence[Path]) -> list[Path]:
     return sorted(files, key=lambda path: path.stem)
 
 
-def config_lines(config: DictConfig, folders: Sequence[Path]) -> Iterator[str]:
-    """A composed config as YAML, each key under its comment."""
-    known: Comments = {}
-    for folder in folders:
-        known = comments(folder) | known
-    yield from _lines(config, (), known)
+def comments(composed: Sequence[tuple[Path, str]]) -> Comments:
+    """The comment above each key in the files of a config, by the key's path in it.
 
-
-def comments(folder: Path) -> Comments:
-    """The comment above each key in the YAML files of a folder, by the key's path."""
+    Args:
+        composed: As for `lines`.
+    """
     found: Comments = {}
-    for path in sorted(folder.rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if path.parent != folder and path.parent.parent != folder:
-            continue
-        group = () if path.parent == folder or "@package _global_" in text else (path.parent.name,)
-        for key, comment in _above(text.splitlines()):
-            found.setdefault((*group, *key), comment)
+    for path, package in composed:
+        place = tuple(package.split(".")) if package else ()
+        for key, comment in _above(path.read_text(encoding="utf-8").splitlines()):
+            found[(*place, *key)] = comment
     return found
 
 

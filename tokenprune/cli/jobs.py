@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
-from tokenprune.cli.configs import compose, folders
+from tokenprune.cli.configs import compose, composed_files, folders
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
 from tokenprune.runs.folders import LOCK, occupied
 from tokenprune.runs.launchers import check_launch
@@ -57,7 +57,8 @@ class Job:
         if args.help:
             config = compose(self.command, args.overrides, args.config_dir)
             places = folders(args.overrides, args.config_dir)
-            print("\n".join(guide.lines(self.command, config, places)))
+            files = composed_files(self.command, args.overrides, args.config_dir)
+            print("\n".join(guide.lines(self.command, config, places, files)))
             return 0
         if args.cfg:
             compose(self.command, args.overrides, args.config_dir)

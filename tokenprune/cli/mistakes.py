@@ -71,6 +71,25 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
             "Lower data.batch_size, or choose model.dtype=bfloat16 (to train, "
             "trainer.precision=bf16-mixed)."
         )
+    return _in_a_strategy(cause)
+
+
+def _in_a_strategy(error: BaseException) -> str | None:
+    """The line for what a user's own strategy raised when the engine asked it; else None."""
+    ours, before, frames = Path(__file__).parents[1], False, error.__traceback__
+    while frames is not None:
+        frame, line, frames = frames.tb_frame, frames.tb_lineno, frames.tb_next
+        inside = Path(frame.f_code.co_filename).is_relative_to(ours)
+        name, asked = frame.f_code.co_name, frame.f_locals.get("self")
+        if before and not inside and name in ("needs", "score", "select") and asked is not None:
+            from tokenprune.imports import reason
+
+            return (
+                f"{type(asked).__name__}.{name}: expected it to run, got {one_line(reason(error))}"
+                f", called by {frame.f_code.co_filename}, line {line}. Repair it; "
+                "HYDRA_FULL_ERROR=1 shows all calls."
+            )
+        before = inside
     return None
 
 

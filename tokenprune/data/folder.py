@@ -118,8 +118,8 @@ def _data_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(
-            f"FolderDataset: expected a .jsonl file or its folder, got {str(path)!r}, which does "
-            "not exist. Check the path."
+            f"FolderDataset: expected a .json, .jsonl, .ndjson, .csv or .tsv file, or a folder "
+            f"with one of JSON, got {str(path)!r}, which does not exist. Check the path."
         )
     files = sorted(path.glob("*.jsonl")) or sorted(path.glob("*.json"))
     if len(files) != 1:

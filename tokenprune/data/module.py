@@ -94,7 +94,7 @@ class VQADataModule(pl.LightningDataModule):
         """
         if path is None and train_path is None and validation_path is None:
             raise ValueError(
-                "data: expected the path of a .jsonl file or its folder, got none. "
+                "data: expected the path of a .json, .jsonl, .ndjson, .csv or .tsv file, got none. "
                 "Set data.path to evaluate, data.train_path to train."
             )
 

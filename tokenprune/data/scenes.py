@@ -118,6 +118,13 @@ class SceneDataset(Dataset[Sample]):
                 f"SceneDataset.split: expected one of {list(SPLITS)}, got {split!r}. "
                 "Each is a stream of scenes of its own."
             )
+        counts = {"num_samples": num_samples, "num_turns": num_turns, "seed": seed}
+        counts |= {"min_objects": min_objects, "max_objects": max_objects}
+        for name, value in counts.items():
+            if not isinstance(value, int):
+                raise ValueError(
+                    f"SceneDataset.{name}: expected an integer, got {value!r}. Write it in digits."
+                )
         if num_samples < 1 or num_turns < 1:
             raise ValueError(
                 "SceneDataset: expected num_samples and num_turns >= 1, "

@@ -5,6 +5,7 @@ Shape suffixes: B batch rows, V visual tokens alive.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
 from tokenprune.strategy import BeforeProjector, PruningStrategy, Selection
+from tokenprune.strategy.base import check_scores
 from tokenprune.tensors import ascending, single_precision, take, to_device
 
 
@@ -54,6 +56,7 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     run.stages.append(  # it must keep alive neither the model nor the call
         partial(
             _traced,
+            type(strategy).__name__,
             layer,
             kept_BV,
             num_kept,
@@ -88,9 +91,16 @@ def _checked(
     run: Pass, number: int, selection: Selection, level: Level
 ) -> tuple[Tensor, list[int], Tensor]:
     """The survivors that a strategy chose, and how many per row, here and on the device."""
-    kept, budget = selection.kept, run.budgets[number - 1]
-    strategy = run.settings.strategies[number - 1]
+    strategy, budget = run.settings.strategies[number - 1], run.budgets[number - 1]
+    if not isinstance(selection, Selection):
+        raise ValueError(
+            f"{type(strategy).__name__}.select: expected a Selection, got a "
+            f"{type(selection).__name__}. Return Selection(kept=mask)."
+        )
+    kept = selection.kept
     expected = (len(level.num_visual), max(level.num_visual))
+    if selection.scores is not None:
+        check_scores(strategy, selection.scores, expected)
     if kept.dtype != torch.bool or kept.shape != expected:
         raise ValueError(
             f"{type(strategy).__name__}.select: expected a bool mask of shape "
@@ -156,6 +166,7 @@ def _before_projector(
 
 
 def _traced(
+    name: str,
     layer: int,
     kept_BV: Tensor,
     num_kept: list[int],
@@ -168,6 +179,7 @@ def _traced(
     """The trace of a cut, for people.
 
     Args:
+        name: The class of the strategy.
         layer: The cut's.
         kept_BV: What the strategy marked.
         num_kept: How many per row.
@@ -179,12 +191,21 @@ def _traced(
     """
     kept = take(numbers(), ascending(kept_BV, max(num_kept)))
     rows = zip(kept, num_kept, seen, strict=True)
+    scores = None
+    if scores_BV is not None:
+        scores = [row[:count] for row, count in zip(scores_BV, num_visual, strict=True)]
+        if any(len(row) and row.isnan().all() for row in scores):  # asks the device, late
+            warnings.warn(
+                f"{name}.score: expected numbers, got NaN for all tokens of a row before layer "
+                f"{layer}, which keeps the first ones. Look for a division by zero, or scores in "
+                "half precision.",
+                UserWarning,
+                stacklevel=2,
+            )
     return TracedStage(
         layer=layer,
         kept=[row[:count] + before for row, count, before in rows],
-        scores=None
-        if scores_BV is None
-        else [row[:count] for row, count in zip(scores_BV, num_visual, strict=True)],
+        scores=scores,
         weights=None
         if weights_BKV is None
         else [

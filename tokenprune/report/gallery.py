@@ -123,7 +123,8 @@ def draw(folder: Path, groups: Sequence[Group], notes: list[str]) -> tuple[list[
     return samples, (
         f"Schedule: {budget_words(run)}. "
         "The first question of each kind comes first; none is chosen by outcome. "
-        "Faded patches are dropped: from the named layer on, the decoder no longer sees them."
+        "Faded patches are dropped: from the named layer on, the decoder no longer sees them; a "
+        "method that merges has averaged some of them into those that stay."
     )
 
 

@@ -137,6 +137,7 @@ def solve_config(
     options: Mapping[str, Any],
     num_layers: int,
     strategy: PruningStrategy | None,
+    chosen: str | None = None,
 ) -> Solution:
     """Solves a config's budget for what its schedule leaves open.
 
@@ -146,6 +147,7 @@ def solve_config(
         options: Its keyword arguments.
         num_layers: Decoder layers of the model.
         strategy: Whose scoring counts, or None.
+        chosen: What the config's schedule is called, where that is known.
 
     Raises:
         ValueError: If it cannot be solved; says why, and what is possible.
@@ -156,7 +158,7 @@ def solve_config(
     assert target is not None
     return solve(
         workload(config, strategy),
-        family(shape, options, num_layers, budget),
+        family(shape, options, num_layers, budget, chosen),
         *target,
         convention=budget.get("convention", "pyramiddrop"),
     )
@@ -177,7 +179,11 @@ def asked(budget: Mapping[str, Any] | None) -> tuple[str, float] | None:
 
 
 def family(
-    shape: str, options: Mapping[str, Any], num_layers: int, budget: Mapping[str, Any]
+    shape: str,
+    options: Mapping[str, Any],
+    num_layers: int,
+    budget: Mapping[str, Any],
+    chosen: str | None = None,
 ) -> Dial | Places:
     """What a config leaves open.
 
@@ -186,15 +192,18 @@ def family(
         options: Its keyword arguments.
         num_layers: Decoder layers of the model.
         budget: As configs/budget/default.yaml has it.
+        chosen: What the config's schedule is called, where that is known.
 
     Raises:
         ValueError: If there is nothing to solve for.
     """
     opens = {"pyramid": ("lam", "layers"), "one_shot": ("keep", "layer")}
     if shape not in opens:
+        named = "one that" if chosen is None else f"schedule={chosen}, which"
         raise ValueError(
-            f"budget: expected schedule=pyramid or schedule=one_shot, got {shape!r}, which leaves "
-            "nothing open. Choose one of them."
+            "budget: expected a schedule that leaves something open, got "
+            f"{named} names every cut itself. "
+            "Choose schedule=pyramid, or schedule=one_shot or another of one cut."
         )
     wanted = opens[shape][0] if budget.get("solve") is None else budget["solve"]
     if wanted not in opens[shape]:

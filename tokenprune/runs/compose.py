@@ -125,10 +125,11 @@ def solve_budget(config: DictConfig, num_layers: int, strategy: PruningStrategy)
         return None
     partial = targets.build(config.schedule, "schedule")
     name, options = "explicit", {}
+    chosen = OmegaConf.select(config, "hydra.runtime.choices.schedule")
     if not isinstance(partial, Schedule):
         name, options = partial.func.__name__, partial.keywords
     parts = entries(config, ("budget", *budgets.SIZES))
-    return budgets.solve_config(parts, name, options, num_layers, strategy)
+    return budgets.solve_config(parts, name, options, num_layers, strategy, chosen)
 
 
 def build_pruning(config: DictConfig, num_layers: int) -> Pruning | None:
@@ -181,7 +182,9 @@ def build_strategy(config: Any) -> PruningStrategy:
                 for cut, own in enumerate(config)
             )
         )
-    strategy = targets.build(config, "strategy", PruningStrategy)
+    # Else strategies inside it would arrive as configs: OmegaConf makes such of dataclasses.
+    convert = config.get("_convert_", "all")
+    strategy = targets.build(config, "strategy", PruningStrategy, _convert_=convert)
     assert isinstance(strategy, PruningStrategy)
     return strategy
 

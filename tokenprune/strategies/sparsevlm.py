@@ -51,7 +51,7 @@ class SparseVLM(PruningStrategy):
     """Keeps what the words most like the image attend to, and clusters of the best of the rest.
 
     Args:
-        version: Of the released code, `"1.5"` or `"2.0"`.
+        version: Of the released code, `"1.5"` or `"2.0"`; as a number, too.
         theta: Version 2.0: base of the model's rotary positions.
         head_dim: Version 2.0: width of the model's heads.
     """
@@ -63,10 +63,13 @@ class SparseVLM(PruningStrategy):
     head_dim: int = 128
 
     def __post_init__(self) -> None:
+        given: object = self.version
+        if isinstance(given, float | int):  # as YAML and shells make of it
+            object.__setattr__(self, "version", str(float(given)))
         if self.version not in VERSIONS:
             raise ValueError(
                 f"SparseVLM.version: expected one of {list(VERSIONS)}, got {self.version!r}. "
-                'Write it as text: "2.0".'
+                "Version 1 is left out."
             )
 
     def needs(self) -> tuple[Need, ...]:

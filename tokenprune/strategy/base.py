@@ -108,13 +108,18 @@ class ScoreStrategy(PruningStrategy):
 
     @abstractmethod
     def score(self, view: TokenView) -> Tensor:
-        """Scores (B, V): the higher, the longer a token lives."""
+        """Scores (B, V): the higher, the longer a token lives; those that are NaN come last."""
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         from tokenprune.tensors import top_k
 
-        scores = self.score(view).float()
+        scores = self.score(view)
         valid = view.valid if view.ragged else None
+        # Without `valid` the engine, which knows V, refuses a wrong one.
+        alike = getattr(scores, "ndim", 0) == 2 and (valid is None or scores.shape == valid.shape)
+        if not alike:
+            check_scores(self, scores, tuple(view.valid.shape))
+        scores = scores.float()
         return Selection(kept=top_k(scores, valid, keep), scores=scores)
 
 
@@ -189,6 +194,26 @@ class PerStage(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         raise ValueError(
             "PerStage: expected a cut's own strategy to be asked, at(cut), got them all."
+        )
+
+
+def check_scores(strategy: PruningStrategy, scores: Any, expected: tuple[int, ...]) -> None:
+    """Refuses scores that are not one a token.
+
+    Args:
+        strategy: Whose they are.
+        scores: A tensor, if it is right.
+        expected: (B, V).
+
+    Raises:
+        ValueError: Names the class.
+    """
+    shape = getattr(scores, "shape", None)
+    if shape is None or tuple(shape) != expected:
+        got = f"a {type(scores).__name__}" if shape is None else tuple(shape)
+        raise ValueError(
+            f"{type(strategy).__name__}.score: expected scores of shape {expected}, got {got}. "
+            "Give each visual token of each row one number."
         )
 
 
