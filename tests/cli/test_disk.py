@@ -7,9 +7,10 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benches import TINY as TINY_BENCH
@@ -89,6 +90,15 @@ def _dangling() -> None:
     Path("way").symlink_to("nowhere")
 
 
+def fair(cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Every third case by default, all of them by `make test-all`: each runs a command."""
+    matrix = pytest.mark.matrix
+    return [
+        pytest.param(*case, marks=() if number % 3 == 0 else matrix)
+        for number, case in enumerate(cases)
+    ]
+
+
 FOLDERS = [
     (_file, "way", errno.EEXIST),
     (_file, "way/sub/folder", errno.ENOTDIR),
@@ -99,7 +109,7 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
-@pytest.mark.parametrize("name", ["eval", "train", "bench"])
+@pytest.mark.parametrize("name", fair([("eval",), ("train",), ("bench",)]))
 @pytest.mark.parametrize(
     ("obstacle", "folder", "number"), FOLDERS, ids=["file", "below", "link", "long", "long below"]
 )
@@ -148,7 +158,7 @@ WRITERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "path"), WRITERS)
+@pytest.mark.parametrize(("name", "path"), fair(WRITERS))
 def test_f1_something_in_the_way_of_a_file(
     name: str, path: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,7 +192,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "path"), SIZES)
+@pytest.mark.parametrize(("name", "size", "path"), fair(SIZES))
 def test_f1_a_full_disk(
     name: str, size: int, path: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
