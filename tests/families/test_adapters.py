@@ -6,10 +6,9 @@ import pytest
 import torch
 from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build
 from torch import nn
-from zoo import ZOO
 
 import tokenprune as tp
-from tokenprune.families.anatomy import examine, final_norm
+from tokenprune.families.anatomy import examine
 
 
 def test_anatomy() -> None:
@@ -21,21 +20,6 @@ def test_anatomy() -> None:
     assert anatomy.visual_ids == (IMAGE,)
     assert examine(model.model.language_model).entries == ()
     assert examine(build("llama")).visual_ids == ()
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("name", ZOO)
-def test_the_last_norm_makes_the_last_hidden_state(name: str) -> None:
-    model = ZOO[name].build("sdpa")
-    decoder, given = examine(model).decoder, []
-    norm = final_norm(decoder)
-    assert norm is not None
-    norm.register_forward_hook(lambda module, args, output: given.append(output))
-    decoder.register_forward_hook(lambda module, args, output: given.append(output[0]))
-    with torch.no_grad():
-        model(**ZOO[name].batch(model, [(3, "image", 5)]))
-    normed, last = given
-    assert torch.equal(normed, last)
 
 
 def test_visual_mask() -> None:

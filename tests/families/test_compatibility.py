@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 from compatibility import DOCS, EXACT, OTHERS, cells, page, proven_types, read, refused_rows, rows
 from zoo import REFUSED, ZOO
 from zoo.refused import REFUSED_SIZES
+
+from tokenprune.families.anatomy import examine, final_norm
 
 TABLE = read()
 
@@ -46,3 +49,18 @@ def test_the_table_is_worth_having() -> None:
         assert outcome.startswith((EXACT, "refused: expected", "impossible unpruned: "))
     assert len(proven_types(TABLE)) >= 30
     assert all(name in ZOO for names in OTHERS.values() for name in names)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ZOO)
+def test_the_last_norm_makes_the_last_hidden_state(name: str) -> None:
+    model = ZOO[name].build("sdpa")
+    decoder, given = examine(model).decoder, []
+    norm = final_norm(decoder)
+    assert norm is not None
+    norm.register_forward_hook(lambda module, args, output: given.append(output))
+    decoder.register_forward_hook(lambda module, args, output: given.append(output[0]))
+    with torch.no_grad():
+        model(**ZOO[name].batch(model, [(3, "image", 5)]))
+    normed, last = given
+    assert torch.equal(normed, last)

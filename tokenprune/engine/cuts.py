@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine import side
 from tokenprune.engine.attention import hear
-from tokenprune.engine.levels import Level, Plan
+from tokenprune.engine.levels import Level
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
@@ -46,7 +46,7 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     with torch.no_grad(), single_precision(device):
         selection = strategy.select(view, plan.counts[number])
     kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
-    weights_BKV = _mixture(strategy, selection, num_kept, level, plan)
+    weights_BKV = _mixture(run, strategy, selection, num_kept, counts_B1, level)
     after = level.after(kept_BV, num_kept, counts_B1, plan)
     after.weights = weights_BKV
     if weights_BKV is not None and selection.space == "vision":
@@ -128,7 +128,12 @@ def _checked(
 
 
 def _mixture(
-    strategy: PruningStrategy, selection: Selection, num_kept: list[int], level: Level, plan: Plan
+    run: Pass,
+    strategy: PruningStrategy,
+    selection: Selection,
+    num_kept: list[int],
+    counts_B1: Tensor,
+    level: Level,
 ) -> Tensor | None:
     """How the survivors are mixed, (B, K, V), from tokens that exist alone; None if they are not.
 
@@ -145,7 +150,15 @@ def _mixture(
             f"{type(strategy).__name__}.select: expected float weights of shape {expected}, got "
             f"{weights.dtype} of shape {tuple(weights.shape)}. Give each survivor a row."
         )
-    return given.masked_fill(~level.valid(plan)[:, None], 0) if level.ragged else given
+    plan = run.plan_on(given.device)
+    if level.ragged:
+        given = given.masked_fill(~level.valid(plan)[:, None], 0)
+    if min(num_kept) < most:  # what stands there may be anything, and would reach gradients
+        given = given.masked_fill(plan.order[:most, None] >= counts_B1[..., None], 0)
+    if run.rows.mute:
+        itself = torch.eye(most, expected[2], device=given.device, dtype=given.dtype)
+        given = torch.where(plan.num_asking[..., None] == 0, itself, given)
+    return given
 
 
 def _before_projector(

@@ -174,18 +174,22 @@ class Level:
         if self.weights is None:
             return left
         seats = self.seats()
-        if self.source is None:
-            mixed = self._mixed(take(hidden, before.seats()))
-        else:
-            assert self.project is not None
-            mixed = self.project(self._mixed(self.source)).to(left.dtype)
-            mixed = torch.where(self._stay(plan), take(left, seats), mixed)
+        mixed = self.states(take(hidden, before.seats()), plan)
         if not self.ragged:
             return left.scatter(1, seats[..., None].expand_as(mixed), mixed)
         # What does not exist goes to a seat beyond the last.
         seats = seats.masked_fill(~self.valid(plan), self.length)
         left = torch.nn.functional.pad(left, (0, 0, 0, 1))
         return left.scatter(1, seats[..., None].expand_as(mixed), mixed)[:, :-1]
+
+    def states(self, values: Tensor, plan: Plan) -> Tensor:
+        """Hidden states of the tokens alive now, (B, V, D), of those alive before, (B, U, D)."""
+        if self.source is None:
+            return self.follow(values)
+        assert self.project is not None
+        kept = values if self.chosen is None else take(values, self.chosen)
+        mixed = self.project(self._mixed(self.source)).to(kept)
+        return torch.where(self._stay(plan), kept, mixed)
 
     def _stay(self, plan: Plan) -> Tensor:
         """Survivors that are nothing but themselves, or have no patch to mix, bool (B, V, 1)."""

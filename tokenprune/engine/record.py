@@ -168,8 +168,11 @@ class Record:
         """Rows take other rows' places, as in the cache (beams)."""
         if len(set(self.seen)) == 1 and len(set(self.ended)) == 1:
             self.seen, self.ended = self.seen[:1] * len(rows), self.ended[:1] * len(rows)
+            self.moved = None
+        elif self.moved is None:
+            self.moved = rows.clone()  # the caller may write on it
         else:
-            self.moved = rows if self.moved is None else self.moved[rows]
+            self.moved = self.moved.to(rows.device)[rows]
 
         def picked(table: Tensor | None) -> Tensor | None:
             return None if table is None else table[rows.to(table.device)]

@@ -14,6 +14,7 @@ from tokenprune.families.anatomy import Anatomy, final_norm, window
 from tokenprune.families.positions import why_fixed
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import (
+    BESIDE,
     LOGITS,
     POSITIONS,
     BeforeProjector,
@@ -97,8 +98,8 @@ class Settings:
         """What the strategy of each cut asks of a layer: attention and keys."""
         kinds = (DecoderRows, DecoderKeys)
         return tuple(
-            tuple(need for need in strategy.needs() if isinstance(need, kinds))
-            for strategy in self.strategies
+            tuple(dict.fromkeys(need for need in own.needs() if isinstance(need, kinds)))
+            for own in self.strategies
         )
 
     @cached_property
@@ -185,6 +186,13 @@ class Settings:
                 raise ValueError(
                     f"prune: expected needs that the engine knows, got {need!r}. "
                     "See tokenprune.strategy."
+                )
+        beside = {BeforeProjector(), *BESIDE}
+        for strategy in self.strategies:
+            if beside & set(strategy.needs()) and not vision_needs(strategy):
+                raise ValueError(
+                    f"{type(strategy).__name__}.needs: expected VisionRows or VisionStates beside "
+                    f"what goes with them, got {list(strategy.needs())}. Declare one of them."
                 )
         for vision_need in sorted(self.vision_needs, key=repr):
             self._check_vision(vision_need, name)

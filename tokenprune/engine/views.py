@@ -117,7 +117,10 @@ def _entered(run: Pass, number: int, device: torch.device) -> Tensor:
 
 def _projected(run: Pass, number: int, device: torch.device) -> Tensor:
     """What entered the decoder, of the visual tokens alive before a cut, (B, V, D)."""
-    return _alive(run, number, _entered(run, number, device))
+    values, plan = _entered(run, number, device), run.plan_on(device)
+    for earlier in range(1, number):
+        values = run.at(earlier, device).states(values, plan)
+    return values
 
 
 def _normed(run: Pass, number: int, hidden: Tensor) -> TokensAndText:
@@ -144,13 +147,23 @@ def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> A
     assert plan.seen is not None
     assert plan.tiles is not None
     if need == TileShape():
-        return run.seen.tile_shape
+        most, length = run.seen.tile_shape
+        return min(most, max(run.levels[number - 1].num_visual)), length
     if need == Tiles():
-        return _seated(run, number, plan.tiles)
+        tiles = _seated(run, number, plan.tiles)
+        return tiles if number == 1 else _dense(tiles)
     if need == HasPatches():
         return _alive(run, number, plan.tiles[..., None] >= 0)[..., 0]
     signal = _alive(run, number, run.seen.signal(need, plan.seen))
     return signal.transpose(1, 2) if isinstance(need, VisionRows) else signal
+
+
+def _dense(tiles_BV: Tensor) -> Tensor:
+    """Tiles numbered anew among those of which tokens are left; -1 stays."""
+    sorted_BV, order_BV = tiles_BV.sort(dim=1, stable=True)
+    new_BV = sorted_BV >= 0
+    new_BV[:, 1:] &= sorted_BV[:, 1:] != sorted_BV[:, :-1]
+    return torch.empty_like(tiles_BV).scatter(1, order_BV, new_BV.long().cumsum(1) - 1)
 
 
 def _seated(run: Pass, number: int, values: Tensor) -> Tensor:

@@ -174,6 +174,8 @@ class Watch:
             finally:
                 self._thread.layers = None
                 given, self._thread.given = self._thread.given, None
+            if kwargs.get("return_dict") is False:  # no call of the model's own
+                return output
             named = dict(parameters.bind(*args, **kwargs).arguments)
             named |= named.pop("kwargs", {})
             count = num_tokens(output)

@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tokenprune.strategy.needs import QUERIES, DecoderRows, Need, VisionNeed, check_choice
+from tokenprune.strategy.needs import (
+    QUERIES,
+    SPACES,
+    DecoderRows,
+    Need,
+    VisionNeed,
+    VisionRows,
+    VisionStates,
+    check_choice,
+)
 from tokenprune.strategy.view import TokenView
 
 if TYPE_CHECKING:
@@ -44,6 +53,9 @@ class Selection:
     scores: Tensor | None = None
     weights: Tensor | None = None
     space: str = "decoder"
+
+    def __post_init__(self) -> None:
+        check_choice("Selection.space", self.space, SPACES)
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,8 @@ def check_scores(strategy: PruningStrategy, scores: Any, expected: tuple[int, ..
 
 def vision_needs(strategy: PruningStrategy) -> tuple[VisionNeed, ...]:
     """What a strategy needs of the vision tower."""
-    return tuple(need for need in strategy.needs() if isinstance(need, VisionNeed))
+    kinds = (VisionRows, VisionStates)
+    return tuple(need for need in strategy.needs() if isinstance(need, kinds))
 
 
 def decoder_rows(strategy: PruningStrategy) -> tuple[DecoderRows, ...]:

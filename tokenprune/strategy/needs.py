@@ -43,6 +43,9 @@ class DecoderRows(Need):
 class DecoderKeys(Need):
     """Keys that a decoder layer makes of the visual tokens and of the prompt's text, rotated.
 
+    As they are rotated: by the positions that the model counts, which in a batch that is padded on
+    the left, and called without `position_ids`, count the pads.
+
     Args:
         source: `"next"`, the layer about to run, or `"previous"`, the layer before the cut.
     """
@@ -161,5 +164,5 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuses a value that is none of the choices; `name` says whose."""
     if value not in choices:
         raise ValueError(
-            f"{name}: expected one of {list(choices)}, got {value!r}. Say what the strategy reads."
+            f"{name}: expected one of {list(choices)}, got {value!r}. Choose one of them."
         )
