@@ -9,7 +9,8 @@ hands the rest to the first pivots.
 Departures: the budget counts the image pivots (the released 128 are 132 here), and pivots take
 turns by norm, first those of the image, then those of the text. The released code goes through a
 Python set of their indices, in an order that depends on the numbers alone: 2 to 10 of its 132
-tokens are others.
+tokens are others. The L1 norm of a rotated key depends on its position: in a batch that is padded
+on the left a row chooses as it does alone only with `position_ids`, which `generate` gives.
 """
 
 from __future__ import annotations
