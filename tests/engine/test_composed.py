@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import ROWS, Row, batch, build
+from oracles import EVERY
 from transformers import DynamicCache
 
 import tokenprune as tp
@@ -160,6 +161,15 @@ def test_features_can_be_had_as_a_tuple() -> None:
         with tp.prune(model, tp.build_strategy("fastervlm"), cuts((2, 0.5))):
             ours = model.get_image_features(pixels, return_dict=False)
     assert len(ours) == len(whole)
+
+
+@pytest.mark.parametrize("strategy", EVERY, ids=lambda strategy: strategy.name)
+def test_a_cut_after_which_nothing_was_left_chooses_nothing(strategy) -> None:
+    model = build("llava")
+    with torch.no_grad(), tp.prune(model, strategy, cuts((1, 0.0), (3, 0.0))) as trace:
+        logits = model(**batch(model, [ROWS[0], ROWS[2]])).logits
+    assert logits.isfinite().all()
+    assert [[len(row) for row in stage.kept] for stage in trace.stages] == [[0, 0], [0, 0]]
 
 
 # ------------------------------------------------------------------------------ rows of a cache

@@ -19,7 +19,7 @@ from tokenprune.engine.levels import Level
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.views import make_view
-from tokenprune.strategy import BeforeProjector, PruningStrategy, Selection
+from tokenprune.strategy import BeforeProjector, PruningStrategy, ScoreStrategy, Selection
 from tokenprune.strategy.base import check_scores
 from tokenprune.tensors import ascending, single_precision, take, to_device
 
@@ -38,13 +38,17 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
     layer = settings.cuts[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
     strategy, requests = settings.strategies[number - 1], settings.requests[number - 1]
-    late = [request for request in requests if request.source == "next"]
-    if late:
-        listen(run, number - 1, module, hidden, named, late, layer, layer)
-    heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
-    view = make_view(run, number, hidden, heard)
-    with torch.no_grad(), single_precision(device):
-        selection = strategy.select(view, plan.counts[number])
+    if any(level.num_visual):
+        late = [request for request in requests if request.source == "next"]
+        if late:
+            listen(run, number - 1, module, hidden, named, late, layer, layer)
+        heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
+        view = make_view(run, number, hidden, heard)
+        with torch.no_grad(), single_precision(device):
+            selection = strategy.select(view, plan.counts[number])
+    else:  # there is nothing to choose from
+        none = hidden.new_zeros(len(level.num_visual), 0)
+        selection = Selection(none.bool(), none if isinstance(strategy, ScoreStrategy) else None)
     kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
     weights_BKV = _mixture(run, strategy, selection, num_kept, counts_B1, level)
     after = level.after(kept_BV, num_kept, counts_B1, plan)
