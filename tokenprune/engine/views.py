@@ -146,12 +146,13 @@ def _vision(run: Pass, number: int, need: VisionNeed, device: torch.device) -> A
     assert run.seen is not None
     assert plan.seen is not None
     assert plan.tiles is not None
+    most, length = run.seen.tile_shape
+    alive = max(run.levels[number - 1].num_visual)
     if need == TileShape():
-        most, length = run.seen.tile_shape
-        return min(most, max(run.levels[number - 1].num_visual)), length
+        return min(most, alive), length
     if need == Tiles():
         tiles = _seated(run, number, plan.tiles)
-        return tiles if number == 1 else _dense(tiles)
+        return tiles if most <= alive else _dense(tiles)  # or a number would be beyond all tokens
     if need == HasPatches():
         return _alive(run, number, plan.tiles[..., None] >= 0)[..., 0]
     signal = _alive(run, number, run.seen.signal(need, plan.seen))
