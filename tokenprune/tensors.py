@@ -174,6 +174,21 @@ def mixture(row_BV: Tensor, share_BV: Tensor, num_rows: int) -> Tensor:
     return weights.scatter(1, row_BV.clamp(0, num_rows - 1)[:, None], share_BV[:, None])
 
 
+def join_nearest(kept_BV: Tensor, alike_BVV: Tensor) -> tuple[Tensor, Tensor]:
+    """The survivor that each token joins: itself, or of the others the most like it, the first.
+
+    Args:
+        kept_BV: Bool, survivors.
+        alike_BVV: Likeness of a token to those that it may join, -inf to all others.
+
+    Returns:
+        Its place, int64 (B, V), and its number among the survivors, int64 (B, V).
+    """
+    place_V = torch.arange(kept_BV.shape[1], device=kept_BV.device)
+    seat_BV = torch.where(kept_BV, place_V, alike_BVV.argmax(2))
+    return seat_BV, (kept_BV.cumsum(1) - 1).gather(1, seat_BV)
+
+
 def number_grids(places: Tensor) -> Tensor:
     """Numbers the grids of each row 0, 1, ... in order; a row without grids is one unit.
 
@@ -186,6 +201,23 @@ def number_grids(places: Tensor) -> Tensor:
     grid = torch.where(places[..., 2:3] >= 0, places[..., :2], -1)
     changes = (grid[:, 1:] != grid[:, :-1]).any(-1)
     return torch.nn.functional.pad(changes.long().cumsum(1), (1, 0))
+
+
+def grid_units(places: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The grid of each token, as units that share a budget, and how many tokens each has.
+
+    Args:
+        places: As for `number_grids`.
+        valid_BV: False where a row has no such token: those form a last unit of size 0, which gets
+            no budget.
+
+    Returns:
+        Units int64 (B, V), and sizes int64 (B, V + 1).
+    """
+    width = valid_BV.shape[1]
+    unit_BV = number_grids(places).masked_fill(~valid_BV, width)
+    sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], width + 1)
+    return unit_BV, sizes_BU.scatter_add(1, unit_BV, valid_BV.long())
 
 
 def attention_rows(

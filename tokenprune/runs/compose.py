@@ -201,9 +201,8 @@ def published_positions(strategy: PruningStrategy) -> str:
 
     Of several, that of the first.
     """
-    first = strategy.at(0) if isinstance(strategy, PerStage) else strategy
     try:
-        return first.published(_DEPTH).positions
+        return strategy.at(0).published(_DEPTH).positions
     except ValueError:
         return "original"
 

@@ -28,14 +28,11 @@ class Pool(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import mixture, number_grids, split_budget
+        from tokenprune.tensors import grid_units, mixture, split_budget
 
         places, valid_BV = view.places, view.valid
         width = valid_BV.shape[1]
-        # Entries that do not exist form a last unit of size 0, which gets no budget.
-        unit_BV = number_grids(places).masked_fill(~valid_BV, width)
-        sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], width + 1)
-        sizes_BU = sizes_BU.scatter_add(1, unit_BV, valid_BV.long())
+        unit_BV, sizes_BU = grid_units(places, valid_BV)
         quotas_BU = split_budget(keep, sizes_BU)
         size_BV = sizes_BU.gather(1, unit_BV).clamp_min(1)
         quota_BV = quotas_BU.gather(1, unit_BV)

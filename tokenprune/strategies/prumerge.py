@@ -28,6 +28,7 @@ from tokenprune.strategy import (
     VisionRows,
     VisionStates,
     check_choice,
+    check_fraction,
     register,
 )
 
@@ -53,11 +54,9 @@ class PruMerge(PruningStrategy):
                 f"PruMerge.neighbours: expected a number of tokens, got {self.neighbours!r}. "
                 "Say how many each survivor is mixed from."
             )
-        if not 0 <= self.spread <= 1:
-            raise ValueError(
-                f"PruMerge.spread: expected a fraction in [0, 1], got {self.spread!r}. "
-                "Say which part of the budget goes to tokens at even distances."
-            )
+        check_fraction(
+            "PruMerge.spread", self.spread, "part of the budget goes to tokens at even distances"
+        )
 
         check_choice("PruMerge.space", self.space, SPACES)
 

@@ -30,14 +30,10 @@ class Uniform(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import number_grids, split_budget
+        from tokenprune.tensors import grid_units, split_budget
 
         places, valid_BV = view.places, view.valid
-        unit_BV = number_grids(places)
-        # Entries that do not exist form a last unit of size 0, which gets no budget.
-        unit_BV = unit_BV.masked_fill(~valid_BV, valid_BV.shape[1])
-        sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
-        sizes_BU = sizes_BU.scatter_add(1, unit_BV, valid_BV.long())
+        unit_BV, sizes_BU = grid_units(places, valid_BV)
         quota_BV = split_budget(keep, sizes_BU).gather(1, unit_BV)
         size_BV = sizes_BU.gather(1, unit_BV).clamp_min(1)
         start_BV = (sizes_BU.cumsum(1) - sizes_BU).gather(1, unit_BV)

@@ -27,6 +27,7 @@ from tokenprune.strategy import (
     VisionRows,
     VisionStates,
     check_choice,
+    check_fraction,
     register,
 )
 
@@ -55,11 +56,9 @@ class VisionZip(PruningStrategy):
     space: str = "vision"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contextual <= 1:
-            raise ValueError(
-                f"VisionZip.contextual: expected a fraction in [0, 1], got {self.contextual!r}. "
-                "Say which part of the budget goes to mixed tokens."
-            )
+        check_fraction(
+            "VisionZip.contextual", self.contextual, "part of the budget goes to mixed tokens"
+        )
 
         check_choice("VisionZip.space", self.space, SPACES)
 
@@ -70,10 +69,16 @@ class VisionZip(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import mixture, rank_in_units, share_out, sizes_of_units
+        from tokenprune.tensors import (
+            join_nearest,
+            mixture,
+            rank_in_units,
+            share_out,
+            sizes_of_units,
+        )
 
         attention_BHV = view.vision_rows(self.layer, self.queries)
-        valid_BV, width = view.valid, attention_BHV.shape[2]
+        valid_BV = view.valid
         unit_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
         mixed_BU = (quota_BU * self.contextual).long()
         mixed_BU[:, -1] = 0  # of tokens without patches
@@ -92,13 +97,11 @@ class VisionZip(PruningStrategy):
         metric = torch.nn.functional.normalize(keys, dim=-1)
         fits_BVV = target_BV[:, None] & (unit_BV[:, :, None] == unit_BV[:, None])
         alike_BVV = (metric @ metric.mT).masked_fill(~fits_BVV, -torch.inf)
-        place_V = torch.arange(width, device=keep.device)
         kept_BV = dominant_BV | target_BV
-        seat_BV = torch.where(kept_BV, place_V, alike_BVV.argmax(2))  # of equal ones the first
+        seat_BV, row_BV = join_nearest(kept_BV, alike_BVV)
         joins_BV = other_BV & ~target_BV
         count_BV = torch.zeros_like(seat_BV).scatter_add(1, seat_BV, joins_BV.long())
         share_BV = kept_BV + joins_BV / count_BV.gather(1, seat_BV).clamp_min(1)
-        row_BV = (kept_BV.cumsum(1) - 1).gather(1, seat_BV)
         weights = mixture(row_BV, share_BV, view.max_keep)
         return Selection(kept=kept_BV, weights=weights, space=self.space)
 

@@ -24,6 +24,7 @@ from tokenprune.strategy import (
     TokenView,
     VisionRows,
     VisionStates,
+    check_fraction,
     register,
 )
 
@@ -45,11 +46,7 @@ class VisPruner(PruningStrategy):
     important: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.important <= 1:
-            raise ValueError(
-                f"VisPruner.important: expected a fraction in [0, 1], got {self.important!r}. "
-                "Say which part of the budget attention gives."
-            )
+        check_fraction("VisPruner.important", self.important, "part of the budget attention gives")
 
     def needs(self) -> tuple[Need, ...]:
         return (VisionRows(self.layer, self.queries), VisionStates(self.layer))

@@ -68,7 +68,7 @@ class VScan(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import mixture, rank_in_units, top_k
+        from tokenprune.tensors import join_nearest, mixture, rank_in_units, top_k
 
         near_BV = view.vision_rows(self.shallow, self.queries).mean(1)  # over heads
         far_BV = view.vision_rows(self.layer, self.queries).mean(1)
@@ -89,12 +89,10 @@ class VScan(PruningStrategy):
         fits_BVV = kept_BV[:, None] & (tile_BV[:, :, None] == tile_BV[:, None])
         joins_BV = joins_BV & fits_BVV.any(2)
         alike_BVV = (unit @ unit.mT).masked_fill(~fits_BVV, -torch.inf)
-        place_V = torch.arange(width, device=keep.device)
-        seat_BV = torch.where(kept_BV, place_V, alike_BVV.argmax(2))  # of equal ones the first
+        seat_BV, row_BV = join_nearest(kept_BV, alike_BVV)
         in_BV = (kept_BV | joins_BV).float()
         count_BV = torch.zeros_like(in_BV).scatter_add(1, seat_BV, in_BV)
         share_BV = in_BV / count_BV.gather(1, seat_BV).clamp_min(1)
-        row_BV = (kept_BV.cumsum(1) - 1).gather(1, seat_BV)
         return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
     def _windows(self, places: Tensor, has_place_BV: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from tokenprune.strategy.needs import (
     VisionRows,
     VisionStates,
     check_choice,
+    check_fraction,
 )
 from tokenprune.strategy.registry import (
     ENTRY_POINTS,
@@ -58,6 +59,7 @@ from tokenprune.strategy.view import (
 __all__ = [
     "SPACES",
     "check_choice",
+    "check_fraction",
     "BeforeProjector",
     "AttentionStrategy",
     "BESIDE",

@@ -160,6 +160,12 @@ class TileShape(VisionNeed):
 BESIDE = (HasPatches(), Tiles(), TileShape())
 
 
+def check_fraction(name: str, value: float, part: str) -> None:
+    """Refuses a value outside [0, 1]; `name` says whose, `part` what it is a part of."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a fraction in [0, 1], got {value!r}. Say which {part}.")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuses a value that is none of the choices; `name` says whose."""
     if value not in choices:
