@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from tokenprune.cli import main as cli
+from tokenprune.cli.__main__ import console
 
 #: Makes a run short.
 TINY = ["trainer.callbacks=[]", "max_new_tokens=2", "num_pictures=1", "data.batch_size=4"]
@@ -17,6 +19,13 @@ COMMAND = [sys.executable, "-c", "from tokenprune.cli.__main__ import console; c
 
 def random_llava(checkpoint: Path) -> list[str]:
     return ["model=hub", f"model.path={checkpoint}"]
+
+
+def console_in(folder: Path, arguments: list[str]) -> None:
+    """What the console script does, in this folder; for a process of its own (`processes.call`)."""
+    os.chdir(folder)
+    sys.argv = ["tokenprune", *arguments]
+    console()
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -256,7 +256,12 @@ def test_f1_something_in_the_way_of_tensorboard(
 
 @pytest.mark.parametrize(
     ("logger", "size"),
-    [("none", 1024), ("none", 0), ("csv", 1024), ("tensorboard", 64)],
+    [
+        ("none", 1024),
+        ("none", 0),
+        pytest.param("csv", 1024, marks=pytest.mark.matrix),
+        pytest.param("tensorboard", 64, marks=pytest.mark.matrix),
+    ],
     ids=["files", "not even temporary ones", "csv", "tensorboard"],
 )
 def test_f1_as_a_process(logger: str, size: int, checkpoint: Path) -> None:

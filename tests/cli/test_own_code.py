@@ -38,6 +38,12 @@ COMMANDS = {
               "data.validation.num_samples=2", "hydra.run.dir=run"],
     "bench": ["bench", "shape=tiny", "num_visual=48", "rounds=1", "warmup=1", "hydra.run.dir=run"],
 }  # fmt: skip
+#: Every command in every way by `make test-all`; by default each command in some, each way in some.
+SAMPLE = [
+    pytest.param(name, way, marks=() if (row + column) % 3 == 0 else pytest.mark.matrix)
+    for row, name in enumerate(COMMANDS)
+    for column, way in enumerate(WAYS)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +62,7 @@ def command(name: str, checkpoint: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("name", "way"), SAMPLE)
 def test_i1_i3_a_strategy_of_your_own_works_in_every_command(
     name: str, way: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +293,7 @@ def test_imports_is_a_key_of_every_command(name: str) -> None:
     assert "\nimports: []\n" in (config_dir() / f"{name}.yaml").read_text()
 
 
+@pytest.mark.matrix
 def test_imports_reach_every_process(own: Path, checkpoint: Path) -> None:
     """Which a run starts itself: an adapter that is registered there must be known there."""
     noted = "import os, pathlib\npathlib.Path(__file__).with_name(f'{os.getpid()}.txt').touch()\n"

@@ -7,13 +7,15 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from commands import COMMAND, TINY, random_llava, refused
+from commands import COMMAND, TINY, console_in, random_llava, refused
 from PIL import Image
-from processes import run, started
+from processes import call, started
 
 from tokenprune.cli import main as cli
 from tokenprune.runs.folders import LOCK, occupied
@@ -57,7 +59,7 @@ def test_f2_relative_paths_mean_the_start_folder(checkpoint: Path, tmp_path: Pat
     Path("rel/q.jsonl").write_text(json.dumps(row))
     Path("rel/model").symlink_to(checkpoint)
     own = ["model=hub", "model.path=rel/model", *TINY, "data=folder", "data.path=rel/q.jsonl"]
-    run([*COMMAND, "eval", *own, "hydra.job.chdir=false", "hydra.run.dir=run"])
+    assert cli.main(["eval", *own, "hydra.job.chdir=false", "hydra.run.dir=run"]) == 0
     assert json.loads(Path("run/metrics.json").read_text())["num_samples"] == 1
 
 
@@ -74,14 +76,10 @@ def test_f3_sweeps_one_after_another_make_one_table(
 
 
 def test_f3_sweeps_at_once_make_one_table(checkpoint: Path) -> None:
-    kinds = {"stdout": PIPE, "stderr": PIPE}
-    with (
-        started([*COMMAND, *sweep(checkpoint, "strategy=fastv,random")], **kinds) as first,
-        started([*COMMAND, *sweep(checkpoint, "strategy=uniform")], **kinds) as second,
-    ):
-        for process in (first, second):
-            _, told = process.communicate()
-            assert process.returncode == 0, told
+    both = [sweep(checkpoint, "strategy=fastv,random"), sweep(checkpoint, "strategy=uniform")]
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(partial(call, console_in, Path.cwd()), both):
+            assert done.returncode == 0, done.stdout
     assert strategies() == ["fastv", "random", "uniform"]
     assert not list(Path("shared").rglob(".*"))
 
@@ -115,13 +113,16 @@ def test_f3_a_folder_is_one_run_s_at_a_time(
     assert f"another run is at work (process {os.getpid()} on" in error
 
 
-def test_f3_a_killed_run_leaves_its_folder_free(checkpoint: Path) -> None:
+def test_f3_a_killed_run_leaves_its_folder_free(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
     wait = ["trainer.callbacks=[{_target_:stops.Wait,path:started}]"]
     with started([*COMMAND, "eval", *own, *wait], stdout=PIPE, stderr=PIPE) as process:
         while not Path("started").exists() and process.poll() is None:
             time.sleep(0.05)
-        refusal = run([*COMMAND, "eval", *own], 2).stderr
+        assert cli.main(["eval", *own]) == 2
+        refusal = capsys.readouterr().err
         assert "another run is at work" in refusal
         assert f"process {process.pid} on" in refusal
         process.send_signal(signal.SIGKILL)

@@ -64,7 +64,7 @@ def test_accumulated_ragged_batches_are_one_batch(tmp_path, options):
     assert_same(one, parts, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
 def test_two_processes_are_one(tmp_path, how):
     _compare(tmp_path, how, "pyramiddrop", {})
 
@@ -120,7 +120,8 @@ def test_batches_without_a_supervised_token_are_counted_and_teach_nothing(tmp_pa
     assert_same(one, parts, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_processes_with_batches_of_different_sizes_are_one(tmp_path, how):
     # The sixth step has three samples: two for one process, one for the other.
     _compare(tmp_path, how, "pyramiddrop", {"num_samples": 23})

@@ -130,9 +130,9 @@ matrix = pytest.mark.matrix
     ("setting", "stop", "at"),
     [
         ("one", "kill", 7),  # checkpoint in the middle of an epoch
-        ("one", "kill", 9),  # checkpoint at the end of one
-        ("one-workers", "raise", 3),
-        ("two", "kill", 7),
+        pytest.param("one", "kill", 9, marks=matrix),  # checkpoint at the end of one
+        pytest.param("one-workers", "raise", 3, marks=matrix),
+        pytest.param("two", "kill", 7, marks=matrix),
         pytest.param("one", "ask", 7, marks=matrix),
         pytest.param("one-workers", "kill", 7, marks=matrix),
         pytest.param("two-workers", "kill", 7, marks=matrix),
@@ -169,7 +169,8 @@ def test_a_step_is_saved_whole(checkpoint: str, tmp_path: Path, whole: Any) -> N
     ("setting", "stop"),
     [
         ("one", {"stop": "SIGTERM"}),
-        ("one-workers", {"stop": "SIGINT", "to": "group"}),  # Ctrl-C, at whatever is running
+        # Ctrl-C, at whatever is running.
+        pytest.param("one-workers", {"stop": "SIGINT", "to": "group"}, marks=matrix),
         ("two", {"stop": "SIGTERM", "to": "parent"}),
         pytest.param("two-workers", {"stop": "SIGTERM", "to": "group"}, marks=matrix),
         pytest.param("two-workers", {"stop": "SIGINT", "to": "group"}, marks=matrix),
