@@ -1,7 +1,4 @@
-"""The module that Lightning's predict loop runs: answers, what each cost, the run's files.
-
-Shape suffixes: B batch rows, T prompt positions, L decoder layers.
-"""
+"""The module that Lightning's predict loop runs: answers, what each cost, the run's files."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 from transformers import BatchFeature
 
 import tokenprune as tp
-from tokenprune.evaluation.generation import FirstToken, generate, now, pruned
+from tokenprune.evaluation.answering import answer
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.evaluation.summary import summarise
@@ -98,47 +95,25 @@ class Evaluator(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answers a batch and keeps what the metrics need."""
-        inputs, samples = batch["inputs"], batch["samples"]
-        clock = FirstToken()
-        with pruned(self.loaded, self.pruning) as trace:
-            start = now(self.loaded.model.device)
-            answers = generate(self.loaded, inputs, self.max_new_tokens, clock)
-        assert clock.time is not None
-        self.seconds.append((clock.time - start) / len(samples))
-        visual_BL, real_BL = self._lengths(inputs, trace)
-        original_B = tp.visual_mask(self.loaded.model, inputs["input_ids"]).sum(1).tolist()
-        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        samples = batch["samples"]
+        answers = answer(self.loaded, self.pruning, batch["inputs"], self.max_new_tokens)
+        self.seconds.append(answers.seconds / len(samples))
+        for index, (sample, text) in enumerate(zip(samples, answers.texts, strict=True)):
             turn = sample.turns[-1]
-            score = self.score(answer, turn.accepted or (turn.answer,))
+            score = self.score(text, turn.accepted or (turn.answer,))
             record: dict[str, Any] = {
                 "id": sample.id,
                 "kind": turn.kind,
                 "question": turn.question,
                 "answer": turn.answer,
-                "prediction": answer,
+                "prediction": text,
                 "score": score,
                 "correct": score >= 0.5,
-                "num_visual": original_B[index],
-                "visual": visual_BL[index],
-                "real": real_BL[index],
-            }
+            } | answers.cost(index)
             if len(self.records) < self.num_pictures:
-                record["kept"] = kept_tokens(trace, index, original_B[index])
+                record["kept"] = kept_tokens(answers.trace, index, answers.original_B[index])
                 record["image"] = sample.image
             self.records.append(record)
-
-    def _lengths(
-        self, inputs: Mapping[str, Any], trace: tp.Trace | None
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Visual and real tokens that each layer processed, per row."""
-        if trace is not None:
-            return trace.visual_lengths.T.tolist(), trace.lengths.T.tolist()
-        ids_BT = inputs["input_ids"]
-        visual_B = tp.visual_mask(self.loaded.model, ids_BT).sum(1).tolist()
-        mask_BT = inputs.get("attention_mask")
-        real_B = (torch.ones_like(ids_BT) if mask_BT is None else mask_BT).sum(1).tolist()
-        layers = self.shape.num_layers
-        return [[count] * layers for count in visual_B], [[count] * layers for count in real_B]
 
     def on_predict_epoch_end(self) -> None:
         """Gathers all processes' answers; the first process writes the run's files."""

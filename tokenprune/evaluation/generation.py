@@ -1,4 +1,4 @@
-"""Greedy answers of a model, pruned or not, and the time to their first token.
+"""Answers of a model, pruned or not, and the time to their first token.
 
 Shape suffixes: B batch rows, T positions.
 """
@@ -46,18 +46,21 @@ def pruned(loaded: LoadedModel, pruning: Pruning | None) -> AbstractContextManag
 
 
 def generate(
-    loaded: LoadedModel, inputs: Mapping[str, Any], max_new_tokens: int, clock: FirstToken
+    loaded: LoadedModel,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+    clock: FirstToken,
+    **options: Any,
 ) -> list[str]:
-    """Greedy answers to a batch of prompts padded on the left."""
+    """Answers to a batch of prompts padded on the left: greedy ones, unless `options` say else."""
     tokenizer = loaded.processor.tokenizer
     model: Any = loaded.model
     output_BT = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=LogitsProcessorList([clock]),
+        **{"do_sample": False, "num_beams": 1} | options,
     )
     answers: list[str] = tokenizer.batch_decode(
         output_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
