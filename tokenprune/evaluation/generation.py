@@ -38,11 +38,15 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def pruned(loaded: LoadedModel, pruning: Pruning | None) -> AbstractContextManager[tp.Trace | None]:
+def pruned(
+    loaded: LoadedModel, pruning: Pruning | None, logits: str = "all"
+) -> AbstractContextManager[tp.Trace | None]:
     """Prunes the model inside the `with`, or leaves it alone."""
     if pruning is None:
         return nullcontext()
-    return tp.prune(loaded.model, pruning.strategy, pruning.schedule, pruning.positions)
+    return tp.prune(
+        loaded.model, pruning.strategy, pruning.schedule, pruning.positions, logits=logits
+    )
 
 
 def generate(

@@ -69,7 +69,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         folder=folder,
         config=resolved,
         marks=marks,
-        names=_names(config, names, pruning),
+        names=run_names(config, names, pruning) | {"metric": config.metric},
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,
         metric=config.metric,
@@ -79,7 +79,9 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     return results.read_metrics(folder)
 
 
-def _names(config: DictConfig, names: Mapping[str, str], pruning: Pruning | None) -> dict[str, Any]:
+def run_names(
+    config: DictConfig, names: Mapping[str, str], pruning: Pruning | None
+) -> dict[str, Any]:
     """Entries of metrics.json that name the run."""
     stages = pruning.schedule.stages if pruning is not None else None
     schedule = dict(config.schedule) if pruning is not None else {}
@@ -99,5 +101,4 @@ def _names(config: DictConfig, names: Mapping[str, str], pruning: Pruning | None
         else config.strategy.get("seed", config.seed),
         "model": names["model"],
         "data": names["data"],
-        "metric": config.metric,
     }

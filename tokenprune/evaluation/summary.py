@@ -48,10 +48,6 @@ def summarise(
             "evaluate: expected at least one sample, got an empty data set. Check the data config."
         )
 
-    @cache
-    def visual_flops(lengths: tuple[int, ...]) -> float:
-        return tp.cost.flops(shape, lengths, convention="pyramiddrop")
-
     def accuracy(part: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
         correct = sum(record["score"] for record in part)
         return correct / len(part), *wilson(correct, len(part))
@@ -63,34 +59,63 @@ def summarise(
         share, low, high = accuracy(part)
         kinds[kind] = {"accuracy": share, "low": low, "high": high, "num_samples": len(part)}
     share, low, high = accuracy(records)
-    per_layer = [sum(counts) / num for counts in zip(*(r["visual"] for r in records), strict=True)]
-    flops = sum(visual_flops(tuple(record["visual"])) for record in records) / num
-    whole = sum(visual_flops((record["num_visual"],) * shape.num_layers) for record in records)
-    kv = None
-    if shape.caches_alike:
-        sizes = (
-            tp.cost.kv_bytes(shape, r["real"], bytes_per_value=bytes_per_value) for r in records
-        )
-        kv = sum(sizes) / num / 1e6
     return {
         "num_samples": num,
         "accuracy": share,
         "accuracy_low": low,
         "accuracy_high": high,
         "kinds": kinds,
+        **cost_of(records, shape),
+        "prefill_ms": 1000 * statistics.median(seconds),
+        "kv_mb": kv_megabytes(records, shape, bytes_per_value),
+    }
+
+
+def cost_of(records: Sequence[Mapping[str, Any]], shape: tp.cost.DecoderShape) -> dict[str, Any]:
+    """Visual tokens and FLOPs of a run, on average; at least one record.
+
+    Args:
+        records: Each with `visual`, the visual tokens of every layer, and `num_visual`, those of
+            the prompt.
+        shape: Sizes of the decoder.
+    """
+
+    @cache
+    def flops(lengths: tuple[int, ...]) -> float:
+        return tp.cost.flops(shape, lengths, convention="pyramiddrop")
+
+    num = len(records)
+    per_layer = [sum(counts) / num for counts in zip(*(r["visual"] for r in records), strict=True)]
+    mean = sum(flops(tuple(record["visual"])) for record in records) / num
+    whole = sum(flops((record["num_visual"],) * shape.num_layers) for record in records)
+    return {
         "visual_tokens_per_layer": per_layer,
         "avg_tokens": sum(per_layer) / len(per_layer),
         "final_tokens": per_layer[-1],
-        "tflops": flops / 1e12,
-        "tflops_ratio": flops / (whole / num) if whole else 1.0,
-        "prefill_ms": 1000 * statistics.median(seconds),
-        "kv_mb": kv,
+        "tflops": mean / 1e12,
+        "tflops_ratio": mean / (whole / num) if whole else 1.0,
         "num_visual": sum(record["num_visual"] for record in records) / num,
         # A budget is solved for one size of image: what the data's sizes gave.
         "num_visual_range": _range(record["num_visual"] for record in records),
         "avg_tokens_range": _range(sum(r["visual"]) / len(r["visual"]) for r in records),
-        "tflops_range": _range(visual_flops(tuple(r["visual"])) / 1e12 for r in records),
+        "tflops_range": _range(flops(tuple(r["visual"])) / 1e12 for r in records),
     }
+
+
+def kv_megabytes(
+    records: Sequence[Mapping[str, Any]], shape: tp.cost.DecoderShape, bytes_per_value: int
+) -> float | None:
+    """Key-value cache of a sample's prompt, on average; None where layers' caches differ.
+
+    Args:
+        records: Each with `real`, the tokens of every layer.
+        shape: Sizes of the decoder.
+        bytes_per_value: Of the cache.
+    """
+    if not shape.caches_alike:
+        return None
+    sizes = (tp.cost.kv_bytes(shape, r["real"], bytes_per_value=bytes_per_value) for r in records)
+    return sum(sizes) / len(records) / 1e6
 
 
 def _range(values: Iterable[float]) -> list[float]:

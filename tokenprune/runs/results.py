@@ -146,7 +146,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     marks = _OWN | {package: _version(package) for package in _DECISIVE}
     for key, value in _paths(config.get("model"), "model"):
         if value == "tiny" or Path(value).expanduser().exists():
-            marks[key] = _digest(TINY if value == "tiny" else Path(value).expanduser())
+            marks[key] = digest(TINY if value == "tiny" else Path(value).expanduser())
         elif (
             key == "model.path" and config["model"].get("_target_") == "tokenprune.runs.models.load"
         ):
@@ -155,7 +155,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
             marks[key] = str(getattr(found, "_commit_hash", None))
     for key, value in _paths(config.get("data"), "data"):
         if Path(value).expanduser().exists():
-            marks[key] = _digest(Path(value).expanduser())
+            marks[key] = digest(Path(value).expanduser())
     return marks | _code(config.get("strategy"))
 
 
@@ -169,7 +169,7 @@ def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if file is None or cls.__module__.startswith("tokenprune."):
         return {}
-    return {"strategy.code": _digest(Path(file))}
+    return {"strategy.code": digest(Path(file))}
 
 
 def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -181,7 +181,7 @@ def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, node
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Of names, sizes and contents; of large contents the first and last megabyte of each file."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     stats = [(str(file), file.stat()) for file in sorted(files)]
@@ -348,7 +348,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
                 entry["positions"] if pruned else "",
                 *(str(entry.get(name)) for name in told),
                 f"{100 * entry['accuracy']:.1f} %",
-                f"{100 * entry['ci_low']:.1f}-{100 * entry['ci_high']:.1f}",
+                _interval(entry),
                 f"{entry['avg_tokens']:.1f}",
                 f"{100 * entry['tflops_ratio']:.0f} %",
                 f"{entry['prefill_ms']:.1f} ms",
@@ -359,6 +359,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     tables.print_table(
         title, texts, ("accuracy", "95 %", "tokens", "FLOPs", "prefill", "KV cache"), cells
     )
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    """Ends of accuracy's interval; nothing where it has none."""
+    low, high = entry["ci_low"], entry["ci_high"]
+    return "" if low is None or high is None else f"{100 * low:.1f}-{100 * high:.1f}"
 
 
 def _schedule(entry: Mapping[str, Any]) -> str:

@@ -1,0 +1,280 @@
+"""Benchmarks of lmms-eval on the shipped model: prompts, costs, and scores worked out by hand.
+
+Runs where lmms-eval is installed: `make test-harness`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lmms_eval")
+
+import datasets
+import made_benchmarks as made
+from lmms_eval import evaluator
+from lmms_eval.models import get_model
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.cli import main as cli
+from tokenprune.cli.harness import Chat, Simple
+from tokenprune.data.collate import PromptCollator
+from tokenprune.evaluation import harness
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of lmms-eval and what it imports
+LIST = ",".join(made.TASKS)
+#: Cuts at two layers, and what comes of it on the shipped model's 144 tokens.
+FASTV = ["strategy=fastv", "schedule.layer=2", "schedule.keep=0.25"]
+FASTV_LENGTHS = [144, 144, *[36] * 6]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return made.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def prompts(files: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tasks find their data here, and hear the answers of their scripts; what they have asked.
+
+    The model reads every prompt, and is pruned; only what it says is replaced.
+    """
+    script = {text: said for own in made.TASKS.values() for text, said in own.script.items()}
+    seen: list[str] = []
+    batch: list[Any] = []
+    answer = harness.answer
+
+    class Noting(PromptCollator):
+        def __call__(self, samples: Any) -> Any:
+            batch[:] = samples
+            seen.extend(sample.turns[-1].question for sample in samples)
+            return super().__call__(samples)
+
+    def recite(loaded: Any, pruning: Any, inputs: Any, longest: int, **options: Any) -> Any:
+        told = answer(loaded, pruning, inputs, 1, **options)
+        texts = [script[sample.turns[-1].question] for sample in batch]
+        return dataclasses.replace(told, texts=texts)
+
+    monkeypatch.setattr(harness, "PromptCollator", Noting)
+    monkeypatch.setattr(harness, "answer", recite)
+    load = made.reader(files)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    from lmms_eval.tasks.gqa import utils
+
+    monkeypatch.setattr(utils, "load_dataset", load)
+    return seen
+
+
+def read(folder: str) -> Any:
+    return json.loads(Path(folder, "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("own", [["strategy=none"], FASTV], ids=["unpruned", "fastv"])
+def test_the_benchmarks_of_the_paper(own: list[str], prompts: list[str]) -> None:
+    """Asked as written, judged by lmms-eval, each value as worked out by hand."""
+    assert cli.main(["benchmark", "benchmark=paper", *own, "hydra.run.dir=run"]) == 0
+    assert sorted(prompts) == sorted(text for own in made.TASKS.values() for text in own.script)
+    metrics = read("run")
+    report = json.loads(Path("run/harness/results.json").read_text())["results"]
+    assert set(metrics["kinds"]) == set(made.TASKS)
+    for name, task in made.TASKS.items():
+        assert metrics["kinds"][name]["accuracy"] == pytest.approx(task.score), name
+        for key, value in task.metrics.items():
+            assert report[name][f"{key},none"] == pytest.approx(value), (name, key)
+    mean = sum(task.score for task in made.TASKS.values()) / len(made.TASKS)
+    assert metrics["accuracy"] == pytest.approx(mean)
+    lengths = [144] * 8 if own == ["strategy=none"] else FASTV_LENGTHS
+    # One question has three images.
+    images = 1 + 2 / metrics["num_samples"]
+    assert metrics["visual_tokens_per_layer"] == pytest.approx([n * images for n in lengths])
+
+
+def test_a_sweep_is_tabulated_reported_and_resumed(
+    prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["benchmark", "-m", "tasks=[pope,ocrvqa]", "strategy=none,fastv"]
+    sweep.append("hydra.sweep.dir=all")
+    assert cli.main(sweep) == 0
+    with Path("all/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strategy"] for row in rows] == ["none", "fastv"]
+    for row in rows:
+        assert float(row["accuracy_pope"]) == pytest.approx(2 / 3)
+        assert row["data"] == "pope,ocrvqa"
+    assert float(rows[1]["tflops_ratio"]) < 0.7
+    asked = len(prompts)
+    assert cli.main(sweep) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
+    assert len(prompts) == asked
+    assert cli.main(["report", "all"]) == 0
+    assert "pope" in Path("all/report.html").read_text()
+
+
+def test_what_is_said_of_each_question(prompts: list[str]) -> None:
+    assert cli.main(["benchmark", "tasks=[pope]", "num_pictures=2", "hydra.run.dir=run"]) == 0
+    lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    right = {"yes": ("yes", "Yes", "no"), "no": ("yes", "no", "No.")}
+    assert sorted((one["answer"], one["prediction"]) for one in lines) == sorted(
+        (answer, said) for answer, several in right.items() for said in several
+    )
+    assert sum(one["score"] for one in lines) == 3
+    assert len(list(Path("run/images").iterdir())) == 2
+    assert {one["kind"] for one in lines} == {"pope"}
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["tasks=[popo]"], "tasks: expected tasks of lmms-eval, got 'popo'"),
+        (["tasks=[]"], "tasks: expected names of lmms-eval's tasks"),
+        (["tasks=[pope]", "form=both"], "form: expected one of ['chat', 'simple']"),
+        (["tasks=[pope]", "limit=0"], "limit: expected an integer >= 1"),
+        (["tasks=[pope]", "include_path=nowhere"], "include_path: expected a folder of tasks"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_cost_one_line(
+    own: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["benchmark", *own, "hydra.run.dir=run"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not Path("run").exists()
+
+
+# ---------------------------------------------------------------------------------------- plug-in
+
+
+def test_lmms_eval_finds_the_plug_in() -> None:
+    assert get_model("tokenprune") is Chat
+    assert get_model("tokenprune", force_simple=True) is Simple
+
+
+@pytest.mark.parametrize("form", [Chat, Simple])
+def test_lmms_eval_asks_the_plug_in(form: Any, prompts: list[str], tmp_path: Path) -> None:
+    own = "overrides=strategy=fastv;schedule.layer=2;schedule.keep=0.25,summary=costs.json"
+    model = form.create_from_arg_string(own, {"batch_size": 4, "device": "cpu"})
+    report = evaluator.simple_evaluate(model, tasks=["pope"], bootstrap_iters=0)
+    assert report["results"]["pope"]["pope_f1_score,none"] == pytest.approx(2 / 3)
+    costs = json.loads(Path("costs.json").read_text())
+    assert costs["visual_tokens_per_layer"] == FASTV_LENGTHS
+    assert (costs["strategy"], costs["layers"], costs["keeps"]) == ("fastv", [2], [0.25])
+    assert report["throughput"]["avg_avg_tokens"] == sum(FASTV_LENGTHS) / 8
+
+
+def test_a_run_in_which_nothing_is_pruned_fails(prompts: list[str]) -> None:
+    """Of 144 tokens, .9999 are 144, rounded."""
+    own = "overrides=strategy=fastv;schedule.keep=0.9999;schedule.rounding=nearest"
+    model = Chat.create_from_arg_string(own, {"batch_size": 4, "device": "cpu"})
+    with pytest.raises(ValueError, match="expected image tokens to be pruned, got all of them"):
+        evaluator.simple_evaluate(model, tasks=["pope"], bootstrap_iters=0)
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+@pytest.mark.parametrize("strategy", ["none", "fastv"])
+def test_a_likelihood_is_that_of_the_model(strategy: str) -> None:
+    """Against the logits of one row alone, token by token."""
+    model = Simple(overrides=f"strategy={strategy}", batch_size=3, device="cpu")
+    documents = [{"image": made.picture(n)} for n in range(3)]
+    model.task_dict = {"own": {"test": documents}}
+    says = ["red", "K 7", "yes"]
+    found = model.loglikelihood(
+        [
+            request("Which colour is K?", f" {text}", lambda d: [d["image"]], n, "own", "test")
+            for n, text in enumerate(says)
+        ]
+    )
+    processor, net = model.loaded.processor, model.loaded.model
+    for number, text in enumerate(says):
+        prompt = model._prompts(
+            [
+                model._continued(
+                    request(
+                        "Which colour is K?", text, lambda d: [d["image"]], number, "own", "test"
+                    )
+                )[1]
+            ]
+        )["inputs"]
+        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        loss, greedy = 0.0, True
+        grown = dict(prompt)
+        for token in ids[0]:
+            with torch.no_grad():
+                if model.pruning is None:
+                    logits = net(**grown).logits[0, -1]
+                else:  # chosen by the prompt's last token, whatever has been said since
+                    labels = torch.full_like(grown["input_ids"], -100)
+                    labels[:, prompt["input_ids"].shape[1] :] = 1
+                    own = model.pruning
+                    if grown["input_ids"].shape == prompt["input_ids"].shape:
+                        labels = None
+                    with tp.prune(net, own.strategy, own.schedule, own.positions):
+                        logits = net(
+                            **grown, **({} if labels is None else {"labels": labels})
+                        ).logits[0, -1]
+            told = logits.float().log_softmax(-1)
+            loss -= told[token].item() / ids.shape[1]
+            greedy &= bool(told.argmax() == token)
+            grown["input_ids"] = torch.cat([grown["input_ids"], token.view(1, 1)], 1)
+            mask = grown["attention_mask"]
+            grown["attention_mask"] = torch.cat([mask, mask.new_ones(1, 1)], 1)
+        assert math.isclose(found[number][0], loss, abs_tol=1e-4)
+        assert found[number][1] == greedy
+
+
+def test_texts_and_images_stay_in_order() -> None:
+    image = Image.new("L", (4, 4))
+    parts = [
+        {"type": "text", "text": "first "},
+        {"type": "image", "url": image},
+        {"type": "text", "text": " and "},
+        {"type": "image", "url": image},
+    ]
+    told = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "url": image}, {"type": "text", "text": "a"}],
+        },
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    one = harness.from_messages("x", [{"role": "user", "content": parts}])
+    assert one.turns[0].question == "first <image> and <image>"
+    assert [picture.mode for picture in one.images] == ["RGB", "RGB"]
+    several = harness.from_messages("x", told)
+    assert [(turn.question, turn.answer) for turn in several.turns] == [("a", "b"), ("c", "")]
+    for wrong in (
+        [{"role": "system", "content": "be brief"}, *told],
+        [{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}],
+        told[:2],
+    ):
+        with pytest.raises(ValueError, match="lmms-eval, x: expected"):
+            harness.from_messages("x", wrong)
+
+
+def test_options_of_a_task() -> None:
+    said: list[str] = []
+    given = {"max_new_tokens": 16, "temperature": 0, "top_p": None, "until": ["ASSISTANT:"]}
+    assert harness.options(given, said.append) == (16, ("ASSISTANT:",), {"do_sample": False})
+    drawn = harness.options({"temperature": 0.7, "num_beams": 2, "modality": "x"}, said.append)
+    assert drawn == (1024, (), {"temperature": 0.7, "num_beams": 2, "do_sample": True})
+    assert said == ["options of the task that are not used: modality"]
+    assert harness.cut("yes ASSISTANT: no", ("ASSISTANT:",)) == "yes"

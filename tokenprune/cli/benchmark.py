@@ -1,0 +1,74 @@
+"""`tokenprune benchmark`: tasks of lmms-eval on a pruned model, once or in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune.cli.jobs import Job, names, quiet, tidy
+from tokenprune.runs import results
+from tokenprune.runs.compose import plain
+from tokenprune.runs.targets import load_imports
+
+_FORMS = ("chat", "simple")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit code."""
+    return Job("benchmark", _task, _check, "tokenprune.evaluation.benchmark", _wanted).run(
+        arguments
+    )
+
+
+def _check(config: DictConfig) -> None:
+    tasks = config.tasks
+    if not OmegaConf.is_list(tasks) or not tasks or not all(isinstance(t, str) for t in tasks):
+        raise ValueError(
+            f"tasks: expected names of lmms-eval's tasks, got {tasks!r}. Write tasks=[pope,mme]."
+        )
+    for key, lowest in (("batch_size", 1), ("limit", 1)):
+        value = config[key]
+        optional = key == "limit" and value is None
+        if not optional and (
+            isinstance(value, bool) or not isinstance(value, int) or value < lowest
+        ):
+            raise ValueError(f"{key}: expected an integer >= {lowest}, got {value!r}. Set {key}=8.")
+    if config.form not in _FORMS:
+        raise ValueError(
+            f"form: expected one of {list(_FORMS)}, got {config.form!r}. chat is what lmms-eval "
+            "prefers."
+        )
+    folder = config.include_path
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ValueError(
+            f"include_path: expected a folder of tasks, got {folder!r}. Check the path."
+        )
+
+
+def _wanted(config: DictConfig) -> tuple[str, str]:
+    return "accuracy", "maximize"
+
+
+def _task(config: DictConfig) -> float:
+    """Runs the tasks; returns the mean of their values, for sweepers that search."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with tidy(folder), quiet():
+        from tokenprune.evaluation.benchmark import benchmark, fingerprint, names_of_tasks
+
+        load_imports(config)
+        resolved = plain(config)
+        changes = results.changes(folder, resolved, fingerprint(resolved))
+        told = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
+        metrics = benchmark(config, folder, told)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            number = HydraConfig.get().job.num
+            state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
+            state += f", again: {', '.join(changes)} changed" if changes else ""
+            print(f"[{number}] {folder.name}: {state}", flush=True)
+        else:
+            results.print_table([results.row(metrics, folder.name)], str(folder))
+    return float(metrics["accuracy"])

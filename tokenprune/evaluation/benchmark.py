@@ -1,0 +1,243 @@
+"""Benchmarks by lmms-eval: its tasks ask and judge, a run's folder is as that of any evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from tokenprune.evaluation.generation import pruned
+from tokenprune.evaluation.loading import load_model
+from tokenprune.evaluation.run import run_names
+from tokenprune.evaluation.scores import interval, question_score, said, task_score
+from tokenprune.evaluation.summary import cost_of, kv_megabytes
+from tokenprune.runs import compose, results
+
+PACKAGE = "lmms-eval"
+#: What lmms-eval itself reports, in a run's folder; files that tasks write lie beside it.
+REPORT = "harness/results.json"
+#: Tasks that lmms-eval lacks.
+TASKS = Path(__file__).parent / "tasks"
+#: Options of lmms-eval's command that it, or one of its tasks, reads.
+_READ = {"model": "tokenprune", "process_with_media": False, "log_samples_suffix": ""}
+#: What lmms-eval judges by APIs and shows on leaderboards is not a task's score.
+_NOT_SCORES = ("submission",)
+
+
+def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """Runs tasks of lmms-eval on a pruned model and writes the run's files, unless they are there.
+
+    Args:
+        config: As `configs/benchmark.yaml` composes it.
+        folder: The run's folder.
+        names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
+
+    Returns:
+        The metrics, as in metrics.json: `accuracy` is the mean of the tasks' own values, each a
+        share of the best; every task is a kind.
+
+    Raises:
+        ValueError: Something in the config cannot be honoured, or lmms-eval is not installed.
+    """
+    resolved = compose.plain(config)
+    marks = fingerprint(resolved)
+    if results.changes(folder, resolved, marks) == []:
+        return results.read_metrics(folder)
+    tasks = find_tasks(resolved)
+    from tokenprune.evaluation.harness import ChatHarness, Harness
+
+    loaded = load_model(config, marks)
+    pruning = compose.fit_pruning(config, loaded.model)
+    with pruned(loaded, pruning):
+        pass  # refuses here, before any data is read, what the model does not support
+    kind = Harness if config.form == "simple" else ChatHarness
+    model = kind(loaded, pruning, config.batch_size, _device(config.device), config.num_pictures)
+    place = folder / Path(REPORT).parent
+    report = _ask(resolved, tasks, model, place)
+    names = run_names(config, names, pruning) | {"metric": PACKAGE}
+    metrics, predictions, kept, images = _gather(report, model)
+    results.write_text(folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False))
+    results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks)
+    return results.read_metrics(folder)
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """What decides about a run besides its config; tasks are part of lmms-eval."""
+    check_installed()
+    marks = results.fingerprint(config) | {PACKAGE: metadata.version(PACKAGE)}
+    if config["include_path"] is not None:
+        marks["include_path"] = results.digest(Path(config["include_path"]).expanduser())
+    return marks
+
+
+def check_installed() -> None:
+    """Refuses to go on without lmms-eval.
+
+    Raises:
+        ValueError: It is not there; says how it comes.
+    """
+    try:
+        metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(
+            "benchmark: expected lmms-eval to be installed, got no such package. "
+            "Install it: pip install 'tokenprune-vlm[harness]'."
+        ) from error
+
+
+def find_tasks(config: Mapping[str, Any]) -> Any:
+    """lmms-eval's manager of tasks, which knows all that are asked for.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
+    own = [] if config["include_path"] is None else [Path(config["include_path"]).expanduser()]
+    folders = [str(folder.resolve()) for folder in (*own, TASKS)]
+    with _quiet():
+        manager: Any = import_module("lmms_eval.tasks").TaskManager("ERROR", include_path=folders)
+    known = set(manager.all_tasks)
+    for task in config["tasks"]:
+        if task not in known:
+            near = sorted(name for name in known if task.split("_")[0] in name)[:8]
+            hint = f" Near: {', '.join(near)}." if near else ""
+            raise ValueError(
+                f"tasks: expected tasks of lmms-eval, got {task!r}.{hint} `lmms-eval tasks list` "
+                "has all; include_path=FOLDER adds yours."
+            )
+    return manager
+
+
+def _ask(config: Mapping[str, Any], manager: Any, model: Any, place: Path) -> dict[str, Any]:
+    """lmms-eval's report; its tasks write their own files below `place`."""
+    place.mkdir(parents=True, exist_ok=True)
+    with _quiet(), contextlib.chdir(place):
+        found = import_module("lmms_eval.evaluator").simple_evaluate(
+            model,
+            tasks=list(config["tasks"]),
+            batch_size=config["batch_size"],
+            limit=config["limit"],
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+            cli_args=Namespace(output_path=str(place.resolve()), **_READ),
+            random_seed=config["seed"],
+            numpy_random_seed=config["seed"],
+            torch_random_seed=config["seed"],
+        )
+    assert isinstance(found, dict)
+    return found
+
+
+def _gather(
+    report: Mapping[str, Any], model: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Metrics, predictions, kept tokens and pictures of a run."""
+    records: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+    kinds: dict[str, dict[str, Any]] = {}
+    kept: list[dict[str, Any]] = []
+    images: dict[str, Any] = {}
+    for task, samples in report["samples"].items():
+        listed = [
+            entry["metric"]
+            for entry in report["configs"][task]["metric_list"]
+            if entry["metric"] not in _NOT_SCORES
+        ]
+        name, share = task_score(task, report["results"][task], listed)
+        scores = []
+        for sample in samples:
+            record = model.records[task, sample["doc_id"]]
+            records.append(record)
+            scores.append(question_score(sample, name))
+            told = {
+                "id": f"{task}/{sample['doc_id']}",
+                "kind": task,
+                "question": record["question"],
+                "answer": _text(sample["target"]),
+                "prediction": said(sample),
+            }
+            predictions.append(told | {"score": scores[-1], "correct": scores[-1] >= 0.5})
+            if "kept" in record:
+                picture = results.image_name(len(kept), told["id"])
+                images[picture] = record["image"]
+                kept.append(told | {"image": picture} | record["kept"])
+        if share is None:
+            print(f"{task}: {name} is no share of the best, and is left out of the mean")
+            continue
+        low, high = interval(scores, share)
+        kinds[task] = {"accuracy": share, "low": low, "high": high, "num_samples": len(samples)}
+        kinds[task]["metric"] = name
+    if not kinds:
+        raise ValueError(
+            "tasks: expected at least one whose metric is a share of the best, got none. Choose "
+            "others; harness/results.json has what lmms-eval says."
+        )
+    shares = [kind["accuracy"] for kind in kinds.values()]
+    low, high = (_mean_end(kinds, end) for end in ("low", "high"))
+    own = {
+        "num_samples": len(records),
+        "accuracy": statistics.fmean(shares),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "kinds": kinds,
+        **cost_of(records, model.shape),
+        "prefill_ms": 1000 * statistics.median(model.seconds) if model.seconds else None,
+        "kv_mb": kv_megabytes(records, model.shape, model.loaded.model.dtype.itemsize),
+    }
+    return own, predictions, kept, images
+
+
+def _mean_end(kinds: Mapping[str, Mapping[str, Any]], end: str) -> float | None:
+    """An end of the interval of the mean over tasks, which are independent of one another."""
+    halves = [kind[end] and kind[end] - kind["accuracy"] for kind in kinds.values()]
+    if any(half is None for half in halves):
+        return None
+    mean = statistics.fmean(kind["accuracy"] for kind in kinds.values())
+    half = float(sum(half**2 for half in halves) ** 0.5) / len(halves)
+    return mean - half if end == "low" else mean + half
+
+
+def _text(target: Any) -> str:
+    return (
+        target if isinstance(target, str) else json.dumps(target, ensure_ascii=False, default=str)
+    )
+
+
+def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What lmms-eval reports, without samples and in types that JSON has."""
+    left_out = ("samples", "config")
+    kept = {key: value for key, value in report.items() if key not in left_out}
+    found = json.loads(json.dumps(kept, default=str))
+    assert isinstance(found, dict)
+    return found
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what lmms-eval tells on the way."""
+    logger: Any = import_module("loguru").logger
+    logger.disable("lmms_eval")
+    logger.disable("tokenprune")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")
+        logger.enable("tokenprune")
+
+
+def names_of_tasks(tasks: Sequence[str]) -> str:
+    """What results call the data of a run."""
+    return ",".join(tasks)

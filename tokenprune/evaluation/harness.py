@@ -1,0 +1,253 @@
+"""A pruned model as lmms-eval wants one: its tasks ask, this answers and notes what it cost.
+
+Needs the package lmms-eval, which nothing else here imports.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+
+import tokenprune as tp
+from tokenprune.data.collate import IGNORED, ConversationCollator, PromptCollator
+from tokenprune.data.sample import Sample, Turn
+from tokenprune.evaluation.answering import answer, lengths
+from tokenprune.evaluation.generation import pruned
+from tokenprune.evaluation.kept import kept_tokens
+from tokenprune.evaluation.requests import cut, from_messages, from_text, options
+from tokenprune.evaluation.summary import cost_of
+from tokenprune.runs.compose import Pruning, called
+from tokenprune.runs.models import LoadedModel
+
+Key = tuple[str, int]
+
+
+class Harness(lmms):  # type: ignore[misc]
+    """Answers requests of lmms-eval's simple tasks under pruning.
+
+    Args:
+        loaded: Model and processor.
+        pruning: Strategy, schedule and positions; None for the unpruned model.
+        batch_size: Questions that are answered at once.
+        device: Where the model goes; None leaves it, but for several processes on one machine,
+            each of which takes a GPU of its own.
+        num_pictures: First so many requests whose kept tokens are noted.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pruning: Pruning | None,
+        batch_size: int = 1,
+        device: str | None = None,
+        num_pictures: int = 0,
+    ) -> None:
+        super().__init__()
+        self.loaded, self.pruning = loaded, pruning
+        self.batch_size = int(batch_size)
+        self.num_pictures = num_pictures
+        self.shape = tp.cost.DecoderShape.from_config(loaded.model.config)
+        #: What each request cost, by task and number of the document.
+        self.records: dict[Key, dict[str, Any]] = {}
+        self.seconds: list[float] = []
+        self._prompts = PromptCollator(loaded.processor)
+        self._begin(device)
+
+    def _begin(self, device: str | None) -> None:
+        """Takes this process's place among those that a launcher has started."""
+        model: Any = self.loaded.model
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+            device = str(self.accelerator.device)
+        if device is not None and getattr(model, "hf_device_map", None) is None:
+            model.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; lmms-eval asks, too."""
+        return self.loaded.model.device
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answers in the order of the requests.
+
+        Raises:
+            ValueError: A request is none of text and images, or pruning was asked for and no
+                token of any image was pruned.
+        """
+        asked = [self._asked(request) for request in requests]
+        texts: dict[int, str] = {}
+        for given, numbers in _grouped(json.dumps(own, sort_keys=True) for _, _, own in asked):
+            longest, until, taken = options(json.loads(given), logger.warning)
+            for batch in _batches(numbers, self.batch_size, [own for _, own, _ in asked]):
+                answers = answer(
+                    self.loaded,
+                    self.pruning,
+                    self._to_device(self._prompts([asked[n][1] for n in batch])["inputs"]),
+                    longest,
+                    **taken,
+                )
+                self.seconds.append(answers.seconds / len(batch))
+                for row, number in enumerate(batch):
+                    texts[number] = cut(answers.texts[row], until)
+                    self._note(asked[number], answers.cost(row), answers.trace, row)
+        self._finish(sum(len(text.split()) for text in texts.values()))
+        return [texts[number] for number in range(len(asked))]
+
+    def _asked(self, request: Any) -> tuple[Key, Sample, Mapping[str, Any]]:
+        """Task and document, the sample, and the options of `generate`."""
+        context, given, to_visual, number, task, split = request.args
+        document = self.task_dict[task][split][number]
+        return (task, number), from_text(f"{task} {number}", context, to_visual(document)), given
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of each continuation: what lmms-eval ranks by, and whether greedy decoding says it.
+
+        That is the mean negative log-likelihood of its tokens, in nats: lmms-eval takes the lowest.
+        What follows the continuation, such as an end of turn, does not count. The prompt is pruned
+        as it is before an answer is generated.
+        """
+        collate = ConversationCollator(self.loaded.processor)
+        found: dict[int, tuple[float, bool]] = {}
+        asked = [self._continued(request) for request in requests]
+        for batch in _batches(range(len(asked)), self.batch_size, [own for _, own in asked]):
+            inputs = self._to_device(collate([asked[number][1] for number in batch])["inputs"])
+            for row, (number, value) in enumerate(
+                zip(batch, self._likelihoods(inputs), strict=True)
+            ):
+                found[number] = value[0], value[1]
+                self._note((*asked[number], {}), value[2], value[3], row)
+        self._finish(0)
+        return [found[number] for number in range(len(asked))]
+
+    def _continued(self, request: Any) -> tuple[Key, Sample]:
+        if len(request.args) == 2:
+            raise NotImplementedError(
+                "lmms-eval: expected a task that asks about images, got one by mutual information. "
+                "Choose a metric other than acc_mutual_info."
+            )
+        context, target, to_visual, number, task, split = request.args
+        document = self.task_dict[task][split][number]
+        answer_text = str(target(document) if callable(target) else target).strip()
+        sample = from_text(f"{task} {number}", context, to_visual(document))
+        return (task, number), Sample(
+            sample.id, sample.images, (Turn(sample.turns[0].question, answer_text),)
+        )
+
+    @torch.no_grad()
+    def _likelihoods(
+        self, inputs: Mapping[str, Any]
+    ) -> Iterator[tuple[float, bool, dict[str, Any], tp.Trace | None]]:
+        """Rows of a batch padded on the right, with `labels` on the continuations, (B, T)."""
+        model: Any = self.loaded.model
+        special = torch.tensor(self.loaded.processor.tokenizer.all_special_ids, device=self.device)
+        labels = inputs["labels"].masked_fill(torch.isin(inputs["labels"], special), IGNORED)
+        with pruned(self.loaded, self.pruning, logits="full") as trace:
+            logits = model(**dict(inputs) | {"labels": labels}).logits  # (B, T, vocabulary)
+        visual, real = lengths(self.loaded, inputs, trace)
+        original = tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
+        for row in range(len(labels)):
+            (places,) = (labels[row] != IGNORED).nonzero(as_tuple=True)
+            said = labels[row, places]
+            told = logits[row, places - 1].float().log_softmax(-1)
+            loss = -told.gather(-1, said[:, None]).mean().item()
+            cost = {"num_visual": original[row], "visual": visual[row], "real": real[row]}
+            yield loss, bool((told.argmax(-1) == said).all()), cost, trace
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "lmms-eval: expected tasks of one question each, got one of several rounds. Choose "
+            "another task."
+        )
+
+    # -------------------------------------------------------------------------------------- costs
+
+    def _to_device(self, inputs: Any) -> Any:
+        return inputs.to(self.device, dtype=self.loaded.model.dtype)
+
+    def _note(
+        self, asked: tuple[Key, Sample, Any], cost: dict[str, Any], trace: tp.Trace | None, row: int
+    ) -> None:
+        key, sample, _ = asked
+        record = cost | {"question": sample.turns[-1].question}
+        if len(self.records) < self.num_pictures and sample.images:
+            record |= {"kept": kept_tokens(trace, row, cost["num_visual"]), "image": sample.image}
+        self.records.setdefault(key, record)
+
+    def _finish(self, num_words: int) -> dict[str, Any]:
+        """Says what the requests so far have cost, and returns it.
+
+        Raises:
+            ValueError: Nothing was pruned though it was asked for.
+        """
+        records = list(self.records.values())
+        seen = [record for record in records if record["num_visual"]]
+        asks = self.pruning is not None and any(
+            stage.keep < 1 for stage in self.pruning.schedule.stages
+        )
+        if asks and seen and all(r["visual"][-1] == r["num_visual"] for r in seen):
+            raise ValueError(
+                "lmms-eval: expected image tokens to be pruned, got all of them kept in all "
+                f"{len(seen)} requests. Lower what the schedule keeps, or set strategy=none."
+            )
+        if not records:
+            return {}
+        total = cost_of(records, self.shape) | {"num_requests": len(records)}
+        if self.seconds:
+            total["prefill_ms"] = 1000 * sum(self.seconds) / len(self.seconds)
+        if self.rank == 0:
+            name = "none" if self.pruning is None else called(self.pruning.strategy)
+            logger.info(f"tokenprune: strategy {name}, {total}")
+        log_metrics(sum(self.seconds), num_words, 0.0, additional_metrics=total)
+        return total
+
+
+class ChatHarness(Harness):
+    """The same for tasks of the chat kind, which lmms-eval prefers."""
+
+    is_simple = False
+
+    def _asked(self, request: Any) -> tuple[Key, Sample, Mapping[str, Any]]:
+        _, to_messages, given, number, task, split = request.args
+        document = self.task_dict[task][split][number]
+        return (task, number), from_messages(f"{task} {number}", to_messages(document)), given
+
+
+def _grouped(keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each key with the places where it stands."""
+    numbered = sorted((key, number) for number, key in enumerate(keys))
+    for key, group in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        yield key, [number for _, number in group]
+
+
+def _batches(numbers: Sequence[int], size: int, samples: Sequence[Sample]) -> Iterator[list[int]]:
+    """Numbers in batches of samples of like length, the longest first, to pad little."""
+
+    def length(number: int) -> tuple[int, int]:
+        sample = samples[number]
+        pixels = sum(image.width * image.height for image in sample.images)
+        return -pixels, -sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
+
+    ordered = sorted(numbers, key=length)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

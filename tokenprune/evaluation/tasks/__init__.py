@@ -1,0 +1,1 @@
+"""Tasks of ours for lmms-eval, and what they need."""
