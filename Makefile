@@ -1,16 +1,18 @@
 # make demo: the ablation on the shipped model, from a bare machine. make test: the tests.
 # make test-all: and every model type, attention and mode. make test-oldest: the oldest transformers.
+# make test-harness: the benchmarks of lmms-eval.
 # make paper: the experiments that repeat the paper's tables and figures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
+HARNESS := .venv-harness
 
 # As many processes as there are cores, one thread each; in random order, whose seed is printed.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 16 --dist worksteal
 
-.PHONY: install demo paper test test-all test-matrix test-oldest check format wheel clean
+.PHONY: install demo paper test test-all test-matrix test-oldest test-harness check format wheel clean
 
 install: $(STAMP)
 
@@ -57,6 +59,16 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" --constraint constraints-oldest.txt
 	touch $@
 
+# The benchmarks of lmms-eval, in an environment of their own.
+test-harness: $(HARNESS)/.installed
+	OMP_NUM_THREADS=1 $(HARNESS)/bin/python $(PYTEST) tests/evaluation/test_benchmark.py
+
+$(HARNESS)/.installed: pyproject.toml constraints.txt tests/harness.txt
+	test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/python -m pip install --quiet --editable ".[dev]" -r tests/harness.txt --constraint constraints.txt
+	$(HARNESS)/bin/python -m pip install --quiet --no-deps "lmms-eval==0.7.3"
+	touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,4 +83,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(HARNESS) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
