@@ -46,6 +46,8 @@ def test_commands_in_the_documents_are_understood(
     name, *rest = shlex.split(command)[1:]
     if name in ("eval", "train", "bench"):
         assert cli.main([name, *rest]) == 0
+    elif name == "benchmark":
+        compose(name, rest)
     elif name in ("verify", "show"):
         compose("eval", [item for item in rest if "=" in item])
     else:

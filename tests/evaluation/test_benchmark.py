@@ -22,7 +22,6 @@ import datasets
 import made_benchmarks as made
 from lmms_eval import evaluator
 from lmms_eval.models import get_model
-from PIL import Image
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
@@ -238,43 +237,3 @@ def test_a_likelihood_is_that_of_the_model(strategy: str) -> None:
             grown["attention_mask"] = torch.cat([mask, mask.new_ones(1, 1)], 1)
         assert math.isclose(found[number][0], loss, abs_tol=1e-4)
         assert found[number][1] == greedy
-
-
-def test_texts_and_images_stay_in_order() -> None:
-    image = Image.new("L", (4, 4))
-    parts = [
-        {"type": "text", "text": "first "},
-        {"type": "image", "url": image},
-        {"type": "text", "text": " and "},
-        {"type": "image", "url": image},
-    ]
-    told = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "url": image}, {"type": "text", "text": "a"}],
-        },
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    one = harness.from_messages("x", [{"role": "user", "content": parts}])
-    assert one.turns[0].question == "first <image> and <image>"
-    assert [picture.mode for picture in one.images] == ["RGB", "RGB"]
-    several = harness.from_messages("x", told)
-    assert [(turn.question, turn.answer) for turn in several.turns] == [("a", "b"), ("c", "")]
-    for wrong in (
-        [{"role": "system", "content": "be brief"}, *told],
-        [{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}],
-        told[:2],
-    ):
-        with pytest.raises(ValueError, match="lmms-eval, x: expected"):
-            harness.from_messages("x", wrong)
-
-
-def test_options_of_a_task() -> None:
-    said: list[str] = []
-    given = {"max_new_tokens": 16, "temperature": 0, "top_p": None, "until": ["ASSISTANT:"]}
-    assert harness.options(given, said.append) == (16, ("ASSISTANT:",), {"do_sample": False})
-    drawn = harness.options({"temperature": 0.7, "num_beams": 2, "modality": "x"}, said.append)
-    assert drawn == (1024, (), {"temperature": 0.7, "num_beams": 2, "do_sample": True})
-    assert said == ["options of the task that are not used: modality"]
-    assert harness.cut("yes ASSISTANT: no", ("ASSISTANT:",)) == "yes"

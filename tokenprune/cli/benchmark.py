@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -46,6 +47,11 @@ def _check(config: DictConfig) -> None:
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise ValueError(
             f"include_path: expected a folder of tasks, got {folder!r}. Check the path."
+        )
+    if find_spec("lmms_eval") is None:
+        raise ValueError(
+            "benchmark: expected lmms-eval to be installed, got no such package. "
+            "Install it: pip install 'tokenprune-vlm[harness]'."
         )
 
 

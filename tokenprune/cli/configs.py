@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenprune.cli.guide import BENCH_GROUPS, GROUPS, choice_files
+from tokenprune.cli.guide import GROUPS, OWN_GROUPS, choice_files
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
 from tokenprune.runs.compose import config_dir
 from tokenprune.strategy import available
@@ -240,7 +240,7 @@ def _known_keys(command: str, overrides: Sequence[str]) -> list[str]:
         config = compose(command or "eval", overrides)
     except BadInput:
         config = compose(command or "eval", [])
-    keys = list(BENCH_GROUPS if command == "bench" else GROUPS)
+    keys = list(OWN_GROUPS.get(command, GROUPS))
 
     def walk(node: Any, prefix: str) -> None:
         for key in node:

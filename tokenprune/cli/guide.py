@@ -10,7 +10,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 #: Groups of configs, in the order in which they are told.
 GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "experiment")
-BENCH_GROUPS = ("shape", "strategy", "schedule")
+#: Those of commands that have others.
+OWN_GROUPS = {
+    "bench": ("shape", "strategy", "schedule"),
+    "benchmark": ("benchmark", "model", "strategy", "schedule", "experiment"),
+}
 EXAMPLES = """\
 tokenprune eval strategy=fastv                         FastV as published, on the shipped model
 tokenprune eval strategy=fastv schedule=pyramid        FastV's choice on PyramidDrop's schedule
@@ -18,6 +22,7 @@ tokenprune eval -m strategy=fastv,pyramiddrop schedule=pyramid schedule.lam=0.3,
 tokenprune eval -m experiment=ablation                 the ablation: outputs/ablation/results.csv
 tokenprune eval model=llava_1_5_7b trainer=gpu data=folder data.path=my/questions.jsonl
 tokenprune eval model=hub model.path=/my/checkpoint    any model that transformers loads
+tokenprune benchmark tasks=[pope,mme] model=llava_1_5_7b strategy=fastv limit=100
 tokenprune train strategy=pyramiddrop data=folder data.train_path=my/train.jsonl
 tokenprune bench prefill shape=llava_1_5_7b resolution=336x336
 tokenprune bench -m measure=prefill,decode batch_size=1,8 resolution=336x336,672x672
@@ -43,7 +48,7 @@ def lines(
     """
     yield "Override anything below: `group=choice` picks a file, `key=value` sets a value.\n"
     yield "== Choices (group=choice) =="
-    for group in BENCH_GROUPS if command == "bench" else GROUPS:
+    for group in OWN_GROUPS.get(command, GROUPS):
         choices = sorted(path.stem for path in choice_files(group, folders))
         yield f"{group}: {', '.join(choices)}"
     yield "\n== Config (key=value) =="

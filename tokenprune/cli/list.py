@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         reject_sweep_values(args.overrides)
         load_imports(compose("eval", args.overrides, args.config_dir))
         places = folders(args.overrides, args.config_dir)
-    for group in (*GROUPS, "shape"):
+    for group in (*GROUPS, "shape", "benchmark"):
         lines = {path.stem: describe(path) for path in choice_files(group, places)}
         if group == "strategy":
             for name in available():

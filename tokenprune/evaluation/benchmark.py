@@ -44,7 +44,7 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         share of the best; every task is a kind.
 
     Raises:
-        ValueError: Something in the config cannot be honoured, or lmms-eval is not installed.
+        ValueError: Something in the config cannot be honoured.
     """
     resolved = compose.plain(config)
     marks = fingerprint(resolved)
@@ -70,26 +70,10 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     """What decides about a run besides its config; tasks are part of lmms-eval."""
-    check_installed()
     marks = results.fingerprint(config) | {PACKAGE: metadata.version(PACKAGE)}
     if config["include_path"] is not None:
         marks["include_path"] = results.digest(Path(config["include_path"]).expanduser())
     return marks
-
-
-def check_installed() -> None:
-    """Refuses to go on without lmms-eval.
-
-    Raises:
-        ValueError: It is not there; says how it comes.
-    """
-    try:
-        metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(
-            "benchmark: expected lmms-eval to be installed, got no such package. "
-            "Install it: pip install 'tokenprune-vlm[harness]'."
-        ) from error
 
 
 def find_tasks(config: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from tokenprune.evaluation.generation import pruned
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
 from tokenprune.evaluation.summary import cost_of
+from tokenprune.runs import launchers
 from tokenprune.runs.compose import Pruning, called
 from tokenprune.runs.models import LoadedModel
 
@@ -66,7 +66,7 @@ class Harness(lmms):  # type: ignore[misc]
     def _begin(self, device: str | None) -> None:
         """Takes this process's place among those that a launcher has started."""
         model: Any = self.loaded.model
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if launchers.num_processes() > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()

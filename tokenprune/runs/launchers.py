@@ -69,6 +69,11 @@ def is_own_child() -> bool:
     return _number("LOCAL_RANK") is not None and _number("RANK") is None
 
 
+def num_processes() -> int:
+    """How many processes torchrun or accelerate has started beside this one, itself included."""
+    return _number("WORLD_SIZE") or 1
+
+
 def _number(name: str) -> int | None:
     text = os.getenv(name, "")
     return int(text) if text.isdecimal() else None
