@@ -312,3 +312,21 @@ def test_load_gives_the_asked_type_and_attention(checkpoint: Path) -> None:
     assert loaded.model.config.get_text_config()._attn_implementation == "eager"
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_mme_s_pairs_are_those_about_one_picture(checkpoint: Path, tmp_path: Path) -> None:
+    """Two questions about each picture; the summary is part of the metrics."""
+    rows = []
+    for number in range(2):
+        Image.new("RGB", (24, 24), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        for question in ("Is there a red K?", "Is there a blue K?"):
+            rows.append({"image": f"{number}.png", "question": question, "answer": "yes"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["data=folder", f"data.path={tmp_path / 'rows.jsonl'}", "metric=mme", "max_new_tokens=1"]
+    config, folder, names = task(checkpoint, tmp_path / "run")
+    config = compose(
+        "eval", ["model=hub", f"model.path={checkpoint}", "trainer.callbacks=[]", *own]
+    )
+    metrics = evaluate(config, folder, names)
+    assert metrics["metric_summary"]["unpaired"] == 0
+    assert metrics["metric_summary"]["total"] >= 100 * metrics["accuracy"]

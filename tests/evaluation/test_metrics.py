@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tokenprune.evaluation.metrics import METRICS, build_metric, exact, normalise, normalized, vqa
+from tokenprune.evaluation.metrics import (
+    METRICS,
+    anls,
+    build_metric,
+    choice,
+    exact,
+    normalise,
+    normalized,
+    relaxed,
+    vqa,
+)
 from tokenprune.evaluation.metrics import vqa_normalise as clean
+from tokenprune.evaluation.yes_no import mme_summary, pope_summary
 
 
 def test_case_and_space_do_not_count() -> None:
@@ -72,6 +83,95 @@ def test_vqa_needs_people() -> None:
 
 
 def test_names() -> None:
-    assert {build_metric(name) for name in METRICS} == {exact, normalized, vqa}
-    with pytest.raises(KeyError, match=r"expected one of \['exact', .*Did you mean 'vqa'"):
+    assert {build_metric(name) for name in METRICS} == set(METRICS.values())
+    with pytest.raises(KeyError, match=r"expected one of \['anls', .*Did you mean 'vqa'"):
         build_metric("vqav2")
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "score"),
+    [
+        ("20 may  1990", ["20 May 1990"], 1),
+        ("Smyth", ["Smith"], 0.8),
+        ("abcxyz", ["yes", "abcdef"], 0.5),
+        ("abwxyz", ["abcdef"], 0),
+        ("nothing", ["total"], 0),
+        ("kitten", ["sitting", "kittens"], 6 / 7),
+        ("", ["x"], 0),
+    ],
+)
+def test_anls(said: str, answers: list[str], score: float) -> None:
+    assert anls(said, answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "score"),
+    [
+        ("104", "100", 1),
+        ("105", "100", 1),
+        ("106", "100", 0),
+        ("-95", "-100", 1),
+        ("0.12", "12%", 1),
+        ("Blue", "blue ", 1),
+        ("0.0", "0", 0),
+        ("0", "0", 1),
+        ("1e2", "100", 1),
+        ("n/a", "100", 0),
+    ],
+)
+def test_relaxed(said: str, right: str, score: float) -> None:
+    assert relaxed(said, ["never", right]) == score
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("B", 1),
+        (" b ", 1),
+        ("(B)", 1),
+        ("B. a red car", 1),
+        ("B: red", 1),
+        ("B, I think", 1),
+        ("The answer is B", 1),
+        ("A", 0),
+        ("Bright", 0),
+        ("", 0),
+        ("a B", 0),
+        ("ab", 0),
+    ],
+)
+def test_choice(said: str, score: float) -> None:
+    assert choice(said, ["B"]) == choice(said, ["C", "(B)"]) == score
+
+
+def test_pope_counts_the_very_word() -> None:
+    rows = [("yes", "yes", 1), ("Yes ", "yes", 1), ("yes", "no", 0), ("no", "yes", 0)]
+    rows += [("no", "no", 1), ("No.", "no", 0)]
+    assert [METRICS["pope"](own, [right]) for own, right, _ in rows] == [row[2] for row in rows]
+    told = [{"prediction": own, "answer": right} for own, right, _ in rows]
+    assert pope_summary(told) == pytest.approx(
+        {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 1 / 2}
+    )
+    assert pope_summary([{"prediction": "no", "answer": "no"}])["f1"] == 0
+
+
+def test_mme_counts_pairs() -> None:
+    rows = [
+        ("count", 1, "yes"),
+        ("count", 1, "No."),
+        ("count", 2, "Yes, it is"),
+        ("count", 2, "yes"),
+    ]
+    rows += [("ocr", 3, "maybe"), ("ocr", 3, "n")]
+    scores = [
+        METRICS["mme"](own, [right])
+        for (_, _, own), right in zip(rows, ["Yes", "No"] * 3, strict=True)
+    ]
+    assert scores == [1, 1, 1, 0, 0, 1]
+    told = [
+        {"kind": kind, "picture": picture, "score": score}
+        for (kind, picture, _), score in zip(rows, scores, strict=True)
+    ]
+    # Of two images one pair is right, one half right; of one image half is.
+    assert mme_summary(told) == {"count": 75 + 50, "ocr": 50, "total": 175, "unpaired": 0}
+    assert mme_summary(told[:-1]) == {"count": 125, "total": 125, "unpaired": 1}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from transformers import BatchFeature
 
 import tokenprune as tp
 from tokenprune.evaluation.answering import answer
 from tokenprune.evaluation.kept import kept_tokens
-from tokenprune.evaluation.metrics import build_metric
+from tokenprune.evaluation.metrics import SUMMARIES, build_metric
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
@@ -58,7 +60,7 @@ class Evaluator(pl.LightningModule):
         metric: str = "exact",
     ) -> None:
         super().__init__()
-        self.score = build_metric(metric)
+        self.score, self.metric = build_metric(metric), metric
         self.load = load
         self.pruning = pruning
         self.folder = folder
@@ -110,6 +112,8 @@ class Evaluator(pl.LightningModule):
                 "score": score,
                 "correct": score >= 0.5,
             } | answers.cost(index)
+            if self.metric in SUMMARIES:  # which may ask for what belongs to one image
+                record["picture"] = _digest(sample.images)
             if len(self.records) < self.num_pictures:
                 record["kept"] = kept_tokens(answers.trace, index, answers.original_B[index])
                 record["image"] = sample.image
@@ -134,6 +138,8 @@ class Evaluator(pl.LightningModule):
         metrics = self.names | summarise(
             records, seconds, self.shape, self.loaded.model.dtype.itemsize
         )
+        if self.metric in SUMMARIES:
+            metrics["metric_summary"] = SUMMARIES[self.metric](records)
         device = self.loaded.model.device
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         pictured = records[: self.num_pictures]
@@ -162,3 +168,11 @@ class Evaluator(pl.LightningModule):
             },
             versions=self.marks | {"device": on},
         )
+
+
+def _digest(images: Sequence[Image.Image]) -> str:
+    """The same for the same pictures."""
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from tokenprune.evaluation import yes_no
 from tokenprune.strategy import unknown_name
 
 #: VQA asks ten people; with fewer than four answers, none of them could score 1.
@@ -53,10 +54,87 @@ def vqa(prediction: str, accepted: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
+def anls(prediction: str, accepted: Sequence[str]) -> float:
+    """How near it is to an accepted answer in letters; 0 if less than half of them are right.
+
+    Biten et al., 2019, arXiv 1905.13648, as lmms-eval computes it: 1 - edits / longer length for
+    the nearest answer, case and spacing not counted among the edits, but in the lengths.
+    """
+    own = normalise(prediction)
+    shares = [
+        1 - _edits(own, normalise(answer)) / longest
+        for answer in accepted
+        if (longest := max(len(prediction), len(answer)))
+    ]
+    best = max(shares, default=float(not own))
+    return best if best >= 0.5 else 0.0
+
+
+def _edits(first: str, second: str) -> int:
+    """Fewest letters to insert, remove or replace (Levenshtein, 1966)."""
+    row = list(range(len(second) + 1))
+    for number, letter in enumerate(first, 1):
+        before, row[0] = row[0], number
+        for place, other in enumerate(second, 1):
+            cost = min(row[place] + 1, row[place - 1] + 1, before + (letter != other))
+            before, row[place] = row[place], cost
+    return row[-1]
+
+
+def relaxed(prediction: str, accepted: Sequence[str]) -> float:
+    """1 if it is a number within 5 % of an accepted one, or an accepted text but for case.
+
+    Masry et al., 2022, arXiv 2203.10244, §5.1, as lmms-eval computes it: 12% is .12, and within 5 %
+    of zero there is nothing, so that zero is compared as a text.
+    """
+    own = prediction.strip()
+    return float(any(_close(own, answer.strip()) for answer in accepted))
+
+
+def _close(own: str, right: str) -> bool:
+    number, target = _number(own), _number(right)
+    if number is not None and target:
+        return abs(number - target) / abs(target) <= _RELATIVE
+    return own.lower() == right.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def choice(prediction: str, accepted: Sequence[str]) -> float:
+    """1 if it names an accepted option by its letter: B, b, (B), `B. a car` or `answer is B`."""
+    own = _letter(prediction)
+    return float(own is not None and own in map(_letter, accepted))
+
+
+def _letter(text: str) -> str | None:
+    bare = text.strip()
+    if re.fullmatch(r"[A-Za-z]", bare):
+        return bare.upper()
+    found = re.match(r"\(?([A-Z])(?:[).:,]|$)", bare) or re.search(r"answer is \(?([A-Z])\b", bare)
+    return found[1] if found else None
+
+
+#: What a number may differ by, of the right one.
+_RELATIVE = 0.05
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "normalized": normalized,
     "vqa": vqa,
+    "anls": anls,
+    "relaxed": relaxed,
+    "choice": choice,
+    "pope": yes_no.pope,
+    "mme": yes_no.mme,
+}
+#: What a metric says of a whole run, beside the mean of its scores: `metric_summary` in the files.
+SUMMARIES: dict[str, Callable[[yes_no.Records], dict[str, float]]] = {
+    "pope": yes_no.pope_summary,
+    "mme": yes_no.mme_summary,
 }
 
 
