@@ -222,6 +222,22 @@ PRESETS: Mapping[str, Preset] = {
     "qwen2.5-vl-72b": Preset(
         DecoderShape(80, 8192, 29568, 64, 8, 128, 152064), None, ("Qwen/Qwen2.5-VL-72B-Instruct",)
     ),
+    "llava-onevision-7b": Preset(
+        DecoderShape(28, 3584, 18944, 28, 4, 128, 152000),
+        None,
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf",),
+    ),
+    "internvl3-8b": Preset(
+        DecoderShape(28, 3584, 18944, 28, 4, 128, 151674), None, ("OpenGVLab/InternVL3-8B-hf",)
+    ),
+    "smolvlm2-2.2b": Preset(
+        DecoderShape(24, 2048, 8192, 32, 32, 64, 49280),
+        None,
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",),
+    ),
+    "gemma-3-4b": Preset(
+        DecoderShape(34, 2560, 10240, 8, 4, 256, 262208), 256, ("google/gemma-3-4b-it",)
+    ),
     "qwen3-vl-4b": Preset(
         DecoderShape(36, 2560, 9728, 32, 8, 128, 151936), None, ("Qwen/Qwen3-VL-4B-Instruct",)
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def load(
     device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    processor: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads an image-text-to-text model; weights come from safetensors only.
 
@@ -41,6 +43,7 @@ def load(
         device_map: As in transformers; None leaves the model on the CPU.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Runs code that comes with the checkpoint.
+        processor: Options of the processor, such as `max_pixels` of Qwen-VL's.
 
     Raises:
         ValueError: If there is no such checkpoint, it is broken, or it is no image-text model.
@@ -61,7 +64,7 @@ def load(
         )
     try:
         reader: Any = AutoProcessor
-        processor = reader.from_pretrained(source, **options)
+        own = reader.from_pretrained(source, **options, **dict(processor or {}))
         builder: Any = AutoModelForImageTextToText
         model, report = builder.from_pretrained(
             source,
@@ -78,10 +81,10 @@ def load(
             f"model.path: expected a complete checkpoint with safetensors weights and a processor, "
             f"got {path!r}: {_first_line(error)}. Fetch or save it again."
         ) from error
-    if not isinstance(processor, ProcessorMixin):
+    if not isinstance(own, ProcessorMixin):
         raise ValueError(
             f"model.path: expected a processor for images and text, got only a "
-            f"{type(processor).__name__} in {path!r}. Save the model's processor beside it."
+            f"{type(own).__name__} in {path!r}. Save the model's processor beside it."
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -91,7 +94,7 @@ def load(
             f"{len(missing)} of them, such as {missing[0]!r}. Fetch or save it again."
         )
     model.eval().requires_grad_(False)
-    return LoadedModel(model, processor)
+    return LoadedModel(model, own)
 
 
 def check_choices(dtype: str, attention: str) -> None:
