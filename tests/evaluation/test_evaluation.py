@@ -330,3 +330,8 @@ def test_mme_s_pairs_are_those_about_one_picture(checkpoint: Path, tmp_path: Pat
     metrics = evaluate(config, folder, names)
     assert metrics["metric_summary"]["unpaired"] == 0
     assert metrics["metric_summary"]["total"] >= 100 * metrics["accuracy"]
+
+
+def test_options_reach_the_processor() -> None:
+    assert models.load("tiny").processor.patch_size != 8
+    assert models.load("tiny", processor={"patch_size": 8}).processor.patch_size == 8
