@@ -284,6 +284,22 @@ def test_b4_a_cache_of_fixed_size_takes_a_padded_later_turn(policy, schedule) ->
     assert torch.equal(*said)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_b4_a_cache_of_fixed_size_takes_a_prompt_of_which_one_token_is_left(attention) -> None:
+    model = build("llava", attention)
+    inputs = batch(model, [Row([(30, 60), 1])])
+    schedule = tp.Schedule((tp.Stage(2, 0.5), tp.Stage(4, 0.0)))
+    config = model.config.get_text_config()
+    said = []
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=96)):
+        with torch.no_grad(), tp.prune(model, UNIFORM, schedule) as trace:
+            first = model(**inputs, past_key_values=cache).logits
+            assert trace.lengths[:, 0].tolist() == [17, 17, 9, 9, 1, 1]
+            more = model(torch.tensor([[7]]), past_key_values=cache).logits
+        said.append(torch.cat([first, more]))
+    torch.testing.assert_close(*said, **CLOSE)
+
+
 # ----------------------------------------------------------------------- (c) logits at full length
 
 

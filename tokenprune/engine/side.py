@@ -213,8 +213,9 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
         return shown if known is None else shown & known
     fixed = is_fixed(run.cache)
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-    one_by_one = level.length == 1 and not fixed
-    if attention == "sdpa" and known is None and not given and (before == 0 or one_by_one):
+    # Without a mask, the kernel lets one token see all keys, and several see those before them.
+    implied = not fixed if level.length == 1 else before == 0
+    if attention == "sdpa" and known is None and not given and implied:
         return None  # keeps the fast kernel
     num_rows = len(level.num_real)
     every_BQ = torch.arange(level.length, device=device).expand(num_rows, -1)
