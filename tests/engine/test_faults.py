@@ -303,32 +303,47 @@ class Terse(LlamaForCausalLM):
         )
 
 
-def test_guesses_are_refused_where_a_model_cannot_say_which_they_are() -> None:
+@pytest.mark.parametrize("name", ["pyramiddrop", "fastv", "random", "cdpruner"])
+def test_guesses_are_refused_where_a_model_cannot_say_which_they_are(name) -> None:
     torch.manual_seed(0)
     model = Terse(text_config()).eval()
     prompt, visual = torch.arange(1, 25)[None], torch.zeros(1, 24, dtype=torch.bool)
     visual[:, 2:18] = True
     guess = {"max_new_tokens": 3, "do_sample": False, "prompt_lookup_num_tokens": 2}
     with (
-        tp.prune(model, PDROP, SCHEDULE, visual_mask=visual),
+        tp.prune(model, tp.build_strategy(name), SCHEDULE, visual_mask=visual),
         pytest.raises(ValueError, match="expected a model that takes logits_to_keep"),
     ):
         model.generate(prompt, **guess)
-    with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no attention
+    with tp.prune(model, Frozen(), SCHEDULE, visual_mask=visual):  # reads no prompt
         model.generate(prompt, **guess)
 
 
-def test_the_last_token_of_the_prompt_asks_before_guesses() -> None:
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        PDROP,
+        tp.build_strategy("fastv", queries="all"),
+        tp.build_strategy("random"),
+        tp.build_strategy("cdpruner"),
+        tp.build_strategy("dart"),
+    ],
+    ids=lambda own: own.name,
+)
+def test_guesses_choose_nothing(strategy) -> None:
     """Decoding with guesses appends the first of them to the prompt."""
     model = build("llava")
     inputs = batch(model, [Row([6, (30, 60), 5])])
     inputs["input_ids"][0, -2:] = inputs["input_ids"][0, 1:3]  # what followed once is guessed again
-    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE) as trace:
         model(**inputs)
-        expected = trace.stages[0].scores[0]
+        expected = list(trace.stages)
         model.generate(**inputs, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
     assert trace.lengths[0].tolist() == [inputs["input_ids"].shape[1] + 2]
-    assert_close(trace.stages[0].scores[0], expected)
+    for ours, theirs in zip(trace.stages, expected, strict=True):
+        assert torch.equal(ours.kept[0], theirs.kept[0])
+        if theirs.scores is not None:
+            assert_close(ours.scores[0], theirs.scores[0])
 
 
 # --------------------------------------------------------------------------------------- positions

@@ -57,7 +57,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> 
 def masked(
     model: PreTrainedModel, inputs: dict[str, Tensor], trace: tp.Trace, extra: int = 2 * STEPS
 ) -> Iterator[None]:
-    """The unmodified model, with masks that hide what was dropped.
+    """The unmodified model, with masks that hide what was dropped, and survivors mixed by hand.
 
     Args:
         model: The model.
@@ -69,12 +69,19 @@ def masked(
     visual, padding = tp.visual_mask(model, inputs["input_ids"]), inputs["attention_mask"].bool()
     num_rows, prompt = visual.shape
     dropped_BLK = torch.zeros(num_rows, len(anatomy.layers), prompt + extra, dtype=torch.bool)
+    mixed: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    alive = [marked.nonzero()[:, 0] for marked in visual]
     for stage in trace.stages:
         for row, kept in enumerate(stage.kept):
             columns = visual[row].nonzero()[:, 0]
             gone = torch.ones(len(columns), dtype=torch.bool)
             gone[kept] = False
             dropped_BLK[row, stage.layer :, columns[gone]] = True
+            if stage.weights is not None:
+                mixed.setdefault(stage.layer, []).append(
+                    (alive[row], columns[kept], stage.weights[row])
+                )
+            alive[row] = columns[kept]
 
     def hook(index: int, layer: nn.Module) -> Callable[..., Any]:
         names = [
@@ -91,6 +98,12 @@ def masked(
             offset = int(cache.get_seq_length(index)) if cache is not None else 0
             total = offset + length
             times = rows // num_rows  # beams
+            if index in mixed and offset == 0:
+                named["hidden_states"] = named["hidden_states"].clone()
+                for row in range(rows):
+                    own = named["hidden_states"][row]
+                    before, after, weights = mixed[index][row // times]
+                    own[after] = (weights @ own[before].float()).to(own.dtype)
             given = dense(named.get("attention_mask"), rows)
             if given is None:
                 given = torch.arange(total) <= torch.arange(offset, total)[:, None]

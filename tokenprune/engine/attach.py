@@ -113,7 +113,7 @@ class Handle:
 
     def _refuse_guesses(self, entry: nn.Module) -> None:
         """Assisted decoding tells guesses from the prompt by `logits_to_keep`, if it is taken."""
-        if not self._settings.asks_last or not hasattr(type(entry), "_get_candidate_generator"):
+        if not self._settings.reads_prompt or not hasattr(type(entry), "_get_candidate_generator"):
             return
         if "logits_to_keep" in self._parameters[entry]:
             return
@@ -121,9 +121,9 @@ class Handle:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise ValueError(
                 "prune: expected a model that takes logits_to_keep, for decoding with guesses, got "
-                f"{type(entry).__name__}: the last guess would pass for the prompt's last token. "
-                "Decode without guesses, or choose a strategy that reads no attention of the last "
-                "token."
+                f"{type(entry).__name__}: guesses would pass for tokens of the prompt, and choose "
+                "with them. Decode without guesses, or choose a strategy that reads visual tokens "
+                "alone."
             )
 
         self._shadow(entry, "_get_candidate_generator", refuse)
@@ -215,11 +215,12 @@ class Handle:
         if call is None:
             return None
         call.open.pop()
-        if not call.open:
-            self._thread.call = None
-            records.in_call(call.cache, begins=False)
-            # Layers that are recomputed need none of them, and may find their pass by one.
-            call.inputs.clear()
+        if call.open:
+            return output
+        self._thread.call = None
+        records.in_call(call.cache, begins=False)
+        # Layers that are recomputed need none of them, and may find their pass by one.
+        call.inputs.clear()
         if not (self._settings.supervised and call.late_labels and isinstance(output, Mapping)):
             return output
         return type(output)(**{key: output[key] for key in output if key != "logits"})

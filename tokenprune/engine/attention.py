@@ -126,10 +126,11 @@ def _rows(
     level, plan = run.at(number, device), run.plan_on(device)
     num_rows = len(level.num_real)
     if request.queries == "all":
-        every_BQ = torch.arange(level.length, device=device).expand(num_rows, -1)
+        asking = level.length - run.rows.guesses
+        every_BQ = torch.arange(asking, device=device).expand(num_rows, -1)
         if level.real is None:
-            return every_BQ, torch.full((num_rows, level.length), 1 / level.length, device=device)
-        weights = level.real.float()
+            return every_BQ, torch.full((num_rows, asking), 1 / asking, device=device)
+        weights = level.real[:, :asking].float()
         return every_BQ, weights / weights.sum(1, keepdim=True).clamp_min(1)
     if request.queries == "text":
         assert plan.prompt is not None
@@ -150,10 +151,11 @@ def _rows(
     rows_BQ = rows_BQ.clamp_max(level.length - 1)
     weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
     total_B1 = weights.sum(1, keepdim=True)
+    gone_B1 = (total_B1 == 0) & (plan.num_asking > 0)
     first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0
     last_B1 = _last(level.length, run, device, number)
-    rows_BQ = torch.where((total_B1 == 0) & first_BQ, last_B1, rows_BQ)
-    weights = torch.where(total_B1 > 0, weights / total_B1.clamp_min(1e-9), first_BQ.float())
+    rows_BQ = torch.where(gone_B1 & first_BQ, last_B1, rows_BQ)
+    weights = torch.where(gone_B1, first_BQ.float(), weights / total_B1.clamp_min(1e-9))
     return rows_BQ, weights
 
 

@@ -24,9 +24,10 @@ def draw(rows: Rows, num_alive: Sequence[int], seed: int, layer: int) -> Floats:
     table = np.zeros((len(num_alive), max(num_alive)), dtype=np.float32)
     for row, count in enumerate(num_alive):
         if rows.ids is None:
-            own = [rows.num_real[row], rows.num_visual[row]]
+            own = [rows.num_real[row] - rows.guesses, rows.num_visual[row]]
         else:
             own = rows.ids[row][rows.real[row]].tolist()
+            own = own[: len(own) - rows.guesses]
         digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         table[row, :count] = torch.rand(count, generator=generator).numpy()

@@ -42,6 +42,7 @@ class Rows:
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
         goes_back: Whether given positions fall between two neighbours of a row with an image.
+        guesses: Tokens at the end that assisted decoding tries out; they choose nothing.
     """
 
     real: Bools
@@ -53,6 +54,7 @@ class Rows:
     labelled: bool = False
     mute: bool = False
     goes_back: bool = False
+    guesses: int = 0
 
     @cached_property
     def num_real(self) -> list[int]:
@@ -201,6 +203,7 @@ def read_rows(
         labelled=labelled is not None,
         goes_back="positions" in fetched
         and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
+        guesses=guesses,
     )
 
 

@@ -127,9 +127,10 @@ class Settings:
         return frozenset(need for strategy in self.strategies for need in vision_needs(strategy))
 
     @cached_property
-    def asks_last(self) -> bool:
-        """Whether the last prompt token's attention chooses."""
-        return any(isinstance(need, DecoderRows) and need.queries == "last" for need in self.needs)
+    def reads_prompt(self) -> bool:
+        """Whether a choice depends on which tokens of a call are the prompt's."""
+        kinds = (DecoderRows, RandomNumbers)
+        return self.reads_text or any(isinstance(need, kinds) for need in self.needs)
 
     def asks_router(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's loss has terms of a mixture's router."""

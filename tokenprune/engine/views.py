@@ -80,11 +80,6 @@ def make_view(
         makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
         return makers[need](run, number, device)
 
-    def positions() -> Tensor:
-        assert run.positions is not None
-        known = to_device(run.positions, device)
-        return take(known, visual_BV) - _start(run, known)
-
     def places() -> Tensor:
         if ("places", device) not in run.copies:  # the same at all cuts
             table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
@@ -200,15 +195,20 @@ def _text(run: Pass, number: int, device: torch.device) -> TextView:
 
 
 def _positions(run: Pass, columns: Tensor) -> Tensor:
-    """Positions of some columns (B, N), counted from the row's first token."""
+    """Positions of some columns, int64 (B, N), counted from the row's first token.
+
+    Qwen3-Omni counts in floats.
+    """
     assert run.positions is not None
     known = to_device(run.positions, columns.device)
-    return take(known, columns) - _start(run, known)
+    return (take(known, columns) - _start(run, known)).long()
 
 
 def _start(run: Pass, positions_BT: Tensor) -> Tensor | int:
     """Position of each row's first token, int64 (B, 1): pads may have been counted before it."""
-    real_BT = run.at(0, positions_BT.device).real
-    if run.record is not None or real_BT is None:
+    if run.record is not None:
         return 0
+    real_BT = run.at(0, positions_BT.device).real
+    if real_BT is None:
+        return positions_BT[:, :1]
     return positions_BT.masked_fill(~real_BT, positions_BT.max()).amin(1, keepdim=True)
