@@ -24,6 +24,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from zoo import ZOO
 
 import tokenprune as tp
 from tokenprune.engine.cuts import listen
@@ -98,6 +99,22 @@ def test_where_the_token_that_asks_is_gone_the_last_one_asks() -> None:
         expected = trace.stages[1].scores[0]
         model(**inputs, labels=labels)
     assert_close(trace.stages[1].scores[0], expected)
+
+
+def test_where_nothing_asks_nothing_is_paid_whoever_else_asks() -> None:
+    """A row without labels beside one whose answer comes right after its image."""
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[0]])
+    labels = inputs["input_ids"].clone()
+    labels[0, :-5] = -100
+    labels[1] = -100
+    schedule = tp.Schedule((tp.Stage(1, 0.9), tp.Stage(3, 0.7)))
+    with torch.no_grad(), tp.prune(model, Deaf(), schedule) as trace:
+        model(**inputs, labels=labels)
+    scores = trace.stages[1].scores
+    assert scores[0].all()
+    assert not scores[1].any()
+    assert [len(kept) for kept in trace.stages[1].kept] == [11, 16]
 
 
 def test_a_mark_where_a_row_has_no_token_counts_for_nothing() -> None:
@@ -344,6 +361,78 @@ def test_guesses_choose_nothing(strategy) -> None:
         assert torch.equal(ours.kept[0], theirs.kept[0])
         if theirs.scores is not None:
             assert_close(ours.scores[0], theirs.scores[0])
+
+
+# ------------------------------------------------------------------------------ other models' ways
+
+
+def test_the_loss_alone_comes_out_of_a_model_around_a_causal_model() -> None:
+    """Llama 4 takes its logits from a causal language model inside, and makes its own loss."""
+    specimen, losses = ZOO["llama4"], []
+    model = specimen.build("sdpa")
+    inputs = specimen.batch(model)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    for logits in ("all", "supervised"):
+        schedule = tp.Schedule.one_shot(3, 0.5)
+        with torch.no_grad(), tp.prune(model, PDROP, schedule, logits=logits):
+            output = model(**inputs, labels=labels, use_cache=False)
+        losses.append(output.loss)
+    assert output.logits is None
+    torch.testing.assert_close(*losses)
+
+
+def test_a_reentrant_checkpoint_is_given_by_place_what_the_model_gives_so() -> None:
+    """Gemma 4 hands each layer an input of its own, and gradients flow through all of them."""
+    specimen = ZOO["gemma4"]
+    model = specimen.build("sdpa").train()
+    inputs, gradients = specimen.batch(model), []
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    for reentrant in (None, True):
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.zero_grad()
+        with tp.prune(model, PDROP, tp.Schedule.one_shot(3, 0.5)):
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+        weight = model.get_decoder().per_layer_model_projection.weight
+        gradients.append(weight.grad.clone())
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
+
+
+def test_positions_are_integers_where_a_model_counts_in_floats() -> None:
+    """Qwen3-Omni does; SparseVLM 2.0 takes biases by how far two tokens are apart."""
+    specimen = ZOO["qwen3_omni_moe_thinker"]
+    model, seen = specimen.build("sdpa"), []
+
+    @dataclass(frozen=True)
+    class Looking(tp.ScoreStrategy):
+        def score(self, view):
+            seen.append(view.positions)
+            return view.positions.float()
+
+    with torch.no_grad(), tp.prune(model, Looking(), tp.Schedule.one_shot(3, 0.5)):
+        model(**specimen.batch(model, [(2, "image", 6)]))
+    assert seen[0].dtype == torch.int64
+    assert seen[0].tolist() == [list(range(3, 9))]
+
+
+def test_given_positions_count_from_a_row_s_first_token_without_pads_too() -> None:
+    model, seen = build("llava"), []
+
+    @dataclass(frozen=True)
+    class Looking(tp.ScoreStrategy):
+        def score(self, view):
+            seen.append(view.positions[0].tolist())
+            return view.positions.float()
+
+    with torch.no_grad(), tp.prune(model, Looking(), tp.Schedule.one_shot(3, 0.5)):
+        for rows in (ROWS[:1], [ROWS[0], ROWS[1]], [ROWS[0], ROWS[2]]):
+            inputs = batch(model, rows)
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0) + 7
+            model(**inputs, position_ids=positions)
+    assert [row[:16] for row in seen] == [list(range(3, 19))] * 3
 
 
 # --------------------------------------------------------------------------------------- positions
