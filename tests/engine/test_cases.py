@@ -16,6 +16,7 @@ from oracles import SCHEDULE, all_visual, decided, masked, split
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
+from zoo.flash import attention, stand_in
 
 import tokenprune as tp
 
@@ -99,6 +100,23 @@ def test_a2_a_row_that_hides_its_last_token_is_a_row_without_it(family, policy) 
         expected = model(**alone).logits[0]
         assert all(torch.equal(a, b.kept[0]) for a, b in zip(kept, trace.stages, strict=True))
     torch.testing.assert_close(got[1, : len(expected)], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a2_rows_of_one_length_that_lose_different_numbers_are_what_they_are_alone(
+    policy, kind
+) -> None:
+    """Nothing is padded before the cut, and no mask is given; after it, one row has pads."""
+    model = build("llava", "eager" if kind.startswith("flash") else kind)
+    rows = [Row([20, (30, 60), 1]), Row([3, (30, 60), 1, (30, 60), 1])]
+    inputs = batch(model, rows)
+    assert inputs.pop("attention_mask").all()
+    with stand_in(), attention(model, kind), tp.prune(model, UNIFORM, SCHEDULE, policy):
+        said = sure_answer(model, inputs)
+        for number, row in enumerate(rows):
+            alone = sure_answer(model, batch(model, [row]))
+            assert torch.equal(said[number, -6:], alone[0, -6:])
 
 
 @pytest.mark.parametrize("form", ["2d", "float"])
@@ -284,9 +302,9 @@ def test_b4_a_cache_of_fixed_size_takes_a_padded_later_turn(policy, schedule) ->
     assert torch.equal(*said)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_b4_a_cache_of_fixed_size_takes_a_prompt_of_which_one_token_is_left(attention) -> None:
-    model = build("llava", attention)
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_b4_a_cache_of_fixed_size_takes_a_prompt_of_which_one_token_is_left(kind) -> None:
+    model = build("llava", kind)
     inputs = batch(model, [Row([(30, 60), 1])])
     schedule = tp.Schedule((tp.Stage(2, 0.5), tp.Stage(4, 0.0)))
     config = model.config.get_text_config()
@@ -298,6 +316,17 @@ def test_b4_a_cache_of_fixed_size_takes_a_prompt_of_which_one_token_is_left(atte
             more = model(torch.tensor([[7]]), past_key_values=cache).logits
         said.append(torch.cat([first, more]))
     torch.testing.assert_close(*said, **CLOSE)
+
+
+def test_b4_flash_reads_of_a_cache_of_fixed_size_what_is_filled() -> None:
+    model = build("llava", "eager")
+    with stand_in(), attention(model, "flash_attention_2"):
+        for rows in ([ROWS[0]], [ROWS[0], ROWS[2]]):
+            inputs = batch(model, rows)
+            with tp.prune(model, PDROP, SCHEDULE):
+                expected = sure_answer(model, inputs)
+                options = {"cache_implementation": "static", "disable_compile": True}
+                assert torch.equal(answer(model, inputs, **options), expected)
 
 
 # ----------------------------------------------------------------------- (c) logits at full length

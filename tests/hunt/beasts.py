@@ -11,6 +11,7 @@ import functools
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from zoo import ZOO, Prompt, Specimen
 from zoo.checks import generate, masked, refusal, survivors
+from zoo.flash import stand_in
 from zoo.specimen import NUM_LAYERS, TEXT
 
 import tokenprune as tp
@@ -30,6 +32,9 @@ from tokenprune.strategy import DecoderKeys, vision_needs
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}
 TYPES = sorted(name for name in ZOO if hasattr(transformers, ZOO[name].model_class))
 WAYS = ("forward", "forward", "labels", "train", "greedy", "beams", "lookup", "static", "turns")
+#: Types that flash's stand-in can run, whose masks are plain.
+FLASH = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl", "llava_onevision",
+         "idefics3", "mistral3", "got_ocr2", "vipllava", "glm4v")  # fmt: skip
 #: Types whose tower has a class token.
 CLASS_TOKEN = ("llava", "llava_next", "internvl")
 #: Entries of `Specimen.unable` that a way needs.
@@ -90,9 +95,14 @@ class Beast:
 
 @functools.cache
 def model_of(model_type: str, attention: str) -> PreTrainedModel:
+    flash = attention.startswith("flash")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ZOO[model_type].build(attention)
+        model = ZOO[model_type].build("eager" if flash else attention)
+    for module in model.modules() if flash else ():  # a stand-in, which transformers cannot check
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = attention
+    return model
 
 
 def draw_beast(seed: str, types: Sequence[str] = TYPES) -> Beast:
@@ -108,7 +118,7 @@ def draw_beast(seed: str, types: Sequence[str] = TYPES) -> Beast:
     case = Beast(
         seed=seed,
         model_type=model_type,
-        attention=pick(["eager", "sdpa", "sdpa"]),
+        attention=pick(["eager", "eager", "sdpa", "sdpa", "sdpa", "flash_attention_2"]),
         prompts=[_draw_prompt(rng, ZOO[model_type]) for _ in range(num_rows)],
         side="left" if way not in ("forward", "labels", "train") else pick(["left", "right"]),
         policy=pick(["original", "original", "renumbered"]),
@@ -121,8 +131,14 @@ def draw_beast(seed: str, types: Sequence[str] = TYPES) -> Beast:
         way=way,
         after=pick(["nothing", "copy", "crop", "repeat"]),
     )
+    if case.attention.startswith("flash") and model_type not in FLASH:
+        case.attention = "sdpa"
     if not any(isinstance(part, str) for prompt in case.prompts for part in prompt):
         case.prompts[0] = (*case.prompts[0], next(iter(ZOO[model_type].pictures)), 2)
+    if rng.random() < 0.15:
+        case.prompts = _of_one_length(case)
+    if way == "turns" and rng.random() < 0.5:  # some count positions by a mask that is whole
+        case.prompts = case.prompts[:1] * num_rows
     if way == "lookup":
         case.prompts[0] = (*case.prompts[0][:-1], 6)
     return case
@@ -164,6 +180,17 @@ def _draw_prompt(rng: random.Random, specimen: Specimen) -> Prompt:
     return tuple(parts)
 
 
+def _of_one_length(case: Beast) -> list[Prompt]:
+    """The prompts with so much text before them that no row has pads."""
+    model = model_of(case.model_type, "eager")
+    lengths = [case.specimen.batch(model, [prompt])["input_ids"].shape[1] for prompt in case.prompts]
+    longest = max(lengths)
+    return [
+        (int(prompt[0]) + longest - length, *prompt[1:])
+        for prompt, length in zip(case.prompts, lengths, strict=True)
+    ]
+
+
 # ----------------------------------------------------------------------------------------- checking
 
 
@@ -173,6 +200,11 @@ class Impossible(Exception):
 
 def check(case: Beast) -> str:
     """`exact`, or why it was refused or is impossible; an error otherwise."""
+    with stand_in() if case.attention.startswith("flash") else nullcontext():
+        return _check(case)
+
+
+def _check(case: Beast) -> str:
     model = model_of(case.model_type, case.attention)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models warn of much that is their own affair
@@ -446,6 +478,8 @@ def _turns(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
     """Text turns go on from the cache of a prompt."""
     num_rows = len(case.prompts)
     words = torch.Generator().manual_seed(len(case.seed))
+    plain = bool(inputs["attention_mask"].all())  # then it goes without a mask
+    between = functools.partial(_between, case, model, plain)
     says = [torch.randint(1, TEXT, (num_rows, n), generator=words) for n in (1, 4, 1)]
 
     def talk(does: Callable[[Any, Tensor], tuple[Any, Tensor]]) -> list[Tensor]:
@@ -457,11 +491,11 @@ def _turns(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
                 cache, rows = does(cache, mask)
                 mask = mask[rows]
             mask = nn.functional.pad(mask, (0, ids.shape[1]), value=1)
-            output = model(input_ids=ids[rows], attention_mask=mask, past_key_values=cache)
+            more = {} if plain else {"attention_mask": mask}
+            output = model(input_ids=ids[rows], **more, past_key_values=cache)
             logits.append(output.logits[:, -1])
         return logits
 
-    between = functools.partial(_between, case, model)
     try:
         with torch.no_grad():
             talk(between)
@@ -478,14 +512,16 @@ def _turns(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
         torch.testing.assert_close(a, b, **CLOSE)
 
 
-def _between(case: Beast, model: PreTrainedModel, cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
+def _between(
+    case: Beast, model: PreTrainedModel, plain: bool, cache: Any, mask: Tensor
+) -> tuple[Any, Tensor]:
     """What is done to a cache, and which rows it holds then."""
     rows = torch.arange(len(mask))
     if case.after in ("copy", "crop"):
         left = cache
         cache = copy.deepcopy(cache) if case.after == "copy" else cache
-        more = nn.functional.pad(mask, (0, 2), value=1)
-        model(input_ids=torch.full((len(mask), 2), 5), attention_mask=more, past_key_values=left)
+        more = {} if plain else {"attention_mask": nn.functional.pad(mask, (0, 2), value=1)}
+        model(input_ids=torch.full((len(mask), 2), 5), **more, past_key_values=left)
         if case.after == "crop":
             cache.crop(-2)
     elif case.after == "repeat":

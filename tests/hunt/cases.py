@@ -122,6 +122,7 @@ class Case:
         precision: `"float32"`, or `"bfloat16"` by autocast.
         training: `"no"`, or how the backward pass runs: `"plain"`, `"checkpoint"`, `"reentrant"`.
         told: Who says what is visual: the `"call"`, or `prune` at the `"start"`.
+        words: Whether a language model is given `"ids"` or `"embeds"`.
         turns: The calls.
     """
 
@@ -137,6 +138,7 @@ class Case:
     precision: str = "float32"
     training: str = "no"
     told: str = "call"
+    words: str = "ids"
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -161,7 +163,13 @@ class Case:
 
 @functools.cache
 def model_of(family: str, attention: str) -> Any:
-    return build(family, attention)
+    if not attention.startswith("flash"):
+        return build(family, attention)
+    model = build(family, "eager")  # a stand-in, which no check of transformers knows
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = attention
+    return model
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -274,7 +282,7 @@ def draw_case(seed: str) -> Case:
     case = Case(
         seed=seed,
         family=family,
-        attention=pick(["eager", "sdpa", "sdpa"]),
+        attention=pick(["eager", "eager", "sdpa", "sdpa", "sdpa", "sdpa", "flash_attention_2"]),
         policy=pick(["original", "renumbered"]),
         positions=pick(["none", "none", "counted", "gaps"]),
         cache=pick(["dynamic", "dynamic", "static"]),
@@ -288,6 +296,10 @@ def draw_case(seed: str) -> Case:
     )
     if num_turns == 1 and rng.random() < 0.4:
         case.cache = "none"
+    if case.attention.startswith("flash"):  # unpruned too, it reads what a fixed cache has not
+        # filled, and takes gaps for packed sequences.
+        case.cache = "dynamic" if case.cache == "static" else case.cache
+        case.positions = "none" if case.positions == "gaps" else case.positions
     if case.cache == "static":
         case.precision = "float32"  # a fixed cache wants keys and values of one precision
     side = pick(["left", "right"])
@@ -311,6 +323,8 @@ def draw_case(seed: str) -> Case:
         moves = any(turn.after not in ("nothing", "length") for turn in case.turns)
         if last.generates or (not moves and rng.random() < 0.2):
             case.told = "start"
+        elif rng.random() < 0.2:
+            case.words = "embeds"
     uneven = any(_is_ragged(turn) for turn in case.turns)
     if last.generates:  # it counts positions by the mask
         if num_turns > 1:
@@ -387,6 +401,8 @@ def _draw_generation(rng: random.Random, case: Case) -> None:
 
 def _draw_mask(rng: random.Random, case: Case, turn: Turn, unpadded: bool) -> None:
     forms = ["2d", "float"] + ["bool"] * (case.attention == "sdpa")
+    if case.attention.startswith("flash"):
+        forms = ["2d"]
     forms += ["none", "none"] * unpadded
     turn.mask = rng.choice(forms)
     if turn.mask in ("bool", "float") and _says_little(turn):
@@ -459,6 +475,9 @@ def _draw_turn(
                 row[-1] = Token(row[-1].id, row[-1].visual)
         turn.rows.append(row)
         turn.images.append(images)
+    if rng.random() < 0.15:  # no pads, though rows have different numbers of images
+        for row in turn.rows:
+            row[:0] = [Token(rng.randrange(1, 90)) for _ in range(turn.width - len(row))]
     if not any(turn.rows):
         turn.rows[0].append(Token(7))
     return turn

@@ -160,6 +160,8 @@ class Conversation:
             call["labels"] = labels
         if turn.to_keep:
             call["logits_to_keep"] = turn.to_keep
+        if case.words == "embeds":
+            call["inputs_embeds"] = self.model.get_input_embeddings()(call.pop("input_ids"))
         self._calls.clear()
         if turn.generates:
             self.output = self._generate(call, turn)

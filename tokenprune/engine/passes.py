@@ -240,6 +240,7 @@ def plan_pass(
         pads_left=rows.ends_real,
     )
     shifts = differs and settings.renumbers
+    hides = record is not None and (length > 1 or record.ragged or records.is_fixed(past))
     return Pass(
         settings=settings,
         call=call,
@@ -247,7 +248,7 @@ def plan_pass(
         record=record,
         cache=past,
         prunes=prunes,
-        idle=not prunes and not shifts and not (differs and (length > 1 or records.is_fixed(past))),
+        idle=not (prunes or shifts or (differs and hides)),
         budgets=budgets,
         # Where nothing is cut, all levels are there from the start.
         levels=[level] if prunes else _levels(level, record, len(settings.cuts)),

@@ -147,6 +147,11 @@ class Record:
         """Whether those of any level do."""
         return any(map(self.differs, range(len(self.held))))
 
+    @property
+    def ragged(self) -> bool:
+        """Whether rows hold different numbers of tokens at some level, and so pads."""
+        return any(held.ragged for held in self.held)
+
     def shifts(self, level: int) -> Tensor | None:
         """The model's position minus the layers', int64 (B, 1), or None if they agree."""
         return self.held[level].shift

@@ -206,12 +206,15 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     device, attention = hidden.device, run.settings.anatomy.attention
     level, before = run.at(number, device), run.held(number)
     known = known_keys(run, number, number, device)
+    fixed = is_fixed(run.cache)
     if attention.startswith("flash"):
+        if fixed and known is None:  # a mask's length says how much of the cache is filled
+            size = (len(level.num_real), before + level.length)
+            known = torch.ones(size, dtype=torch.bool, device=device)
         if run.record is None or not (isinstance(mask, Tensor) and mask.dim() == 2):
             return known  # None keeps the fast kernel
         shown = take(to_device(mask, device).bool(), _key_columns(run, number, number, device))
         return shown if known is None else shown & known
-    fixed = is_fixed(run.cache)
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     # Without a mask, the kernel lets one token see all keys, and several see those before them.
     implied = not fixed if level.length == 1 else before == 0
