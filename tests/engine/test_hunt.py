@@ -1,10 +1,11 @@
-"""A hunt over whole conversations: whatever a call brings, each row is what it is alone.
+"""A hunt over whole calls: whatever a call brings, the unmodified model makes the same of each row.
 
-A case is drawn from a seed: a family, rows of text and images over several turns, pads and holes,
-masks, positions, labels, a cache and what is done to it, a strategy and its cuts (`tests/hunt`).
-What is refused must be refused for a reason that the case gives.
+A case is drawn from a seed (`tests/hunt`): a family, rows of text and images over several turns,
+pads and holes, masks, positions, labels, a cache and what is done to it, a strategy and its cuts, a
+way to generate or to train; or a call of any model type of the zoo. What is refused must be refused
+for a reason that the case gives.
 
-By hand: `PYTHONPATH=tests python tests/engine/test_hunt.py --cases 10000 --seed 1`.
+By hand: `PYTHONPATH=tests python tests/engine/test_hunt.py --cases 10000 --seed 1 [--zoo]`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,45 @@ import argparse
 import collections
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hunt import beasts, cage, draw, verdict
 
-from hunt import beasts, verdict
-from hunt.cases import draw_case
-
-CASES = 200
+#: Of the zoo, those that others' tests import as well.
+FEW = ("gemma3", "internvl", "qwen2_5_vl", "smolvlm")
 
 
-@pytest.mark.parametrize("number", range(CASES))
-def test_hunt(number: int) -> None:
-    case = draw_case(f"0:{number}")
+def hunt(case: Any, check: Callable[[Any], str]) -> None:
     try:
-        verdict.check(case)
+        check(case)
     except Exception as error:
         error.add_note(str(case))
         raise
+
+
+@pytest.mark.parametrize("number", range(120))
+def test_hunt(number: int) -> None:
+    hunt(draw.draw_case(f"0:{number}"), verdict.check)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_hunt_in_the_zoo(number: int) -> None:
+    hunt(beasts.draw_beast(f"0:{number}", FEW), cage.check)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", range(120, 1000))
+def test_hunt_further(number: int) -> None:
+    hunt(draw.draw_case(f"0:{number}"), verdict.check)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", range(400))
+def test_hunt_in_the_whole_zoo(number: int) -> None:
+    hunt(beasts.draw_beast(f"1:{number}"), cage.check)
 
 
 def main() -> None:
@@ -41,21 +63,22 @@ def main() -> None:
     parser.add_argument("--zoo", action="store_true", help="calls of any model type instead")
     parser.add_argument("--show", action="store_true", help="print cases that go wrong")
     options = parser.parse_args()
-    draw, check = (beasts.draw_beast, beasts.check) if options.zoo else (draw_case, verdict.check)
+    drawn: Callable[[str], Any] = beasts.draw_beast if options.zoo else draw.draw_case
+    check: Callable[[Any], str] = cage.check if options.zoo else verdict.check
     torch.set_num_threads(1)
     outcomes: collections.Counter[str] = collections.Counter()
     faults, start = [], time.monotonic()
     for number in range(options.first, options.first + options.cases):
         seed = f"{options.seed}:{number}"
         try:
-            outcomes[check(draw(seed))] += 1
+            outcomes[check(drawn(seed))] += 1
         except Exception as error:
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             faults.append(seed)
             outcomes["FAULT"] += 1
             print(f"fault {seed}: {words}", flush=True)
             if options.show:
-                print(draw(seed), traceback.format_exc(limit=-3), sep="\n", flush=True)
+                print(drawn(seed), traceback.format_exc(limit=-3), sep="\n", flush=True)
         if (number + 1) % 500 == 0:
             print(f"{number + 1} cases, {time.monotonic() - start:.0f} s", flush=True)
     for outcome, count in outcomes.most_common():

@@ -1,7 +1,7 @@
 """What each row must give, by the unmodified model.
 
 The reference knows no batch, no pads and no cache: it is the unmodified model run over one row's
-tokens, each layer with a mask over what the trace says was dropped, with its own positions, and with
+tokens, each layer with a mask over what the trace says was dropped and with its own positions,
 survivors mixed by hand. Attention is that of its eager layers.
 
 A view is the conversation as a cut saw it in some turn: of that turn's tokens are left those that
@@ -21,10 +21,11 @@ from models import NUM_LAYERS
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hunt.cases import Case, model_of, picture, signals
+from hunt.cases import Case
+from hunt.pictures import model_of, picture, signals
 from hunt.talk import Told
-from tokenprune.strategy import decoder_rows
 from hunt.witness import Witness
+from tokenprune.strategy import decoder_rows
 
 
 @dataclass

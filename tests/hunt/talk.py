@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import tokenprune as tp
-from hunt.cases import FIXED, NEW_TOKENS, Case, Token, Turn, model_of, picture
+from hunt.cases import FIXED, NEW_TOKENS, Case, Token, Turn
+from hunt.pictures import model_of, picture
 from hunt.witness import Witness
 
 BEAMS = 2
@@ -160,13 +161,13 @@ class Conversation:
             call["labels"] = labels
         if turn.to_keep:
             call["logits_to_keep"] = turn.to_keep
-        if case.words == "embeds":
-            call["inputs_embeds"] = self.model.get_input_embeddings()(call.pop("input_ids"))
         self._calls.clear()
         if turn.generates:
             self.output = self._generate(call, turn)
             self._note_generation(turn, positions)
             return
+        if case.words == "embeds":
+            call["inputs_embeds"] = self.model.get_input_embeddings()(call.pop("input_ids"))
         cache = {} if self.cache is None else {"past_key_values": self.cache}
         self.output = self.model(**call, **cache, use_cache=self.cache is not None)
         if turn.labelled:
@@ -216,6 +217,8 @@ class Conversation:
 
     def _generate(self, call: dict[str, Any], turn: Turn) -> Any:
         call["input_ids"], call["attention_mask"] = self.ids, self.real.long()
+        if self.case.words == "embeds":
+            call["inputs_embeds"] = self.model.get_input_embeddings()(call.pop("input_ids"))
         more = {
             "greedy": {},
             "beams": {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True},
@@ -345,7 +348,7 @@ class Conversation:
                 continue
             before = told.positions[-1]
             for step in range(NEW_TOKENS - 1):
-                token = int(self.output.sequences[row, self.ids.shape[1] + step])
+                token = int(self.output.sequences[row, step - NEW_TOKENS])
                 logits = self.output.logits[step + 1][row][None]
                 position = before + step + 1
                 self.told[row].append(

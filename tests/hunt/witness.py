@@ -35,7 +35,9 @@ class Witness(tp.ScoreStrategy):
     """Keeps what its place says, and notes what the view shows."""
 
     wants: tuple[Need, ...] = ()
-    notes: list[tuple[int, list[dict[Any, Any]]]] = field(default_factory=list, compare=False, repr=False)
+    notes: list[tuple[int, list[dict[Any, Any]]]] = field(
+        default_factory=list, compare=False, repr=False
+    )
 
     def needs(self) -> tuple[Need, ...]:
         return self.wants

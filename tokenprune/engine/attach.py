@@ -302,7 +302,7 @@ class Handle:
             side.follow(run, number, module, hidden, named)
             if ahead and run.prunes and len(run.levels) == number + 1:
                 listen(run, number, module, hidden, given, ahead, index, index + 1)
-            # What came by place goes on by place: a reentrant checkpoint takes only that for inputs.
+            # By place as they came: a reentrant checkpoint takes only those for inputs.
             places = () if rest else self._parameters[module][1 : len(args)]
             return (hidden, *rest[1:], *(named.pop(name) for name in places)), named
 

@@ -209,8 +209,8 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     fixed = is_fixed(run.cache)
     if attention.startswith("flash"):
         if fixed and known is None:  # a mask's length says how much of the cache is filled
-            size = (len(level.num_real), before + level.length)
-            known = torch.ones(size, dtype=torch.bool, device=device)
+            filled = before + level.length
+            known = torch.ones(len(level.num_real), filled, dtype=torch.bool, device=device)
         if run.record is None or not (isinstance(mask, Tensor) and mask.dim() == 2):
             return known  # None keeps the fast kernel
         shown = take(to_device(mask, device).bool(), _key_columns(run, number, number, device))

@@ -91,7 +91,10 @@ class TokenView:
 
     @property
     def positions(self) -> Tensor:
-        """Positions in the unpruned conversation, int64 (B, V)."""
+        """Positions in the unpruned conversation, int64 (B, V), from the row's first token on.
+
+        In a later turn as the model counts them: without `position_ids` it counts pads, too.
+        """
         return self._positions()
 
     @property
