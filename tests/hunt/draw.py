@@ -149,10 +149,14 @@ def _draw_generation(rng: random.Random, case: Case) -> None:
     for turn in case.turns:
         turn.side, turn.mask = "left", "2d"
     case.positions = "none"
-    for row in last.rows:  # it asks after the last token
-        if not row:
-            row.append(Token(rng.randrange(1, 90)))
-        row[-1] = Token(row[-1].id, row[-1].visual)
+    for turn in case.turns[:-1]:
+        if rng.random() < 0.4:
+            turn.way = "greedy"
+    for turn in case.turns:
+        for row in turn.rows if turn.generates else ():  # it asks after the last token
+            if not row:
+                row.append(Token(rng.randrange(1, 90)))
+            row[-1] = Token(row[-1].id, row[-1].visual)
     if last.way == "lookup":
         words = [token for token in last.rows[0] if not token.visual]
         last.rows[0] += words[:3] + words[:2]  # something to look up

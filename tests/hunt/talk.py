@@ -354,6 +354,11 @@ class Conversation:
                 self.told[row].append(
                     Told([Token(token)], [], [position], logits=logits, which=[0])
                 )
+        if times == 1:  # what was said last is in no cache, and is left unsaid
+            said = self.output.sequences[:, -NEW_TOKENS:-1]
+            self.ids = torch.cat([self.ids, said], 1)
+            self.real = nn.functional.pad(self.real, (0, said.shape[1]), value=True)
+            self.visual = nn.functional.pad(self.visual, (0, said.shape[1]))
 
     # -- between turns ---------------------------------------------------------------------------
 
