@@ -125,3 +125,71 @@ def test_keys_before_the_first_layer_are_refused():
         tp.attach(build("llama"), strategy, tp.Schedule.one_shot(0, 0.5))
     with pytest.raises(ValueError, match=r"DecoderKeys.source: expected one of .*, got 'own'"):
         tp.DecoderKeys("own")
+
+
+# ------------------------------------------------------------------------------- blind strategies
+
+
+@dataclass(frozen=True)
+class Blind(tp.ScoreStrategy):
+    """Says that it looks at no content."""
+
+    looks: str = "places"
+    own: tuple[tp.Need, ...] = ()
+    blind = True
+
+    def needs(self):
+        return self.own
+
+    def score(self, view):
+        looks = {"places": lambda: view.places[..., 3], "random": lambda: view.random(3)}
+        looks |= {"hidden states": lambda: view.hidden[..., 0], "positions": lambda: view.positions}
+        return looks[self.looks]().float()
+
+
+@dataclass(frozen=True)
+class Seeing(Blind):
+    """The same, asked when its cut comes."""
+
+    blind = False
+
+
+@pytest.mark.parametrize("looks", ["places", "random"])
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one", "ragged"])
+def test_a_choice_ahead_is_the_choice_at_the_cut(looks, rows):
+    """Where nothing is read of the content, it does not matter when a strategy is asked."""
+    model, needs = build("llava_next"), (tp.RandomNumbers(3),)
+    inputs = batch(model, rows)
+
+    def run(*strategies):
+        mixed = tp.PerStage(tuple(kind(looks, needs) for kind in strategies))
+        schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+        with torch.no_grad(), tp.prune(model, mixed, schedule) as trace:
+            logits = model(**inputs).logits
+        return logits, [(stage.kept, stage.scores) for stage in trace.stages]
+
+    logits, stages = run(Seeing, Seeing, Seeing)
+    for kinds in ((Blind, Blind, Blind), (Seeing, Blind, Blind), (Blind, Seeing, Blind)):
+        found, chosen = run(*kinds)
+        assert torch.equal(found, logits)
+        for stage, (ours, scores) in enumerate(chosen):
+            assert all(map(torch.equal, ours, stages[stage][0]))
+            assert all(map(torch.equal, scores, stages[stage][1]))
+
+
+@pytest.mark.parametrize("looks", ["hidden states", "positions"])
+def test_a_blind_strategy_that_looks_is_refused(looks):
+    model = build("llava")
+    message = f"Blind: expected a strategy with blind = True to look at no content.* reads {looks}"
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=message),
+        tp.prune(model, Blind(looks), CUTS),
+    ):
+        model(**batch(model, ROWS))
+
+
+def test_a_blind_strategy_needs_nothing_but_chance():
+    message = r"Blind: expected needs of random numbers alone where blind is True, got \[Projected"
+    with pytest.raises(ValueError, match=message):
+        tp.attach(build("llava"), Blind("places", (tp.Projected(),)), CUTS)

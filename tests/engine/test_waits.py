@@ -1,155 +1,139 @@
 """What a call asks of the device: one transfer and one upload, and of a decoding step nothing.
 
-A GPU that is waited for stands still, and a CUDA graph cannot be captured at all. Without one, what
-would wait or upload is seen where Python asks for it.
+A GPU that is waited for stands still, and a CUDA graph cannot be captured at all. What would wait
+or upload is seen on a device that is far away (`far.py`).
 """
 
 from __future__ import annotations
 
-import sys
+import itertools
 from collections import Counter
 
 import pytest
 import torch
+from far import FAR, Device, far, near
 from models import ROWS, batch, build, labelled
 from oracles import tiny
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune as tp
+from tokenprune.strategy import vision_needs
 
-#: Ways from a tensor to a number in Python, which wait for the device.
-READS = ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "cpu")
-#: Ways from Python's lists and arrays to a tensor, each an upload of its own.
-UPLOADS = ("tensor", "as_tensor")
-#: Operations whose result has a shape that only the device knows.
-UNSHAPED = ("nonzero", "masked_select", "unique", "_local_scalar_dense", "is_nonzero")
-
-
-def ours() -> str | None:
-    """The function of the package that asks, if any does."""
-    frame = sys._getframe()
-    while frame is not None:
-        if "tokenprune" in frame.f_code.co_filename and "tests" not in frame.f_code.co_filename:
-            return frame.f_code.co_name
-        if "transformers/models" in frame.f_code.co_filename:
-            return None
-        frame = frame.f_back
-    return None
-
-
-class Reads(TorchFunctionMode):
-    """Counts what is read from the device, or uploaded to it, by the package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if name in READS + UPLOADS and (where := ours()) is not None:
-            self.counts[f"{where}: {name}"] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class Shapes(TorchDispatchMode):
-    """Counts operations whose shape depends on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function).split(".")[1]
-        if name in UNSHAPED and (where := ours()) is not None:
-            self.counts[f"{where}: {name}"] += 1
-        return function(*args, **(kwargs or {}))
+SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+BATCHES = {"one": [0], "alike": [0, 0], "ragged": [0, 1, 2, 3]}
+#: Of each strategy by default.
+SOME = [("original", "one"), ("renumbered", "ragged")]
 
 
 def asked(work) -> Counter[str]:
-    with Reads() as reads, Shapes() as shapes, pytest.MonkeyPatch.context() as patch:
-
-        def from_numpy(array):
-            reads.counts[f"{ours()}: from_numpy"] += 1
-            return original(array)
-
-        original = torch.from_numpy
-        patch.setattr(torch, "from_numpy", from_numpy)
+    with Device() as device:
         work()
-    return reads.counts + shapes.counts
-
-
-#: What a call with images asks: its tokens, and the upload of the plan.
-PLAN = {"fetch: numpy": 1, "_upload: from_numpy": 1}
-#: Beside it, of the host alone: numbers by chance are drawn there, places and tiles found.
-ON_THE_HOST = {"draw: numpy", "<lambda>: from_numpy", "make_signals: numpy"}
+    return device.crossings
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build("llava")
+def models():
+    return {family: (model := build(family), far(model)) for family in ("llava", "llava_next")}
 
 
-def test_it_sees_what_waits(model, monkeypatch) -> None:
+def test_it_sees_what_waits(models, monkeypatch) -> None:
     def score(self, view):
-        if view.hidden.sum().item() and view.hidden.any():
-            return view.hidden[view.valid.nonzero()[:, 0]][:1, :, 0] + torch.tensor([1.0])
+        hidden = view.hidden
+        if hidden.sum().item() and hidden.any() and int(hidden.shape[0]) and hidden[0, 0, 0] < 9:
+            places = torch.from_numpy(hidden.numpy(force=True)[0].argsort(0)).to(FAR)
+            return hidden[view.valid.nonzero()[:, 0]][:1, :, 0] + places.sum().tolist()
         return None
 
-    kind = type(tp.build_strategy("random"))
+    kind = type(tp.build_strategy("pyramiddrop"))
     monkeypatch.setattr(kind, "score", score)
-    monkeypatch.setattr("test_waits.ours", lambda: "score")
-    schedule = tp.Schedule.one_shot(layer=2, keep=0.5)
-    with torch.no_grad(), tp.prune(model, kind(), schedule):
-        found = asked(lambda: model(**batch(model, ROWS[:1])))
-    for what in ("item", "__bool__", "nonzero", "tensor", "from_numpy", "numpy"):
-        assert found[f"score: {what}"], what
+    monkeypatch.setattr("far.ours", lambda: "score")
+    near_model, model = models["llava"]
+    inputs = far(batch(near_model, ROWS[:1]))
+    with torch.no_grad(), tp.prune(model, kind(), tp.Schedule.one_shot(layer=2, keep=0.5)):
+        plain = asked(lambda: model(**inputs))
+        monkeypatch.setattr(kind, "score", lambda self, view: view.attend().mean(1))
+        own = asked(lambda: model(**inputs))
+    # item, any, a comparison, numpy, nonzero and tolist wait; from_numpy's array goes up.
+    assert plain - own == {"score: read": 6, "score: upload": 1}
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 0], [0, 1, 2, 3]], ids=["one", "alike", "ragged"])
-@pytest.mark.parametrize("positions", ["original", "renumbered"])
-@pytest.mark.parametrize("name", tp.available())
-def test_a_call_with_images_asks_once(model, name, positions, rows) -> None:
-    inputs = batch(model, [ROWS[row] for row in rows])
-    schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
-    strategy = tiny(name)
-    with torch.no_grad(), tp.prune(model, strategy, schedule, positions) as trace:
-        model(**inputs)  # the first call compares two ways to the same queries and keys
-        found = asked(lambda: model(**inputs, use_cache=True))
+def cases():
+    for name, positions, rows in itertools.product(tp.available(), tp.POSITIONS, BATCHES):
+        usual = name == "pyramiddrop" or (positions, rows) in SOME
+        yield pytest.param(name, positions, rows, marks=[] if usual else pytest.mark.matrix)
+
+
+@pytest.mark.parametrize(("name", "positions", "rows"), [*cases()])
+def test_a_call_with_images_asks_once(models, name, positions, rows) -> None:
+    """Of the tower there goes up which patches make a token, of a grid where each token is."""
+    near_model, model = models["llava_next" if rows == "one" else "llava"]
+    inputs = batch(near_model, [ROWS[row] for row in BATCHES[rows]])
+    strategy, remote = tiny(name), far(inputs)
+    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE, positions) as trace:
+        with Device():
+            model(**remote)  # the first call compares two ways to the same queries and keys
+        with Device() as device:
+            logits = model(**remote, use_cache=True).logits
+        with Device():
+            assert len(trace.stages) == 3
         assert len(trace.stages) == 3
-    counted = {} if strategy.keeps_exactly else {"_checked: tolist": 3}  # how many it kept, by cut
-    assert {what: n for what, n in found.items() if what not in ON_THE_HOST} == PLAN | counted
+    expected = {"fetch: read": 1, "_moved: upload": 1}
+    expected |= {"_placed: upload": 1} if vision_needs(strategy) else {}
+    expected |= {"places: upload": 1} if name in ("pool", "vscan") else {}
+    expected |= {} if strategy.keeps_exactly else {"_checked: read": 3}  # how many it kept, by cut
+    assert device.crossings == expected
+    with torch.no_grad(), tp.prune(near_model, strategy, SCHEDULE, positions):
+        torch.testing.assert_close(near(logits), near_model(**inputs).logits, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 0], [0, 1, 2, 3]], ids=["one", "alike", "ragged"])
+@pytest.mark.parametrize("rows", BATCHES)
+def test_a_blind_choice_after_another_asks_what_that_left(models, rows) -> None:
+    near_model, model = models["llava"]
+    inputs = batch(near_model, [ROWS[row] for row in BATCHES[rows]])
+    mixed = tp.PerStage(tuple(map(tp.build_strategy, ("pyramiddrop", "uniform", "random"))))
+
+    with torch.no_grad(), tp.prune(near_model, mixed, SCHEDULE) as expected:
+        near_model(**inputs)
+    with torch.no_grad(), tp.prune(model, mixed, SCHEDULE) as trace:
+        with Device():
+            model(**far(inputs))
+        found = asked(lambda: model(**far(inputs)))
+        with Device():
+            stages = trace.stages
+    assert found == {"fetch: read": 1, "_moved: upload": 2, "_moved: read": 1}
+    for ours, theirs in zip(stages, expected.stages, strict=True):
+        assert all(torch.equal(near(a), b) for a, b in zip(ours.kept, theirs.kept, strict=True))
+
+
+@pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
-def test_a_decoding_step_asks_nothing(model, positions, rows) -> None:
-    inputs = batch(model, [ROWS[row] for row in rows])
-    schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
-    strategy = tp.build_strategy("pyramiddrop")
-    one = torch.full((len(rows), 1), 7)
+def test_a_decoding_step_asks_nothing(models, positions, rows) -> None:
+    near_model, model = models["llava"]
+    inputs = batch(near_model, [ROWS[row] for row in BATCHES[rows]])
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
-    with torch.no_grad(), tp.prune(model, strategy, schedule, positions):
-        cache = model(**inputs, use_cache=True).past_key_values
+    one, inputs, mask = far(torch.full((len(mask), 1), 7)), far(inputs), far(mask)
+    with torch.no_grad(), tp.prune(model, tp.build_strategy("pyramiddrop"), SCHEDULE, positions):
+        with Device():
+            cache = model(**inputs, use_cache=True).past_key_values
 
         def step(columns):
             model(input_ids=one, attention_mask=mask[:, :columns], past_key_values=cache)
 
-        step(mask.shape[1] - 1)
-        cache.reorder_cache(torch.arange(len(rows)).flip(0))
+        asked(lambda: step(mask.shape[1] - 1))
+        with Device():
+            cache.reorder_cache(far(torch.arange(len(one)).flip(0)))
         assert not asked(lambda: step(mask.shape[1]))
 
 
 @pytest.mark.parametrize("logits", ["all", "supervised"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_asks_once(logits, checkpointing) -> None:
-    model = build("llava").train()
+    near_model = build("llava").train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
-    inputs, labels = labelled(model)
-    schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
-    strategy = tp.build_strategy("pyramiddrop")
-    with tp.prune(model, strategy, schedule, logits=logits):
-        model(**inputs, labels=labels).loss.backward()
+        near_model.gradient_checkpointing_enable()
+    inputs, labels = labelled(near_model)
+    model, inputs, labels = far(near_model), far(inputs), far(labels)
+    with tp.prune(model, tp.build_strategy("pyramiddrop"), SCHEDULE, logits=logits):
+        with Device():
+            model(**inputs, labels=labels).loss.backward()
         found = asked(lambda: model(**inputs, labels=labels).loss.backward())
-    assert found == Counter(PLAN)
+    assert found == {"fetch: read": 1, "_moved: upload": 1}

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import record as records
 from tokenprune.engine import side
-from tokenprune.engine.cuts import cut, listen
+from tokenprune.engine.cuts import begin, cut, listen
 from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import Settings
@@ -248,6 +248,7 @@ class Handle:
         run = self._thread.run = plan_pass(
             self._settings, call, inputs, tokens, generating, self._watch
         )
+        begin(run, tokens.device)
         self._tell_of_labels(run)
         return (rest, named) if named.pop("visual_mask", None) is not None else None
 
@@ -289,7 +290,7 @@ class Handle:
             hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
                 side.note_positions(run, named, device)
-            if index == 0 and settings.reads_embeddings and run.prunes and len(run.levels) == 1:
+            if index == 0 and settings.reads_embeddings and run.prunes and run.open:
                 run.embeddings = hidden.detach()
             if cuts_here:
                 if len(run.levels) == number:
@@ -334,9 +335,8 @@ class Handle:
         self._thread.run = None
         if run is not None:
             records.in_call(run.cache, begins=False)
-            run.embeddings = run.seen = (
-                None  # the pass may live on, for layers that are computed anew
-            )
+            run.open = False  # it may live on, for layers that are computed anew
+            run.embeddings = run.seen = None
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)

@@ -37,7 +37,7 @@ def draw(rows: Rows, num_alive: Sequence[int], seed: int, layer: int) -> Floats:
 def foreseen(
     settings: Settings, rows: Rows, budgets: Sequence[list[int]]
 ) -> dict[tuple[int, RandomNumbers], Floats]:
-    """What will be asked for, by cut: as far as it is known how many tokens are alive then.
+    """What will be asked for on the device, by cut: as far as it is known how many are alive then.
 
     Args:
         settings: What `attach` was asked for.
@@ -48,7 +48,7 @@ def foreseen(
     for cut, budget in enumerate(budgets):
         strategy = settings.strategies[cut]
         for need in strategy.needs():
-            if isinstance(need, RandomNumbers):
+            if isinstance(need, RandomNumbers) and not strategy.blind:
                 found[cut, need] = draw(rows, alive, need.seed, settings.cuts[cut])
         if not strategy.keeps_exactly:
             break

@@ -18,10 +18,29 @@ from tokenprune.engine.attention import hear
 from tokenprune.engine.levels import Level
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
+from tokenprune.engine.upload import HOST
 from tokenprune.engine.views import make_view
 from tokenprune.strategy import BeforeProjector, PruningStrategy, ScoreStrategy, Selection
 from tokenprune.strategy.base import check_scores
 from tokenprune.tensors import ascending, single_precision, take, to_device
+
+
+def begin(run: Pass, device: torch.device) -> None:
+    """Brings to the device of the first layer what is known before it runs."""
+    if run.prunes:
+        _cut_blindly(run, 1, device)
+    run.bring(0, device)
+
+
+def _cut_blindly(run: Pass, number: int, device: torch.device) -> None:
+    """Adds the levels after the cuts from `number` on whose strategies look at no content.
+
+    Their choices are made on the host, where all that they look at is, and cost the device nothing.
+    """
+    strategies = run.settings.strategies
+    while number <= len(strategies) and strategies[number - 1].blind:
+        _cut(run, number, HOST, device, None, {})
+        number += 1
 
 
 def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]) -> None:
@@ -34,20 +53,46 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
         hidden: (B, N, D), what would enter the layer.
         named: Its other arguments, for the whole call.
     """
-    settings, device = run.settings, hidden.device
-    layer = settings.cuts[number - 1]
-    level, plan = run.at(number - 1, device), run.plan_on(device)
-    strategy, requests = settings.strategies[number - 1], settings.requests[number - 1]
-    if any(level.num_visual):
+    device, requests = hidden.device, run.settings.requests[number - 1]
+    if run.settings.strategies[number - 1].blind:
+        _cut_blindly(run, number, device)
+        run.bring(number, device)
+        return
+    layer, heard = run.settings.cuts[number - 1], {}
+    if any(run.levels[number - 1].num_visual):
         late = [request for request in requests if request.source == "next"]
         if late:
             listen(run, number - 1, module, hidden, named, late, layer, layer)
         heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
-        view = make_view(run, number, hidden, heard)
+    _cut(run, number, device, device, hidden, heard)
+
+
+def _cut(
+    run: Pass,
+    number: int,
+    device: torch.device,
+    home: torch.device,
+    hidden: Tensor | None,
+    heard: dict[Any, Any],
+) -> None:
+    """Adds the level after a cut.
+
+    Args:
+        run: The pass.
+        number: The cut's, from 1.
+        device: Where it is chosen.
+        home: Where its trace is.
+        hidden: (B, N, D), what would enter the layer; None ahead of it.
+        heard: What layers answered to each request of the strategy.
+    """
+    layer, strategy = run.settings.cuts[number - 1], run.settings.strategies[number - 1]
+    level, plan = run.at(number - 1, device), run.plan_on(device)
+    if any(level.num_visual):
+        view = make_view(run, number, device, hidden, heard)
         with torch.no_grad(), single_precision(device):
             selection = strategy.select(view, plan.counts[number])
     else:  # there is nothing to choose from
-        none = hidden.new_zeros(len(level.num_visual), 0)
+        none = torch.zeros(len(level.num_visual), 0, device=device)
         selection = Selection(none.bool(), none if isinstance(strategy, ScoreStrategy) else None)
     kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
     weights_BKV = _mixture(run, strategy, selection, num_kept, counts_B1, level)
@@ -62,6 +107,7 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
             _traced,
             type(strategy).__name__,
             layer,
+            home,
             kept_BV,
             num_kept,
             level.numbers(run.at(0, device)),
@@ -185,6 +231,7 @@ def _before_projector(
 def _traced(
     name: str,
     layer: int,
+    device: torch.device,
     kept_BV: Tensor,
     num_kept: list[int],
     numbers: Callable[[], Tensor],
@@ -198,6 +245,7 @@ def _traced(
     Args:
         name: The class of the strategy.
         layer: The cut's.
+        device: Where its tensors are to be.
         kept_BV: What the strategy marked.
         num_kept: How many per row.
         numbers: Makes the tokens' numbers within the call.
@@ -206,11 +254,12 @@ def _traced(
         weights_BKV: How the survivors were mixed, or None.
         num_visual: Visual tokens alive before the cut, per row.
     """
-    kept = take(numbers(), ascending(kept_BV, max(num_kept)))
+    kept = take(numbers(), ascending(kept_BV, max(num_kept))).to(device)
     rows = zip(kept, num_kept, seen, strict=True)
     scores = None
     if scores_BV is not None:
-        scores = [row[:count] for row, count in zip(scores_BV, num_visual, strict=True)]
+        counts = zip(scores_BV.to(device), num_visual, strict=True)
+        scores = [row[:count] for row, count in counts]
         if any(len(row) and row.isnan().all() for row in scores):  # asks the device, late
             warnings.warn(
                 f"{name}.score: expected numbers, got NaN for all tokens of a row before layer "

@@ -11,18 +11,18 @@ R text tokens, K survivors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.tensors import ascending, single_precision, take, to_device
+from tokenprune.tensors import ascending, single_precision, take
 
 
 @dataclass(eq=False)
 class Plan:
-    """What is known of a pass before its first layer, on the device by one upload.
+    """What is known of a pass before its first layer.
 
     Attributes:
         order: int64 (T,), 0 .. T - 1.
@@ -31,7 +31,6 @@ class Plan:
         counts: int64 (S + 1, B), visual tokens of each row, and what each cut may keep.
         asking: int64 (B, Q), columns of the `"last"` query rows; pads hold 0.
         num_asking: int64 (B, 1), how many of them exist.
-        real: int64 (B, T), 1 for tokens, or None if there are no pads.
         prompt: int64 (B, S), columns of the prompt's text, pads hold 0; None if nobody asks.
         num_prompt: int64 (B, 1), how many of them exist, or None.
         num_follow: int64 (B, 1), how many of them come after the last visual token, or None.
@@ -51,7 +50,6 @@ class Plan:
     counts: Tensor
     asking: Tensor
     num_asking: Tensor
-    real: Tensor | None
     prompt: Tensor | None
     num_prompt: Tensor | None
     num_follow: Tensor | None
@@ -61,11 +59,6 @@ class Plan:
     tiles: Tensor | None
     pad: int
     random: dict[Any, Tensor]
-
-    def on(self, device: torch.device) -> Plan:
-        """The same on another device."""
-        random = {key: to_device(numbers, device) for key, numbers in self.random.items()}
-        return replace(self, **_on(self, device) | {"random": random})
 
 
 @dataclass(eq=False)
@@ -155,10 +148,6 @@ class Level:
             return plan.order.new_ones((), dtype=torch.bool).expand(len(self.num_visual), width)
         assert self.counts is not None
         return plan.order[:width] < self.counts
-
-    def on(self, device: torch.device) -> Level:
-        """The same level with its tensors on another device."""
-        return replace(self, **_on(self, device) | {"side": {}})
 
     def unchanged(self) -> Level:
         """The level after a cut that removed nothing."""
@@ -318,8 +307,3 @@ def _ascending(visual_BV: Tensor, counts_B1: Tensor | None) -> Tensor:
         return visual_BV
     order = torch.arange(visual_BV.shape[1], device=visual_BV.device)
     return visual_BV.masked_fill(order >= counts_B1, torch.iinfo(torch.int64).max)
-
-
-def _on(table: Plan | Level, device: torch.device) -> dict[str, Any]:
-    """A table's fields, its tensors on another device."""
-    return {f.name: to_device(getattr(table, f.name), device) for f in fields(table)}

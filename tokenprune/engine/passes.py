@@ -19,8 +19,9 @@ from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
+from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
-from tokenprune.families.inputs import facts, layers_that_add_features
+from tokenprune.families.inputs import layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
 from tokenprune.strategy import Need
@@ -94,7 +95,7 @@ class Pass:
         idle: Whether layers that are given no mask need nothing done.
         budgets: Per cut, tokens that each row may keep.
         levels: Level 0, and one more per cut done.
-        plan: What is on the device; None in a pass that needs nothing there.
+        plan: What is known before the first layer; None in a pass that needs none of it.
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
         seen: What the vision tower says of the visual tokens, if a strategy asks.
@@ -102,6 +103,7 @@ class Pass:
         heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
+        open: Whether its layers run; if not, they are computed anew.
         copies: Levels and plans on other devices than where they were made, and the places.
     """
 
@@ -122,6 +124,7 @@ class Pass:
     heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
+    open: bool = True
     copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)
 
     @property
@@ -139,8 +142,23 @@ class Pass:
         if made.device in (None, device):
             return made
         if (level, device) not in self.copies:
-            self.copies[level, device] = made.on(device)
+            (self.copies[level, device],) = bring([made], device)
         return self.copies[level, device]  # type: ignore[no-any-return]
+
+    def bring(self, first: int, device: torch.device) -> None:
+        """Brings what the host has made, levels from `first` on, to the device of a layer.
+
+        With the first level goes the plan. Copies stay on the host, for who chooses there.
+        """
+        if device == HOST:
+            return
+        made: list[Any] = [*self.levels[first:]]
+        self.copies |= {(first + number, HOST): level for number, level in enumerate(made)}
+        if first == 0 and self.plan is not None:
+            self.copies[-1, HOST] = self.plan
+            self.plan, *self.levels = bring([self.plan, *made], device)
+        else:
+            self.levels[first:] = bring(made, device)
 
     def plan_on(self, device: torch.device) -> Plan:
         """The plan on the device of the layer that runs."""
@@ -148,7 +166,7 @@ class Pass:
         if self.plan.order.device == device:
             return self.plan
         if (-1, device) not in self.copies:
-            self.copies[-1, device] = self.plan.on(device)
+            (self.copies[-1, device],) = bring([self.plan], device)
         return self.copies[-1, device]  # type: ignore[no-any-return]
 
 
@@ -226,13 +244,13 @@ def plan_pass(
     differs = record is not None and record.cut
     plan = None
     if prunes or rows.padded or rows.targets is not None:
-        plan = _upload(settings, rows, budgets, seen, tokens.device)
+        plan = _plan(settings, rows, budgets, seen)
     level = Level(
         length=length,
         num_real=rows.num_real,
         num_visual=rows.num_visual,
         columns=None,
-        real=None if plan is None or plan.real is None else plan.real.bool(),
+        real=torch.from_numpy(rows.real) if rows.padded else None,
         index=None,
         visual=None if plan is None else plan.visual,
         counts=None if plan is None else plan.counts[0][:, None],
@@ -254,7 +272,7 @@ def plan_pass(
         levels=[level] if prunes else _levels(level, record, len(settings.cuts)),
         plan=plan,
         seen=seen,
-        places=cache(_place_finder(settings, inputs, rows)),
+        places=cache(_place_finder(settings, rows)),
     )
 
 
@@ -268,20 +286,14 @@ def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[
 
 
 #: Parts of a plan that not every pass has.
-_OPTIONAL = ("real", "prompt", "num_prompt", "num_follow", "targets", "learned", "seen", "tiles")
+_OPTIONAL = ("prompt", "num_prompt", "num_follow", "targets", "learned", "seen", "tiles")
 
 
-def _upload(
-    settings: Settings,
-    rows: Rows,
-    budgets: list[list[int]],
-    seen: Seen | None,
-    device: torch.device,
-) -> Plan:
-    """What is known of a pass, on the device by one upload."""
+def _plan(settings: Settings, rows: Rows, budgets: list[list[int]], seen: Seen | None) -> Plan:
+    """What is known of a pass, on the host."""
     length = rows.real.shape[1]
     pad = -1 if rows.ends_real else length
-    tables: dict[Any, Ints] = {
+    tables: dict[str, Ints] = {
         "order": np.arange(length),
         "text": columns(rows.real & ~rows.visual, pad),
         "visual": columns(rows.visual, 0),
@@ -289,8 +301,6 @@ def _upload(
         "asking": columns(rows.asking, 0),
         "num_asking": np.array(rows.num_asking, dtype=np.int64)[:, None],
     }
-    if rows.padded:
-        tables["real"] = rows.real.astype(np.int64)
     if rows.prompt is not None:
         tables["prompt"] = columns(rows.prompt, 0)
         if not rows.prompt.any():  # an entry that does not exist spares all others the case
@@ -304,17 +314,9 @@ def _upload(
     if seen is not None:
         tables["seen"], tables["tiles"] = seen.index, seen.tiles
     drawn = chance.foreseen(settings, rows, budgets)
-    for key, numbers in drawn.items():  # their bits, as integers like all else
-        tables[key] = numbers.view(np.int32).astype(np.int64)
-    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
-    flat = flat.to(device, non_blocking=True)
-    parts = torch.split(flat, [table.size for table in tables.values()])
-    made = {
-        name: part.view(table.shape)
-        for (name, table), part in zip(tables.items(), parts, strict=True)
-    }
+    made: dict[str, Any] = {name: torch.from_numpy(table) for name, table in tables.items()}
+    random = {key: torch.from_numpy(numbers) for key, numbers in drawn.items()}
     absent: dict[str, Any] = dict.fromkeys(_OPTIONAL)
-    random = {key: made.pop(key).to(torch.int32).view(torch.float32) for key in drawn}
     return Plan(pad=pad, random=random, **absent | made)
 
 
@@ -381,10 +383,8 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
         raise packed("position_ids that start anew within one")
 
 
-def _place_finder(
-    settings: Settings, inputs: Mapping[str, Any], rows: Rows
-) -> Callable[[], list[Tensor]]:
+def _place_finder(settings: Settings, rows: Rows) -> Callable[[], list[Tensor]]:
     # A trace must keep neither pixels nor the model alive.
-    small, layout, config = facts(inputs), settings.anatomy.adapter.layout, settings.anatomy.config
+    told, layout, config = rows.facts, settings.anatomy.adapter.layout, settings.anatomy.config
     visual, num_visual = rows.visual, rows.num_visual
-    return lambda: places(layout, config, small, torch.from_numpy(visual), num_visual)
+    return lambda: places(layout, config, told, torch.from_numpy(visual), num_visual)

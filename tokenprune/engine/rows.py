@@ -9,7 +9,7 @@ Shape suffixes: B batch rows, T columns of the call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from tokenprune.engine import masks
 from tokenprune.engine.settings import Settings
-from tokenprune.families.inputs import shows_images
+from tokenprune.families.inputs import facts, shows_images
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 IGNORED = -100
+_FEW = 2**10  # sizes of hundreds of images, and no mask of their pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Rows:
         mute: Whether some row has labels and an image, but no token that asks.
         goes_back: Whether given positions fall between two neighbours of a row with an image.
         guesses: Tokens at the end that assisted decoding tries out; they choose nothing.
+        facts: What the call says of its images; the few numbers among it on the host.
     """
 
     real: Bools
@@ -55,6 +57,7 @@ class Rows:
     mute: bool = False
     goes_back: bool = False
     guesses: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def num_real(self) -> list[int]:
@@ -159,8 +162,11 @@ def read_rows(
     shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
     _check_lengths(inputs, length, by_ids)
     positions = inputs.get("position_ids")
+    told = facts(inputs)
+    few = {name: value for name, value in told.items() if _is_small(value)}
     fetched = fetch(
         {
+            **{f"told {name}": value for name, value in few.items()},
             "visual": marks,
             "ids": _of_length(inputs.get("input_ids"), length),
             "real": None if padding is None else padding[:, offset : offset + length],
@@ -204,23 +210,28 @@ def read_rows(
         goes_back="positions" in fetched
         and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
         guesses=guesses,
+        facts=told | {name: torch.from_numpy(fetched[f"told {name}"]) for name in few},
     )
 
 
 def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Ints]:
-    """Integer tensors (B, n) on the host, by name, in one transfer; those that are there."""
+    """Integer tensors on the host, by name, in one transfer; those that are there."""
     given = {name: part for name, part in parts.items() if part is not None}
     if len(given) == 1:
         ((name, part),) = given.items()
         part = part if part.dtype in (torch.bool, torch.int64) else part.to(torch.int64)
-        return {name: part.detach().numpy(force=True)}
-    most = max(part.shape[0] for part in given.values())
-    flat = [part.to(device=device, dtype=torch.int64) for part in given.values()]
-    joined = torch.cat([part.repeat(most // part.shape[0], 1) if part.shape[0] < most else part
-                        for part in flat], 1).numpy(force=True)  # fmt: skip
-    ends = np.cumsum([part.shape[1] for part in flat])[:-1]
-    found = dict(zip(given, np.split(joined, ends, 1), strict=True))
-    return {name: part[: given[name].shape[0]] for name, part in found.items()}
+        return {name: part.cpu().numpy()}
+    flat = [part.to(device=device, dtype=torch.int64).flatten() for part in given.values()]
+    joined = torch.cat(flat).cpu().numpy()
+    ends = np.cumsum([len(part) for part in flat])[:-1]
+    found = zip(given.items(), np.split(joined, ends), strict=True)
+    return {name: own.reshape(part.shape) for (name, part), own in found}
+
+
+def _is_small(value: Any) -> bool:
+    """Whether something that a call says of its images is a few numbers, as grids are."""
+    kinds = (torch.int32, torch.int64)
+    return isinstance(value, Tensor) and value.dtype in kinds and value.numel() <= _FEW
 
 
 def _visual_mask(

@@ -190,6 +190,12 @@ class Settings:
                 )
         beside = {BeforeProjector(), *BESIDE}
         for strategy in self.strategies:
+            seeing = [need for need in strategy.needs() if not isinstance(need, RandomNumbers)]
+            if strategy.blind and seeing:
+                raise ValueError(
+                    f"{type(strategy).__name__}: expected needs of random numbers alone where "
+                    f"blind is True, got {seeing}. Set blind to False."
+                )
             if beside & set(strategy.needs()) and not vision_needs(strategy):
                 raise ValueError(
                     f"{type(strategy).__name__}.needs: expected VisionRows or VisionStates beside "

@@ -38,23 +38,34 @@ from tokenprune.tensors import take, to_device
 
 
 def make_view(
-    run: Pass, number: int, hidden: Tensor, heard: Mapping[DecoderRows | DecoderKeys, Any]
+    run: Pass,
+    number: int,
+    device: torch.device,
+    hidden: Tensor | None,
+    heard: Mapping[DecoderRows | DecoderKeys, Any],
 ) -> TokenView:
     """What the strategy sees at cut `number`.
 
     Args:
         run: The pass.
         number: The cut's.
-        hidden: (B, N, D), what enters the layer after the cut.
+        device: Where it chooses.
+        hidden: (B, N, D), what enters the layer after the cut; None for one that is blind.
         heard: What layers answered to each request that the strategy declared: attention
             (B, H, V), or keys of visual tokens and of text.
     """
-    device, layer = hidden.device, run.settings.cuts[number - 1]
+    layer, strategy = run.settings.cuts[number - 1], run.settings.strategies[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
     visual_BV = level.visual
     assert visual_BV is not None
 
-    strategy = run.settings.strategies[number - 1]
+    def content(what: str) -> Tensor:
+        if hidden is None:
+            raise ValueError(
+                f"{type(strategy).__name__}: expected a strategy with blind = True to look at no "
+                f"content, got one that reads {what}. Set blind to False."
+            )
+        return hidden
 
     def signal(need: Need) -> Any:
         beside = need in BESIDE and vision_needs(strategy)
@@ -76,9 +87,13 @@ def make_view(
         if isinstance(need, DecoderKeys):
             return TokensAndText(*heard[need])
         if isinstance(need, Normed):
-            return _normed(run, number, hidden)
+            return _normed(run, number, content("hidden states"))
         makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
         return makers[need](run, number, device)
+
+    def positions() -> Tensor:
+        content("positions")
+        return _positions(run, visual_BV)
 
     def places() -> Tensor:
         if ("places", device) not in run.copies:  # the same at all cuts
@@ -95,8 +110,8 @@ def make_view(
         max_keep=max(map(min, level.num_visual, run.budgets[number - 1])),
         ragged=level.ragged,
         _valid=lambda: level.valid(plan),
-        _positions=lambda: _positions(run, visual_BV),
-        _hidden=lambda: take(hidden, level.seats()).detach(),
+        _positions=positions,
+        _hidden=lambda: take(content("hidden states"), level.seats()).detach(),
         _places=places,
         _signal=signal,
     )

@@ -7,7 +7,7 @@ tokens), so a row keeps the same tokens alone and in a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import (
     Need,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Random(ScoreStrategy):
     """Keeps a random subset, drawn anew at every cut from those alive."""
+
+    blind: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -13,7 +13,7 @@ tokens of a row stay, which nobody has proposed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tokenprune.strategy import Published, ScoreStrategy, TokenView, register
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VTW(ScoreStrategy):
     """Keeps no visual token from one layer on; by itself it prefers none to another."""
+
+    blind: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> Tensor:
         return view.valid.float() * 0

@@ -81,6 +81,10 @@ class PruningStrategy(ABC):
     name: ClassVar[str]
     #: True if `select` always keeps exactly min(keep, alive) tokens; spares the engine a count.
     keeps_exactly: ClassVar[bool] = False
+    #: True if `select` looks at no content: of its view at nothing but places, random numbers and
+    #: which tokens exist. It is asked on the host then, before the first layer runs unless a cut
+    #: before it looks at content.
+    blind: ClassVar[bool] = False
 
     def needs(self) -> tuple[Need, ...]:
         """What `select` will ask of its view besides hidden states, positions and places.
