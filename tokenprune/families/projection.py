@@ -118,9 +118,9 @@ def ordinary(
     if named.get("position_embeddings") is not None:
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         cos, sin = named["position_embeddings"]
-        # It rotates two tensors: the one that is not needed is a single head.
-        _, keys = rotate(keys[:, :1], keys, cos, sin)
-        queries, _ = rotate(queries, queries[:, :1], pick(cos, rows), pick(sin, rows))
+        # It rotates two tensors: the one that is not needed has no head.
+        _, keys = rotate(keys[:, :0], keys, cos, sin)
+        queries, _ = rotate(queries, queries[:, :0], pick(cos, rows), pick(sin, rows))
     return QueriesAndKeys(queries, keys, getattr(attention, "scaling", width**-0.5))
 
 
