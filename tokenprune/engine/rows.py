@@ -220,9 +220,9 @@ def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str,
     if len(given) == 1:
         ((name, part),) = given.items()
         part = part if part.dtype in (torch.bool, torch.int64) else part.to(torch.int64)
-        return {name: part.cpu().numpy()}
+        return {name: part.numpy(force=True)}
     flat = [part.to(device=device, dtype=torch.int64).flatten() for part in given.values()]
-    joined = torch.cat(flat).cpu().numpy()
+    joined = torch.cat(flat).numpy(force=True)
     ends = np.cumsum([len(part) for part in flat])[:-1]
     found = zip(given.items(), np.split(joined, ends), strict=True)
     return {name: own.reshape(part.shape) for (name, part), own in found}

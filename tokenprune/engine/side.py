@@ -41,6 +41,7 @@ def renumber(run: Pass, number: int, device: torch.device) -> None:
     level, shift = run.levels[number], None
     if not run.settings.renumbers or level.moved is not None:
         return
+    device = level.device or device  # one that was made ahead may be used first on another
     if run.record is not None:
         shift = to_device(run.record.shifts(number), device)
     if shift is None and level.columns is None:
