@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tokenprune.engine import record as records
 from tokenprune.engine import side
 from tokenprune.engine.cuts import begin, cut, listen
+from tokenprune.engine.levels import Level
 from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import Settings
@@ -95,7 +96,8 @@ class Handle:
         first = min(settings.cuts, default=len(settings.anatomy.layers))
         for index, layer in enumerate(settings.anatomy.layers):
             # A cut may read the layer before it, and what enters the first.
-            if index >= first - 1 or (index == 0 and settings.reads_embeddings):
+            reads = index + 1 == first and self._asked_ahead(index)
+            if index >= first or reads or (index == 0 and settings.reads_embeddings):
                 self._register(layer, self._layer_hook(index), None)
         if self._watch is not None:
             self._watch_tower(self._watch)
@@ -268,29 +270,28 @@ class Handle:
     # -- the layers ------------------------------------------------------------------------------
 
     def _layer_hook(self, index: int) -> Callable[..., Any]:
-        settings = self._settings
-        number = settings.level_of[index]
-        cuts_here, cuts_next = index in settings.cuts, index + 1 in settings.cuts
-        ahead = []
-        if cuts_next:
-            asked = settings.requests[settings.cuts.index(index + 1)]
-            ahead = [request for request in asked if request.source == "previous"]
+        settings, thread = self._settings, self._thread
+        decoder, number = settings.anatomy.decoder, settings.level_of[index]
+        cuts_here, ahead = index in settings.cuts, self._asked_ahead(index)
+        enters = index == 0 and settings.reads_embeddings
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            run = self._find_run(kwargs)
+            run: Pass | None = getattr(thread, "run", None)
+            if run is None or decoder.training:
+                run = self._find_run(run, kwargs)
             if run is None:
                 return None
             if run.cache is None:
                 run.cache = kwargs.get("past_key_values")
             if run.idle and kwargs.get("attention_mask") is None:
                 return None
-            rest, named = self._named(module, args, kwargs)
+            rest, named = (args, kwargs) if len(args) == 1 else self._named(module, args, kwargs)
             hidden = rest[0] if rest else named.pop("hidden_states")
             device = device_of(module, hidden)
             hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
                 side.note_positions(run, named, device)
-            if index == 0 and settings.reads_embeddings and run.prunes and run.open:
+            if enters and run.prunes and run.open:
                 run.embeddings = hidden.detach()
             if cuts_here:
                 if len(run.levels) == number:
@@ -309,10 +310,16 @@ class Handle:
 
         return hook
 
-    def _find_run(self, named: Mapping[str, Any]) -> Pass | None:
-        run: Pass | None = getattr(self._thread, "run", None)
-        if run is not None and not self._settings.anatomy.decoder.training:
-            return run
+    def _asked_ahead(self, index: int) -> list[Any]:
+        """What the cut after a layer asks of that layer."""
+        settings = self._settings
+        if index + 1 not in settings.cuts:
+            return []
+        asked = settings.requests[settings.cuts.index(index + 1)]
+        return [request for request in asked if request.source == "previous"]
+
+    def _find_run(self, run: Pass | None, named: Mapping[str, Any]) -> Pass | None:
+        """The pass of a layer that may be computed anew, in training."""
         embeddings = named.get("position_embeddings")
         key = embeddings[0] if isinstance(embeddings, tuple) else embeddings
         key = named.get("position_ids") if key is None else key
@@ -337,6 +344,9 @@ class Handle:
             records.in_call(run.cache, begins=False)
             run.open = False  # it may live on, for layers that are computed anew
             run.embeddings = run.seen = None
+            for level in (*run.levels, *run.copies.values()):
+                if isinstance(level, Level):
+                    level.side.clear()
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
@@ -348,7 +358,7 @@ class Handle:
                 run.levels,
                 run.prunes,
                 run.levels[0].real,
-                run.rows.visual[:, -1].tolist(),
+                run.rows.ends_visual,
                 run.rows.last_visual,
             )
         seen = any(run.rows.num_visual)

@@ -81,7 +81,7 @@ class Level:
         project: Makes hidden states of the mixture of `source`.
         moved: int64 (B, N), positions that the layers use instead of the model's, if others.
         shift: int64 (B, 1), the model's next position minus the layers', if not 0.
-        side: Side tensors of this level, by name and identity of the original.
+        side: What layers of this level were given, and what is in its place, while they run.
     """
 
     length: int
@@ -99,13 +99,15 @@ class Level:
     project: Callable[[Tensor], Tensor] | None = None
     moved: Tensor | None = None
     shift: Tensor | None = None
-    side: dict[tuple[str, int], Any] = field(default_factory=dict)
+    side: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list, init=False)
+    device: torch.device | None = field(init=False)
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where its tensors are; None without any."""
-        some = (self.visual, self.columns, self.real, self.moved)
-        return next((tensor.device for tensor in some if tensor is not None), None)
+    def __post_init__(self) -> None:
+        #: Where its tensors are; None without any.
+        self.device = None
+        for tensor in (self.visual, self.columns, self.real, self.moved):
+            if tensor is not None:
+                self.device = tensor.device
 
     @property
     def ragged(self) -> bool:
@@ -152,7 +154,7 @@ class Level:
     def unchanged(self) -> Level:
         """The level after a cut that removed nothing."""
         anew: dict[str, Any] = dict.fromkeys(_OF_THE_CUT)
-        return replace(self, **anew, side={})
+        return replace(self, **anew)
 
     def enter(self, hidden: Tensor, before: Level, plan: Plan) -> Tensor:
         """Hidden states (B, N, D) of this level, out of those of the level before.
@@ -266,7 +268,7 @@ class Level:
             held_shift: Shift of what the layers of this level hold in the cache already.
             start: Whether they hold nothing: count from 0.
         """
-        self.shift = held_shift
+        self.shift, self.device = held_shift, positions_BT.device
         own_BN = positions_BT if self.columns is None else take(positions_BT, self.columns)
         self.moved = None if held_shift is None else own_BN - held_shift
         removed = [a != b for a, b in zip(self.num_visual, first.num_visual, strict=True)]

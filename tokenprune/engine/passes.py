@@ -212,7 +212,7 @@ def plan_pass(
     """
     num_rows, length = tokens.shape[:2]
     past = inputs.get("past_key_values")
-    record = records.read(past, settings.policy, len(settings.anatomy.layers), num_rows)
+    record = records.read(past, settings.policy, settings.level_of, num_rows)
     offset = 0 if record is None else record.num_columns
     # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
@@ -220,43 +220,25 @@ def plan_pass(
     rows = read_rows(
         settings, inputs, tokens, offset, max(0, int(to_keep or 0) - 1) if tries else 0
     )
-    prunes = any(rows.num_visual) and bool(settings.cuts)
+    sees = any(rows.num_visual)
+    prunes = sees and bool(settings.cuts)
     _check_window(settings, record, prunes, offset + length)
-    begins_visual = rows.visual[:, 0]
-    if begins_visual.any() and record is not None and (begins_visual & record.ends_visual).any():
+    if sees and record is not None and (rows.visual[:, 0] & record.ends_visual).any():
         raise ValueError(
             "prune: expected an image in one call, got one whose tokens go on in the next: its "
             "budget and its question are known to neither. Leave prefill_chunk_size out, or "
             "divide the prompt between images and text."
         )
+    budgets: list[list[int]] = []
+    seen = plan = None
     if prunes:
         _check_inputs(settings, inputs, rows, offset)
-    budgets = [
-        [
-            count if rows.labelled and not asking else settings.schedule.count(stage, count)
-            for count, asking in zip(rows.num_visual, rows.num_asking, strict=True)
-        ]
-        for stage in range(len(settings.cuts) if prunes else 0)
-    ]
-    seen = None
-    if prunes and watch is not None:
-        seen = match(watch, settings.anatomy, inputs, call.signals, rows)
-    differs = record is not None and record.cut
-    plan = None
+        budgets = [_budget(settings, rows, cut) for cut in range(len(settings.cuts))]
+        if watch is not None:
+            seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     if prunes or rows.padded or rows.targets is not None:
         plan = _plan(settings, rows, budgets, seen)
-    level = Level(
-        length=length,
-        num_real=rows.num_real,
-        num_visual=rows.num_visual,
-        columns=None,
-        real=torch.from_numpy(rows.real) if rows.padded else None,
-        index=None,
-        visual=None if plan is None else plan.visual,
-        counts=None if plan is None else plan.counts[0][:, None],
-        # Generation reads the last column: pad on the left unless the batch is on the right.
-        pads_left=rows.ends_real,
-    )
+    differs = record is not None and record.cut
     shifts = differs and settings.renumbers
     hides = record is not None and (length > 1 or record.ragged or records.is_fixed(past))
     return Pass(
@@ -268,20 +250,46 @@ def plan_pass(
         prunes=prunes,
         idle=not (prunes or shifts or (differs and hides)),
         budgets=budgets,
-        # Where nothing is cut, all levels are there from the start.
-        levels=[level] if prunes else _levels(level, record, len(settings.cuts)),
+        levels=_levels(rows, plan, record, 0 if prunes else len(settings.cuts)),
         plan=plan,
         seen=seen,
         places=cache(_place_finder(settings, rows)),
     )
 
 
-def _levels(level: Level, record: records.Record | None, num_cuts: int) -> list[Level]:
-    """Levels of a pass that cuts nothing; one of their own for those that hold something else."""
-    levels = [level]
-    for number in range(1, num_cuts + 1):
-        same = record is None or record.held[number] is record.held[number - 1]
-        levels.append(levels[-1] if same else level.unchanged())
+def _budget(settings: Settings, rows: Rows, cut: int) -> list[int]:
+    """Tokens that each row may keep at a cut."""
+    return [
+        count if rows.labelled and not asking else settings.schedule.count(cut, count)
+        for count, asking in zip(rows.num_visual, rows.num_asking, strict=True)
+    ]
+
+
+def _levels(
+    rows: Rows, plan: Plan | None, record: records.Record | None, num_cuts: int
+) -> list[Level]:
+    """The first level, and those of cuts that remove nothing: where none does, all are known.
+
+    Those whose layers hold the same share one.
+    """
+    levels: list[Level] = []
+    for number in range(num_cuts + 1):
+        if levels and (record is None or record.held[number] is record.held[number - 1]):
+            levels.append(levels[-1])
+            continue
+        level = Level(
+            length=rows.real.shape[1],
+            num_real=rows.num_real,
+            num_visual=rows.num_visual,
+            columns=None,
+            real=torch.from_numpy(rows.real) if rows.padded else None,
+            index=None,
+            visual=None if plan is None else plan.visual,
+            counts=None if plan is None else plan.counts[0][:, None],
+            # Generation reads the last column: pad on the left unless the batch is on the right.
+            pads_left=rows.ends_real,
+        )
+        levels.append(level)
     return levels
 
 

@@ -239,9 +239,10 @@ class PrunedCache:
         return self.get_seq_length() + query_length, 0
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Between calls of a pruned model; within one, the cache's own is in its place."""
         own: Any = super()
         record = record_of(self)
-        if record is not None and not record.in_call and record.cut:
+        if record is not None and record.cut:
             raise ValueError(
                 f"prune: expected a cache pruned at layers {list(record.policy.cuts)} to be "
                 "continued inside prune(...), as it began, got a call of the unpruned model, which "
@@ -305,8 +306,13 @@ def is_fixed(cache: Any) -> bool:
 def in_call(cache: Any, begins: bool) -> None:
     """Notes that a call with a cache begins or ends."""
     record = record_of(cache)
-    if record is not None:
-        record.in_call = begins
+    if record is None:
+        return
+    record.in_call = begins
+    if begins:  # spares each layer the question
+        vars(cache)["update"] = super(PrunedCache, cache).update  # type: ignore[misc]
+    else:
+        vars(cache).pop("update", None)
 
 
 def keep(cache: Any, record: Record) -> None:
@@ -317,13 +323,15 @@ def keep(cache: Any, record: Record) -> None:
         cache.__class__ = _pruned_class(kind)
 
 
-def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record | None:
+def read(
+    cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int
+) -> Record | None:
     """The record of a cache; None for no cache or an empty one.
 
     Args:
         cache: A Hugging Face cache.
         policy: Cuts and positions of the present run.
-        num_layers: Layers of the decoder.
+        level_of: Level of each layer of the decoder.
         num_rows: Rows of the batch.
 
     Raises:
@@ -335,7 +343,7 @@ def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record |
     if record is None:
         if int(cache.get_seq_length()) == 0:
             return None
-        return _of_unpruned(_lengths(cache, num_layers), policy, num_rows)
+        return _of_unpruned(_lengths(cache, len(level_of)), policy, num_rows)
     if record.policy != policy:
         raise ValueError(
             f"prune: expected a cache pruned at layers {list(policy.cuts)} with {policy.positions} "
@@ -349,8 +357,10 @@ def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record |
         )
     if is_fixed(cache):  # it holds its lengths on the device, and cannot be cropped
         return record
-    held = _lengths(cache, num_layers)
-    expected = [record.length(sum(cut <= i for cut in policy.cuts)) for i in range(num_layers)]
+    held, lengths = _lengths(cache, len(level_of)), [*map(record.length, range(len(record.held)))]
+    expected = [lengths[level] for level in level_of]
+    if held == expected:
+        return record
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
     if len(shorter) > 1 or min(shorter) < 0:
         raise ValueError(
@@ -358,8 +368,7 @@ def read(cache: Any, policy: Policy, num_layers: int, num_rows: int) -> Record |
             "Something else changed this cache."
         )
     (dropped,) = shorter
-    if dropped:
-        record.crop(record.num_columns - dropped)
+    record.crop(record.num_columns - dropped)
     return record
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,12 @@ class Rows:
         return max(np.flatnonzero(self.visual.any(0)).tolist(), default=-1)
 
     @cached_property
+    def ends_visual(self) -> list[bool]:
+        """Whether each row ends in a visual token."""
+        ends: list[bool] = self.visual[:, -1].tolist()
+        return ends
+
+    @cached_property
     def num_follow(self) -> list[int]:
         """Text tokens of the prompt after the last visual one, per row."""
         assert self.prompt is not None
@@ -147,10 +153,10 @@ def read_rows(
     marks = _visual_mask(settings, inputs, num_rows, length, offset)
     by_ids = marks is None and _shows_ids(settings, inputs, offset)
     padding = masks.padding(inputs.get("attention_mask"))
-    nothing = np.zeros((num_rows, length), dtype=np.bool_)
     if marks is None and not by_ids and (length == 1 or padding is None):
         # A decoding step asks the device nothing: what the caller hides, its mask goes on hiding.
-        return Rows(~nothing, nothing, nothing)
+        return text(num_rows, length)
+    nothing = np.zeros((num_rows, length), dtype=np.bool_)
     if padding is not None and padding.shape[1] < offset + length:
         raise ValueError(
             f"prune: expected an attention_mask of {offset + length} columns, all of the "
@@ -212,6 +218,13 @@ def read_rows(
         guesses=guesses,
         facts=told | {name: torch.from_numpy(fetched[f"told {name}"]) for name in few},
     )
+
+
+@lru_cache(16)
+def text(num_rows: int, length: int) -> Rows:
+    """Rows of text without pads; the same ones for every step of a generation."""
+    nothing = np.zeros((num_rows, length), dtype=np.bool_)
+    return Rows(~nothing, nothing, nothing)
 
 
 def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Ints]:

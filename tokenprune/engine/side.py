@@ -6,6 +6,7 @@ Shape suffixes: B batch rows, N positions at a level, Q query rows, K keys.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -21,6 +22,7 @@ from tokenprune.engine.record import is_fixed
 from tokenprune.tensors import causal, hide_pads, take, to_device
 
 #: Arguments that are replaced here by name.
+_ROTARY = "position_embeddings"
 _OWN_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids", "hidden_states")
 
 
@@ -57,41 +59,70 @@ def follow(
     run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
 ) -> None:
     """Puts a layer's other arguments in place of those of tokens that are gone."""
-    renumber(run, number, hidden.device)
+    if run.settings.renumbers:
+        renumber(run, number, hidden.device)
     level = run.at(number, hidden.device)
-    cut = level.columns is not None
+    pair = named.get("position_embeddings")
+    first = pair[0] if isinstance(pair, tuple) else pair
+    given = (named.get("attention_mask"), first, named.get("position_ids"))
+    named.update(_once(run, level, given, partial(_own, run, number, hidden, named)))
+    if level.columns is not None:
+        _take_others(run, level, module, named)
+
+
+def _own(run: Pass, number: int, hidden: Tensor, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer of a level gets for mask, rotary embeddings and positions, as far as others."""
+    level, made = run.at(number, hidden.device), {}
+    cut, pair = level.columns is not None, named.get("position_embeddings")
     if cut or (run.record is not None and run.record.differs(number)):
-        named["attention_mask"] = _once(
-            level,
-            "attention_mask",
-            named.get("attention_mask"),
-            lambda mask: _mask(run, number, mask, hidden),
-        )
+        made["attention_mask"] = _mask(run, number, named.get("attention_mask"), hidden)
     if not cut and level.moved is None:
-        return
-    if named.get("position_embeddings") is not None:
-        named["position_embeddings"] = _once(
-            level,
-            "position_embeddings",
-            named["position_embeddings"],
-            lambda pair: _embeddings(run, level, hidden, pair),
-        )
+        return made
+    if pair is not None:
+        turn = partial(_embeddings, run, level, hidden, pair)
+        first = pair[0] if isinstance(pair, tuple) else pair
+        made["position_embeddings"] = _once(run, level, (_ROTARY, first), turn)
     if named.get("position_ids") is not None:
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
-        gaps = run.settings.anatomy.attention.startswith("flash")
-        named["position_ids"] = (
-            None
-            if gaps and "position_embeddings" in named
-            else _once(
-                level, "position_ids", named["position_ids"], partial(_positions, run, level)
+        gaps = run.settings.anatomy.attention.startswith("flash") and pair is not None
+        made["position_ids"] = None if gaps else _positions(run, level, named["position_ids"])
+    return made
+
+
+def _once(run: Pass, level: Level, given: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What is made once per level, for every layer that is handed the very same things.
+
+    They live as long as the layers run. A layer that is computed anew makes its own: by what it is
+    handed its pass is found, which must not keep it alive.
+    """
+    for known, made in level.side:
+        if len(known) == len(given) and all(map(operator.is_, known, given)):
+            return made
+    made = make()
+    if run.open:
+        level.side.append((given, made))
+    return made
+
+
+def _take_others(run: Pass, level: Level, module: nn.Module, named: dict[str, Any]) -> None:
+    """Takes those of a layer's other arguments that have an entry per token."""
+    known, length = run.settings.anatomy.adapter.token_arguments, run.levels[0].length
+    kind: Any = type(module)
+    for name in _parameters(kind):  # others pass through unread
+        value = named.get(name)
+        if isinstance(value, Tensor) and name not in known and length > 1 and length in value.shape:
+            raise ValueError(
+                f"prune: expected layer arguments that are known, got {name!r} of shape "
+                f"{tuple(value.shape)} in {type(run.settings.anatomy.config).__name__}. Say in "
+                "which dimension its tokens are: Adapter(token_arguments={...})."
             )
-        )
-    if cut:
-        assert level.columns is not None
-        for name, dim in _token_arguments(run, module, named).items():
-            value = to_device(named[name], hidden.device)
-            index = partial(take, index_BN=level.columns, dim=dim)
-            named[name] = _once(level, name, value, index)
+    assert level.columns is not None
+    for name, dim in known.items():
+        value = named.get(name)
+        if isinstance(value, Tensor):
+            value = to_device(value, level.columns.device)
+            index = partial(take, value, level.columns, dim=dim)
+            named[name] = _once(run, level, (name, value), index)
 
 
 def _positions(run: Pass, level: Level, given: Tensor) -> Tensor:
@@ -103,41 +134,10 @@ def _positions(run: Pass, level: Level, given: Tensor) -> Tensor:
     return take(given, level.columns)
 
 
-def _token_arguments(run: Pass, module: nn.Module, named: Mapping[str, Any]) -> dict[str, int]:
-    """The layer's arguments with an entry per token, and in which dimension."""
-    known, length = run.settings.anatomy.adapter.token_arguments, run.levels[0].length
-    kind: Any = type(module)
-    for name in _parameters(kind):  # others pass through unread
-        value = named.get(name)
-        if name in known or not isinstance(value, Tensor):
-            continue
-        if length > 1 and length in value.shape:
-            raise ValueError(
-                f"prune: expected layer arguments that are known, got {name!r} of shape "
-                f"{tuple(value.shape)} in {type(run.settings.anatomy.config).__name__}. Say in "
-                "which dimension its tokens are: Adapter(token_arguments={...})."
-            )
-    return {name: dim for name, dim in known.items() if isinstance(named.get(name), Tensor)}
-
-
 @cache
 def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(kind.forward).parameters
                  if name not in _OWN_ARGUMENTS)  # fmt: skip
-
-
-def _once(level: Level, name: str, original: Any, make: Callable[[Any], Any]) -> Any:
-    """A side tensor is made once per level, for every layer that was handed the same one."""
-    first = original[0] if isinstance(original, tuple) else original
-    known = level.side.get((name, id(first)))
-    if known is not None and known[0]() is first:
-        return known[1]
-    # Weakly: rotary embeddings are what a pass is found by when it is recomputed, and what it must
-    # not keep alive. Whether the original lives is asked because identities are used again.
-    alive = TensorWeakRef(first) if isinstance(first, Tensor) else lambda: first
-    made = make(original)
-    level.side[name, id(first)] = (alive, made)
-    return made
 
 
 # ------------------------------------------------------------------------------------------- masks
@@ -247,7 +247,7 @@ def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: 
     def again(hidden: Tensor, positions: Tensor) -> Any:
         filled = others | {n: hidden if floats else positions for n, floats in tensors.items()}
         named = {str(n): v for n, v in filled.items() if not isinstance(n, int)}
-        return module(*[filled[n] for n in range(len(args))], **named)
+        return module.forward(*[filled[n] for n in range(len(args))], **named)  # type: ignore[operator]
 
     first = output[0] if isinstance(output, tuple) else output
     kind = str(getattr(module, "rope_type", ""))
@@ -301,7 +301,7 @@ def _rotated(run: Pass, level: Level, hidden: Tensor, pair: Any, first: Tensor) 
     by_level = zip(*(part.split(num_rows) for part in parts), strict=True)
     turned = dict(zip(moved, by_level, strict=True))
     for other in run.levels:
-        if id(other) in turned:
+        if other is not level and id(other) in turned and run.open:
             own = turned[id(other)] if isinstance(made, tuple) else turned[id(other)][0]
-            other.side["position_embeddings", id(first)] = (TensorWeakRef(first), own)
+            other.side.append(((_ROTARY, first), own))
     return turned[id(level)] if isinstance(made, tuple) else turned[id(level)][0]

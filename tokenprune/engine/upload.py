@@ -35,7 +35,9 @@ def bring(tables: Sequence[Any], device: torch.device) -> list[Any]:
 
     once = {id(table): table for table in tables}
     brought = {
-        number: replace(table, **{f.name: moved(getattr(table, f.name)) for f in fields(table)})
+        number: replace(
+            table, **{f.name: moved(getattr(table, f.name)) for f in fields(table) if f.init}
+        )
         for number, table in once.items()
     }
     return [brought[id(table)] for table in tables]
