@@ -287,8 +287,10 @@ class Handle:
                 return None
             rest, named = (args, kwargs) if len(args) == 1 else self._named(module, args, kwargs)
             hidden = rest[0] if rest else named.pop("hidden_states")
-            device = device_of(module, hidden)
-            hidden = to_device(hidden, device)
+            device = hidden.device
+            if run.spread:
+                device = device_of(module, hidden)
+                hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
                 side.note_positions(run, named, device)
             if enters and run.prunes and run.open:

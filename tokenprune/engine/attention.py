@@ -7,7 +7,7 @@ H heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,10 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
 
 def _project(run: Pass, asked: Asked, rows: Positions) -> QueriesAndKeys:
     """Queries of the asked rows and keys of all, as the layer makes them."""
-    named = {name: to_device(value, asked.hidden.device) for name, value in asked.named.items()}
-    with _without_dropout(asked.module):
+    named, device = asked.named, asked.hidden.device
+    if run.spread:
+        named = {name: to_device(value, device) for name, value in named.items()}
+    with _without_dropout(asked.module) if asked.module.training else nullcontext():
         return run.settings.anatomy.adapter.project(asked.module, asked.hidden, rows, named)
 
 
@@ -196,9 +198,6 @@ def _held_keys(run: Pass, layer: int, before: int, keys: Tensor) -> Tensor:
 @contextmanager
 def _without_dropout(module: nn.Module) -> Iterator[None]:
     """A choice is no place for chance, and draws nothing from the global generator."""
-    if not module.training:
-        yield
-        return
     dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
     for dropout in dropouts:
         dropout.training = False

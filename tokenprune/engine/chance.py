@@ -44,10 +44,11 @@ def foreseen(
         rows: The call's.
         budgets: Tokens that each cut leaves of each row.
     """
-    found, alive = {}, rows.num_visual
+    found: dict[tuple[int, RandomNumbers], Floats] = {}
+    alive = rows.num_visual
     for cut, budget in enumerate(budgets):
         strategy = settings.strategies[cut]
-        for need in strategy.needs():
+        for need in settings.declared[cut]:
             if isinstance(need, RandomNumbers) and not strategy.blind:
                 found[cut, need] = draw(rows, alive, need.seed, settings.cuts[cut])
         if not strategy.keeps_exactly:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_row
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
+from tokenprune.families.anatomy import has_device
 from tokenprune.families.inputs import layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
@@ -126,6 +127,16 @@ class Pass:
     stages: list[Callable[[], Any]] = field(default_factory=list)
     open: bool = True
     copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)
+
+    @cached_property
+    def attention(self) -> str:
+        """The attention implementation that the layers are set to."""
+        return self.settings.anatomy.attention
+
+    @cached_property
+    def spread(self) -> bool:
+        """Whether layers may be on devices of their own."""
+        return any(map(has_device, self.settings.anatomy.layers))
 
     @property
     def offset(self) -> int:

@@ -61,7 +61,8 @@ class Rows:
 
     @cached_property
     def num_real(self) -> list[int]:
-        return counts(self.real)
+        rows, length = self.real.shape
+        return counts(self.real) if self.padded else [length] * rows
 
     @cached_property
     def num_visual(self) -> list[int]:
@@ -78,12 +79,12 @@ class Rows:
     @cached_property
     def ends_real(self) -> bool:
         """Whether every row ends in a token; a row of pads alone is no matter."""
-        return bool(self.real[self.real.any(1), -1].all())
+        return not self.padded or bool(self.real[self.real.any(1), -1].all())
 
     @cached_property
     def starts_real(self) -> bool:
         """Whether every row starts with a token; a row of pads alone is no matter."""
-        return bool(self.real[self.real.any(1), 0].all())
+        return not self.padded or bool(self.real[self.real.any(1), 0].all())
 
     @cached_property
     def asks_at_its_end(self) -> bool:
@@ -97,7 +98,7 @@ class Rows:
     @cached_property
     def last_visual(self) -> int:
         """Latest column that is visual in some row, or -1."""
-        return max(np.flatnonzero(self.visual.any(0)).tolist(), default=-1)
+        return int(self.visual.nonzero()[1].max(initial=-1))
 
     @cached_property
     def ends_visual(self) -> list[bool]:
@@ -120,7 +121,8 @@ class Rows:
 
 def counts(marked: Bools) -> list[int]:
     """True entries of each row."""
-    return [int(count) for count in marked.sum(1)]
+    numbers: list[int] = marked.sum(1).tolist()
+    return numbers
 
 
 def columns(marked: Bools, pad: int) -> Ints:

@@ -94,18 +94,23 @@ class Settings:
         return tuple(self.strategy.at(cut) for cut in range(len(self.cuts)))
 
     @cached_property
+    def declared(self) -> tuple[tuple[Need, ...], ...]:
+        """What the strategy of each cut says that it needs."""
+        return tuple(strategy.needs() for strategy in self.strategies)
+
+    @cached_property
     def requests(self) -> tuple[tuple[DecoderRows | DecoderKeys, ...], ...]:
         """What the strategy of each cut asks of a layer: attention and keys."""
         kinds = (DecoderRows, DecoderKeys)
         return tuple(
-            tuple(dict.fromkeys(need for need in own.needs() if isinstance(need, kinds)))
-            for own in self.strategies
+            tuple(dict.fromkeys(need for need in needs if isinstance(need, kinds)))
+            for needs in self.declared
         )
 
     @cached_property
     def needs(self) -> frozenset[Need]:
         """What the strategies of all cuts ask for."""
-        return frozenset(need for strategy in self.strategies for need in strategy.needs())
+        return frozenset(need for needs in self.declared for need in needs)
 
     @cached_property
     def reads_embeddings(self) -> bool:

@@ -21,9 +21,12 @@ from tokenprune.engine.passes import Pass, Rotation
 from tokenprune.engine.record import is_fixed
 from tokenprune.tensors import causal, hide_pads, take, to_device
 
-#: Arguments that are replaced here by name.
 _ROTARY = "position_embeddings"
-_OWN_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids", "hidden_states")
+#: Arguments that are replaced here by name, and those that are no tensors.
+_KNOWN = {
+    *("attention_mask", "position_embeddings", "position_ids", "hidden_states"),
+    *("past_key_values", "use_cache", "output_attentions", "output_router_logits"),
+}
 
 
 def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device) -> None:
@@ -84,7 +87,7 @@ def _own(run: Pass, number: int, hidden: Tensor, named: Mapping[str, Any]) -> di
         made["position_embeddings"] = _once(run, level, (_ROTARY, first), turn)
     if named.get("position_ids") is not None:
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
-        gaps = run.settings.anatomy.attention.startswith("flash") and pair is not None
+        gaps = run.attention.startswith("flash") and pair is not None
         made["position_ids"] = None if gaps else _positions(run, level, named["position_ids"])
     return made
 
@@ -136,8 +139,9 @@ def _positions(run: Pass, level: Level, given: Tensor) -> Tensor:
 
 @cache
 def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(name for name in inspect.signature(kind.forward).parameters
-                 if name not in _OWN_ARGUMENTS)  # fmt: skip
+    """Names of a layer's arguments that may be tensors with an entry per token."""
+    named = inspect.signature(kind.forward).parameters.values()
+    return tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD and p.name not in _KNOWN)
 
 
 # ------------------------------------------------------------------------------------------- masks
@@ -204,7 +208,7 @@ def allowed_keys(
 
 def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     """The attention mask of a level, in the form that the attention implementation reads."""
-    device, attention = hidden.device, run.settings.anatomy.attention
+    device, attention = hidden.device, run.attention
     level, before = run.at(number, device), run.held(number)
     known = known_keys(run, number, number, device)
     fixed = is_fixed(run.cache)

@@ -68,11 +68,11 @@ def make_view(
         return hidden
 
     def signal(need: Need) -> Any:
-        beside = need in BESIDE and vision_needs(strategy)
-        if need not in strategy.needs() and not beside:
+        declared = run.settings.declared[number - 1]
+        if need not in declared and not (need in BESIDE and vision_needs(strategy)):
             raise ValueError(
                 f"{type(strategy).__name__}: expected what is declared in needs(), "
-                f"{list(strategy.needs())}, got {need}. Declare it there."
+                f"{list(declared)}, got {need}. Declare it there."
             )
         if isinstance(need, DecoderRows):
             return heard[need]

@@ -156,6 +156,11 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
     return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
 
 
+def has_device(layer: nn.Module) -> bool:
+    """Whether a layer says where it runs, as those of models spread over devices do."""
+    return "_hf_hook" in vars(layer)
+
+
 def device_of(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer runs: models spread over devices move what a layer is given only inside it."""
     device = getattr(vars(layer).get("_hf_hook"), "execution_device", None)
