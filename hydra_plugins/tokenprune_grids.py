@@ -46,8 +46,8 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
-        from tokenprune.runs import results
         from tokenprune.runs.sweeps import expand, run_names
+        from tokenprune.runs.tabulation import finish_sweep
 
         assert self.config is not None
         assert self.launcher is not None
@@ -59,5 +59,5 @@ class GridSweeper(Sweeper):
         returned = self.launcher.launch(named, initial_job_idx=0)
         for job in returned:
             _ = job.return_value  # raises what the job raised
-        results.finish_sweep(Path(self.config.hydra.sweep.dir), names)
+        finish_sweep(Path(self.config.hydra.sweep.dir), names, self.config.get("baseline"))
         return returned

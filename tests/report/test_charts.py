@@ -14,8 +14,9 @@ from tokenprune.report.intervals import Interval
 from tokenprune.report.looks import LOOKS, looks, order
 from tokenprune.report.page import build
 from tokenprune.report.points import Axis, Point, split
-from tokenprune.report.reading import UNPRUNED, load
+from tokenprune.report.reading import load
 from tokenprune.report.tables import matrix
+from tokenprune.runs.methods import UNPRUNED
 
 
 def test_tokens_stand_in_for_missing_flops(tmp_path: Path) -> None:

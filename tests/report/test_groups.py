@@ -13,8 +13,9 @@ from synthetic_sweep import edit_table, plan, write_run, write_sweep
 from tokenprune.report.groups import Group, average
 from tokenprune.report.intervals import Interval, student
 from tokenprune.report.page import build
-from tokenprune.report.reading import Run, load
+from tokenprune.report.reading import load
 from tokenprune.report.words import finding
+from tokenprune.runs.methods import Run
 
 
 def test_seeds_are_averaged_and_do_not_narrow_the_interval(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_finding_says_no_more_than_the_intervals_do(
 ) -> None:
     common = {"schedule": "one_shot", "layers": "2", "keeps": "0.5"}
     groups = [
-        Group((Run({"strategy": name, **common}, None),), name, Interval(*values), {})
+        Group((Run({"strategy": name, **common}, None),), name, "", Interval(*values), {})
         for name, values in (("fastv", best), ("random", second))
     ]
     sentence = finding(groups).replace("\xa0", " ").replace("\u2060", "")

@@ -15,6 +15,7 @@ from PIL import Image
 import tokenprune
 from tokenprune.runs import results
 from tokenprune.runs.sweeps import expand, run_name, run_names, sweep_name
+from tokenprune.runs.tabulation import finish_sweep
 
 MARKS = {"torch": "2", "data.path": "old", "device": "cpu"}
 CONFIG = {"seed": 0, "model": {"path": "tiny"}, "strategy": None, "layers": [1, 2]}
@@ -112,7 +113,7 @@ def test_f1_a_run_that_cannot_be_written_leaves_the_one_before(
 def test_f3_a_table_has_the_runs_of_all_that_share_its_folder(tmp_path: Path) -> None:
     """Whichever sweep writes last, whatever ends while another one writes."""
     write(tmp_path / "b")
-    results.finish_sweep(tmp_path, ["b"])
+    finish_sweep(tmp_path, ["b"])
     write(tmp_path / "a")
     written: list[list[str]] = []
 
@@ -124,7 +125,7 @@ def test_f3_a_table_has_the_runs_of_all_that_share_its_folder(tmp_path: Path) ->
     rows = results.settle(lambda: results.collect(tmp_path), writes)
     assert written == [["a", "b"], ["a", "b", "c"]]
     assert [row["run"] for row in rows] == ["a", "b", "c"]
-    results.finish_sweep(tmp_path, ["c"])
+    finish_sweep(tmp_path, ["c"])
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["c", "a", "b"]
 
@@ -230,11 +231,11 @@ def test_table_is_tidy(tmp_path: Path) -> None:
 
 
 def test_finish_sweep_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results.finish_sweep(tmp_path, ["run"])  # training leaves no metrics
+    finish_sweep(tmp_path, ["run"])  # training leaves no metrics
     assert not (tmp_path / "results.csv").exists()
     assert capsys.readouterr().out == ""
     write(tmp_path / "run")
-    results.finish_sweep(tmp_path, ["run"])
+    finish_sweep(tmp_path, ["run"])
     printed = capsys.readouterr().out
     assert "pyramid λ=0.5, 3 stages" in printed
     assert "75.0 %" in printed

@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -28,7 +29,7 @@ from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets, targets
 from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
 from tokenprune.runs.models import check_choices, load_config
-from tokenprune.runs.sweeps import expand, sweep_name, tabulates
+from tokenprune.runs.sweeps import check_baseline, expand, sweep_name, tabulates
 
 #: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
 _UNNAMED = "outputs/sweep"
@@ -63,7 +64,15 @@ def check_jobs(
             `minimize` it.
     """
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
-    leading = [o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment)\b", o)]
+    leading = [
+        o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment|baseline)\b", o)
+    ]
+    swept = [o for o in args.overrides if o.startswith("baseline=") and o not in leading]
+    if swept:  # it would run everything once for each
+        given = swept[0].partition("=")[2]
+        raise BadInput(
+            f"baseline: expected one or a list, got {given!r}. Write baseline=[{given}]."
+        )
     master = compose(command, leading, args.config_dir, hydra=True)
     moves = [o for o in args.overrides if o.lstrip("+~").startswith("hydra.job.chdir=")]
     if OmegaConf.select(master, "hydra.job.chdir") or set(moves) - set(leading):
@@ -81,7 +90,8 @@ def check_jobs(
     folder = OmegaConf.to_container(master.hydra.sweep)["dir"]  # type: ignore[call-overload,index]
     if "hydra.sweep.dir" not in given and folder == _UNNAMED:
         name = sweep_name([command, *args.overrides])
-        args.overrides.append(f"hydra.sweep.dir=outputs/{name}")
+        folder = f"outputs/{name}"
+        args.overrides.append(f"hydra.sweep.dir={folder}")
     if not tabulates(master):  # another sweeper finds its own values
         fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
         args.overrides += _direction(fixed, given, *wanted(fixed))
@@ -90,7 +100,10 @@ def check_jobs(
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
     known = partial(choices, overrides=args.overrides, extra_dir=args.config_dir)
     places = [item for item in args.overrides if item.startswith("hydra.searchpath=")]
-    jobs = [[*places, *job] for job in expand(grids, task, known)]
+    jobs = expand(grids, task, known)
+    choice = str(OmegaConf.select(master, "hydra.runtime.choices.strategy"))
+    check_baseline(OmegaConf.select(master, "baseline"), jobs, Path(folder), choice)
+    jobs = [[*places, *job] for job in jobs]
     _check_experiments(command, jobs, args.config_dir)
     check((compose(command, job, args.config_dir) for job in jobs), own)
 

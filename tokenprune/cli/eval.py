@@ -14,6 +14,7 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results
 from tokenprune.runs.compose import entries, plain
 from tokenprune.runs.devices import check_nodes
+from tokenprune.runs.tabulation import listed
 from tokenprune.runs.targets import load_imports
 
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
+    listed(config.baseline)
     check_nodes(entries(config.trainer, ("num_nodes",)))
 
 

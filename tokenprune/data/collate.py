@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from tokenprune.data.images import shrink
 from tokenprune.data.sample import IMAGE, Sample, Turn, num_places
 
 #: Labels of positions that carry no loss.
@@ -26,17 +27,22 @@ class PromptCollator:
 
     Args:
         processor: Belongs to the model.
+        image_scale: Share of each image's pixels that the processor is given.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor = processor
+    def __init__(self, processor: ProcessorMixin, image_scale: float = 1.0) -> None:
+        self.processor, self.image_scale = processor, image_scale
         self._writer = _Writer(processor)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Inputs for `generate`, and the samples."""
+        """Inputs for `generate`, and the samples; of smaller images also the ids of whole ones."""
         texts = [self._writer.prompt(sample) for sample in samples]
-        inputs = _process(self.processor, texts, samples, "left")
-        return {"inputs": inputs, "samples": list(samples)}
+        inputs = _process(self.processor, texts, samples, "left", self.image_scale)
+        batch = {"inputs": inputs, "samples": list(samples)}
+        if self.image_scale != 1:
+            whole = _process(self.processor, texts, samples, "left", 1.0)
+            batch["whole_ids"] = whole["input_ids"]  # how many tokens a whole image makes
+        return batch
 
 
 class ConversationCollator:
@@ -48,24 +54,25 @@ class ConversationCollator:
 
     Args:
         processor: Belongs to the model; its tokenizer must be a fast one.
+        image_scale: As for `PromptCollator`.
 
     Raises:
         ValueError: The tokenizer gives no character offsets.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(self, processor: ProcessorMixin, image_scale: float = 1.0) -> None:
         if not processor.tokenizer.is_fast:
             raise ValueError(
                 f"ConversationCollator: expected a fast tokenizer, got "
                 f"{type(processor.tokenizer).__name__}. Load the processor with a tokenizer.json."
             )
-        self.processor = processor
+        self.processor, self.image_scale = processor, image_scale
         self._writer = _Writer(processor)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Inputs with `labels`, int64 (B, T), and the samples."""
         texts = [self._writer.conversation(sample) for sample in samples]
-        inputs = _process(self.processor, texts, samples, "right")
+        inputs = _process(self.processor, texts, samples, "right", self.image_scale)
         labels = torch.full_like(inputs["input_ids"], IGNORED)
         lengths = inputs["attention_mask"].sum(1).tolist()
         for row, (sample, text, length) in enumerate(zip(samples, texts, lengths, strict=True)):
@@ -231,10 +238,14 @@ def _add_special_tokens(tokenizer: Any, text: str) -> bool:
 
 
 def _process(
-    processor: ProcessorMixin, texts: Sequence[str], samples: Sequence[Sample], side: str
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    samples: Sequence[Sample],
+    side: str,
+    scale: float,
 ) -> BatchFeature:
     call: Any = processor
-    images = [list(sample.images) for sample in samples]
+    images = [[shrink(image, scale) for image in sample.images] for sample in samples]
     inputs: BatchFeature = call(
         text=list(texts),
         images=images if any(images) else None,

@@ -9,6 +9,7 @@ them, and of several frames or pages the first is read.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,33 @@ def read_image(source: Path | io.BytesIO) -> Image.Image:
             return plain.convert("RGB")
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError and others
         raise ValueError(first_line(error).split("<_io", 1)[0].strip()) from error
+
+
+def check_scale(value: object) -> float:
+    """`data.image_scale`, a share of the pixels.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(
+            f"data.image_scale: expected a share of the pixels in (0, 1], got {value!r}. "
+            "Set data.image_scale=0.25 for half of each side."
+        )
+    return float(value)
+
+
+def shrink(image: Image.Image, scale: float) -> Image.Image:
+    """The image with a share of its pixels: both sides by the root of it, to whole pixels.
+
+    Args:
+        image: Any.
+        scale: In (0, 1]; 1 gives the image itself.
+    """
+    if scale == 1:
+        return image
+    width, height = (max(1, round(side * math.sqrt(scale))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def open_image(source: Path | io.BytesIO, where: str) -> Image.Image:

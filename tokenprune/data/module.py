@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from tokenprune.data.collate import ConversationCollator, PromptCollator
 from tokenprune.data.folder import FolderDataset
 from tokenprune.data.hub import HubDataset
+from tokenprune.data.images import check_scale
 from tokenprune.data.order import EpochShuffle
 from tokenprune.data.sample import Sample
 
@@ -29,9 +30,10 @@ class VQADataModule(pl.LightningDataModule):
         batch_size: Samples per batch.
         num_workers: Processes that prepare batches; 0 does it in the main process.
         seed: Of the order of training samples.
+        image_scale: Share of each image's pixels that the processor is given, in every loop.
 
     Raises:
-        ValueError: `batch_size` or `num_workers` is out of range.
+        ValueError: `batch_size`, `num_workers` or `image_scale` is out of range.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class VQADataModule(pl.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        image_scale: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -52,6 +55,7 @@ class VQADataModule(pl.LightningDataModule):
                     f"data.{name}: expected an integer >= {lowest}, got {value!r}. "
                     f"Set data.{name}={max(lowest, 8)}."
                 )
+        self.image_scale = check_scale(image_scale)
         self.train, self.validation, self.test = train, validation, test
         self.processor = processor
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -73,6 +77,7 @@ class VQADataModule(pl.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        image_scale: float = 1.0,
     ) -> VQADataModule:
         """Data sets from local files; see `FolderDataset`.
 
@@ -88,6 +93,7 @@ class VQADataModule(pl.LightningDataModule):
             batch_size: Samples per batch.
             num_workers: Processes that prepare batches.
             seed: Of the order of training samples.
+            image_scale: Share of each image's pixels that the processor is given.
 
         Raises:
             ValueError: No path is given, or a data set is not as expected.
@@ -113,6 +119,7 @@ class VQADataModule(pl.LightningDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            image_scale=image_scale,
         )
 
     @classmethod
@@ -137,6 +144,7 @@ class VQADataModule(pl.LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        image_scale: float = 1.0,
     ) -> VQADataModule:
         """Splits of one Hugging Face data set; see `HubDataset`.
 
@@ -159,6 +167,7 @@ class VQADataModule(pl.LightningDataModule):
             batch_size: Samples per batch.
             num_workers: Processes that prepare batches.
             seed: Of the order of training samples.
+            image_scale: Share of each image's pixels that the processor is given.
 
         Raises:
             ValueError: The data set is not as expected.
@@ -190,6 +199,7 @@ class VQADataModule(pl.LightningDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            image_scale=image_scale,
         )
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -205,7 +215,8 @@ class VQADataModule(pl.LightningDataModule):
             rank=0 if trainer is None else trainer.global_rank,
             start=self._start,
         )
-        return self._loader(data, ConversationCollator(self._processor()), shuffle)
+        collate = ConversationCollator(self._processor(), self.image_scale)
+        return self._loader(data, collate, shuffle)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         data = self._data(self.validation, "validation")
@@ -215,12 +226,13 @@ class VQADataModule(pl.LightningDataModule):
             # The trainer's own would repeat samples until all processes have as many.
             rank = trainer.global_rank
             sampler = UnrepeatedDistributedSampler(data, processes, rank, shuffle=False)
-        return self._loader(data, ConversationCollator(self._processor()), sampler)
+        collate = ConversationCollator(self._processor(), self.image_scale)
+        return self._loader(data, collate, sampler)
 
     def test_dataloader(self) -> DataLoader[Sample]:
         data = self._data(self.test, "test")
         self._processes(data, "test")
-        return self._loader(data, PromptCollator(self._processor()))
+        return self._loader(data, PromptCollator(self._processor(), self.image_scale))
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         return self.test_dataloader()

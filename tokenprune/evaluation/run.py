@@ -87,13 +87,15 @@ def run_names(
     schedule = dict(config.schedule) if pruning is not None else {}
     if pruning is not None and pruning.solution is not None:  # a budget asked for another value
         schedule |= dict([pruning.solution.solved])
+    scale = config.data.get("image_scale") or 1.0  # another's data need not have it
     return {
-        "strategy": names["strategy"],
+        "strategy": results.DOWNSAMPLE if pruning is None and scale < 1 else names["strategy"],
         "schedule": names["schedule"] if pruning is not None else None,
         "lam": schedule.get("lam"),
         "num_stages": None if stages is None else len(stages) + 1,
         "layers": None if stages is None else [stage.layer for stage in stages],
         "keeps": None if stages is None else [stage.keep for stage in stages],
+        "image_scale": scale,
         "positions": pruning.positions if pruning is not None else "original",
         # A strategy's own seed counts, whether it was set or follows the run's.
         "seed": config.seed

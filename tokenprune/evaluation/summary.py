@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import tokenprune as tp
-
-_Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
-
-
-def wilson(correct: float, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927); never leaves [0, 1], sound at 0 and 1.
-
-    Scores between 0 and 1 vary less than right and wrong do: of their mean it is no too narrow one.
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share, z2 = correct / total, _Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+from tokenprune.runs.proportions import wilson
 
 
 def summarise(

@@ -18,7 +18,7 @@ from tokenprune.report.canvas import clip, plain, style
 from tokenprune.report.intervals import Interval
 from tokenprune.report.looks import INK, SOFT, SURFACE, Look
 from tokenprune.report.points import Axis, Point, Split, dashes, split
-from tokenprune.report.reading import UNPRUNED
+from tokenprune.runs.methods import UNPRUNED
 
 
 def accuracy_figure(

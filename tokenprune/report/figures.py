@@ -14,9 +14,9 @@ from tokenprune.report.columns import COLUMNS
 from tokenprune.report.groups import Group, cost_column
 from tokenprune.report.looks import Look
 from tokenprune.report.points import Axis, Point, split
-from tokenprune.report.reading import UNPRUNED
 from tokenprune.report.words import family, flops_unit
 from tokenprune.runs import results
+from tokenprune.runs.methods import UNPRUNED
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from PIL import Image
 from tokenprune.report import canvas, pictures
 from tokenprune.report.groups import Group
 from tokenprune.report.looks import order
-from tokenprune.report.reading import UNPRUNED, Run, inside, kept_records, predictions
+from tokenprune.report.reading import inside, kept_records, predictions
 from tokenprune.report.strips import kept_figure
 from tokenprune.report.words import budget_words
 from tokenprune.runs import results
+from tokenprune.runs.methods import UNPRUNED, Run
 
 NUM_PICTURES = 5
 PANEL_PIXELS = 288  # twice the width on the page, for sharp screens

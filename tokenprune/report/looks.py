@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenprune.report.reading import UNPRUNED
+from tokenprune.runs.methods import UNPRUNED
 
 # Print colours. In the page they are CSS variables with a second value for dark mode (`THEME`).
 INK, SOFT, GRID, SURFACE = "#1c1c1a", "#5f5e5a", "#e4e3de", "#ffffff"

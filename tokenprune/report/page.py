@@ -21,8 +21,8 @@ from markupsafe import Markup
 from tokenprune.report import reading, tables, words
 from tokenprune.report.groups import average, settings_of
 from tokenprune.report.looks import looks, order
-from tokenprune.report.reading import Run
 from tokenprune.runs import results
+from tokenprune.runs.methods import Run
 
 if TYPE_CHECKING:
     from tokenprune.report.figures import Drawing

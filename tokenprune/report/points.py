@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tokenprune.report.intervals import Interval
 from tokenprune.report.looks import order
-from tokenprune.report.reading import UNPRUNED
+from tokenprune.runs.methods import UNPRUNED
 
 
 @dataclass(frozen=True)

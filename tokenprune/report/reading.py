@@ -4,77 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tokenprune.runs import results
-
-UNPRUNED = "unpruned"
-# Entries of a config in which the seeds of one experiment may differ, and those without effect on
-# the answers. `data.seed` orders training samples; `data.test.seed` asks other questions.
-SEEDS = ("seed", "strategy.seed", "data.seed")
-NO_EFFECT = ("logger", "num_pictures", "data.num_workers", "trainer.callbacks")
-# Entries of a schedule that its row in results.csv tells, as its budget.
-BUDGET = ("lam", "num_stages", "layers", "layer", "keep", "stages", "num_layers", "_target_")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row of results.csv, by column name, and the folder that holds the run's other files."""
-
-    values: Mapping[str, str]
-    folder: Path | None
-    #: The run's resolved config by dotted key; empty where it is not known.
-    config: Mapping[str, str] = field(default_factory=dict)
-
-    def text(self, column: str) -> str:
-        return self.values.get(column, "").strip()
-
-    def number(self, column: str) -> float | None:
-        try:
-            value = float(self.text(column))
-        except ValueError:
-            return None
-        return value if math.isfinite(value) else None
-
-    def file(self, name: str) -> Path | None:
-        """A file of the run's, where it is there."""
-        path = self.folder / name if self.folder else None
-        return path if path is not None and path.is_file() else None
-
-    @property
-    def strategy(self) -> str:
-        name = self.text("strategy")
-        return UNPRUNED if name in ("none", "") else name
-
-    @property
-    def budget(self) -> tuple[str, ...]:
-        """What the runs of several strategies must share to be compared."""
-        return tuple(self.text(c) for c in ("schedule", "lam", "num_stages", "layers", "keeps"))
-
-    @property
-    def circumstances(self) -> dict[str, str]:
-        """All but strategy, schedule, positions and seeds: model, data, how answers are made."""
-        own = {"model": self.text("model"), "data": self.text("data")}
-        return own | _without(self.config, ("strategy", "schedule", "positions"))
-
-    @property
-    def variant(self) -> dict[str, str]:
-        """What tells runs of one strategy at one budget apart, seeds left out."""
-        if self.strategy == UNPRUNED:
-            return {}
-        own = {"positions": self.text("positions")}
-        inside = {k: v for k, v in self.config.items() if k.startswith(("strategy.", "schedule."))}
-        return own | {
-            key.split(".", 1)[1]: value
-            for key, value in _without(inside, ()).items()
-            if not key.startswith("schedule.") or key.split(".")[1] not in BUDGET
-        }
+from tokenprune.runs.answers import read_lines
+from tokenprune.runs.methods import Run, as_text
 
 
 def load(folder: Path) -> tuple[list[str], list[Run]]:
@@ -100,7 +36,8 @@ def load(folder: Path) -> tuple[list[str], list[Run]]:
         if not files[0].is_file():
             files = sorted(folder.glob(f"**/{results.METRICS}"))
         rows = [
-            _row(_read_object(file), file.parent.relative_to(folder).as_posix()) for file in files
+            as_text(results.row(_read_object(file), file.parent.relative_to(folder).as_posix()))
+            for file in files
         ]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         where = str(folder)
@@ -110,43 +47,13 @@ def load(folder: Path) -> tuple[list[str], list[Run]]:
                 "Run `tokenprune eval` first, and give its output folder."
             )
     places = [inside(folder, row.get("run", "")) for row in rows]
-    runs = [Run(row, place, _config(place)) for row, place in zip(rows, places, strict=True)]
+    runs = [Run.read(row, place) for row, place in zip(rows, places, strict=True)]
     if not any(run.number("accuracy") is not None for run in runs):
         raise ValueError(
             f"report: expected rows with a column accuracy in {where}, got {len(runs)} rows with "
             f"columns {columns}. Run the evaluation again, or give another folder."
         )
     return columns, runs
-
-
-def _without(config: Mapping[str, str], groups: Sequence[str]) -> dict[str, str]:
-    """A config without seeds, what has no effect, and whole groups."""
-    left_out = (*SEEDS, *NO_EFFECT, *groups, "ckpt_path")
-    return {
-        key: value
-        for key, value in config.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
-    }
-
-
-def _config(folder: Path | None) -> dict[str, str]:
-    """The resolved config of a run by dotted key; empty where there is none to read."""
-    path = folder / results.CONFIG if folder else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception:  # whatever the readers of YAML make of something else
-        return {}  # the report shows it as it is
-    return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def kind_intervals(run: Run) -> dict[str, tuple[float | None, float | None]]:
@@ -181,19 +88,9 @@ def predictions(run: Run, ids: set[Any]) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     wanted = {str(name) for name in ids}
-    result: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"report: expected JSON in line {number} of {path}, got {error}. "
-                    "Run that evaluation again."
-                ) from error
-            if str(record.get("id")) in wanted:
-                result[str(record["id"])] = record
-    return result
+    return {
+        str(record["id"]): record for record in read_lines(path) if str(record.get("id")) in wanted
+    }
 
 
 def versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -214,12 +111,6 @@ def first_config(runs: Sequence[Run]) -> tuple[str, str] | None:
         if (path := run.file(results.CONFIG)) is not None:
             return run.text("run"), path.read_text(encoding="utf-8", errors="replace")
     return None
-
-
-def _row(metrics: Mapping[str, Any], run: str) -> dict[str, str]:
-    """metrics.json as the row that results.csv would have."""
-    values = results.row(metrics, run)
-    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def inside(folder: Path, relative: str) -> Path | None:

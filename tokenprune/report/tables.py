@@ -10,8 +10,8 @@ from typing import Any
 from tokenprune.report.columns import column
 from tokenprune.report.groups import Group, settings_of
 from tokenprune.report.looks import order
-from tokenprune.report.reading import Run
 from tokenprune.report.words import family, flops_unit, percent, short
+from tokenprune.runs.methods import Run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tokenprune.report.groups import Group, cost_column, settings_of
 from tokenprune.report.intervals import Interval, apart
-from tokenprune.report.reading import UNPRUNED, Run
+from tokenprune.runs.methods import UNPRUNED, Run
 
 
 def finding(groups: Sequence[Group]) -> str:

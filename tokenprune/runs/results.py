@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, PREDICTIONS = "config.yaml", "metrics.json", "predictions.jsonl"
 VERSIONS, KEPT, TABLE = "versions.json", "kept.json", "results.csv"
+#: What the unpruned model is called when it is given smaller pictures (`data.image_scale`).
+DOWNSAMPLE = "downsample"
 #: First columns of results.csv. ci_low and ci_high are the ends of accuracy's 95 % interval; one
 #: `accuracy_<kind>` per question kind follows them.
 COLUMNS = (
-    *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "positions", "seed"),
+    *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "image_scale"),
+    *("positions", "seed"),
     *("num_samples", "accuracy", "ci_low", "ci_high"),
     *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
     *("num_visual", "model", "data", "run"),
@@ -208,8 +211,8 @@ def changes(
 
     Args:
         folder: The run's folder.
-        config: The resolved config; where a training goes on from, what it logs to and which
-            modules are imported are no part of it.
+        config: The resolved config; where a training goes on from, what it logs to, which modules
+            are imported and what a sweep is compared with are no part of it.
         marks: Its `fingerprint`.
         last: The file that the run writes last.
     """
@@ -218,7 +221,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports"})
+    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports", "baseline"})
     differing = [key for key in keys if old.get(key) != config.get(key)]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
@@ -287,13 +290,17 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes results.csv: a row per run; what a run does not have is empty."""
     kinds = sorted({key for row in rows for key in row} - set(COLUMNS))
     after = COLUMNS.index("ci_high") + 1
-    columns = [*COLUMNS[:after], *kinds, *COLUMNS[after:]]
+    write_rows(folder / TABLE, [*COLUMNS[:after], *kinds, *COLUMNS[after:]], rows)
+    return folder / TABLE
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV file that is never seen half-written; what a row does not have is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / TABLE, text.getvalue())
-    return folder / TABLE
+    write_text(path, text.getvalue())
 
 
 def settle(
@@ -317,27 +324,10 @@ def settle(
     return rows
 
 
-def finish_sweep(folder: Path, runs: Sequence[str] = ()) -> None:
-    """Writes results.csv of a sweep's folder and prints its table; training leaves none.
-
-    Args:
-        folder: The sweep's folder, which others may share.
-        runs: Sub-folders of this sweep's runs, which come first.
-    """
-
-    def collects() -> list[dict[str, Any]]:
-        whole = [path.parent for path in folder.rglob(f"*/{METRICS}")]
-        others = [path for path in whole if all((path / n).is_file() for n in (CONFIG, VERSIONS))]
-        return collect(folder, [*runs, *sorted(str(path.relative_to(folder)) for path in others)])
-
-    rows = settle(collects, lambda rows: write_table(folder, rows))
-    if rows:
-        print_table(rows, f"{len(rows)} runs: {folder / TABLE}")
-
-
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints runs as a table for people."""
-    told = [name for name in ("model", "data", "seed") if len({e.get(name) for e in rows}) > 1]
+    names = ("model", "data", "image_scale", "seed")
+    told = [name for name in names if len({entry.get(name) for entry in rows}) > 1]
     cells = []
     for entry in rows:
         pruned = entry["schedule"] is not None

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.runs import results
+from tokenprune.runs.tabulation import finish_sweep, listed
 
 _LONGEST_NAME = 120  # most file systems end at 255 bytes
 
@@ -93,20 +94,48 @@ def tabulates(config: DictConfig) -> bool:
 
 
 class Tabulate(Callback):
-    """Writes results.csv and prints it at the end of a sweep whose sweeper is another's.
+    """Writes and prints the tables at the end of a sweep whose sweeper is another's.
 
-    It has all complete runs in the sweep's folder, those of earlier searches included.
+    They have all complete runs in the sweep's folder, those of earlier searches included.
     """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if not tabulates(config):
-            results.finish_sweep(Path(config.hydra.sweep.dir))
+            finish_sweep(Path(config.hydra.sweep.dir), baseline=config.get("baseline"))
+
+
+def check_baseline(
+    baseline: object, jobs: Sequence[Sequence[str]], folder: Path, strategy: str
+) -> None:
+    """Refuses, before anything runs, what a sweep has neither a strategy nor a run for.
+
+    Args:
+        baseline: The config's key.
+        jobs: Overrides of every run.
+        folder: The sweep's, where earlier runs may be.
+        strategy: The choice of runs that name none.
+
+    Raises:
+        ValueError: Says what there is.
+    """
+    names = run_names(jobs)
+    key = r"[+]*strategy(?:\.name|\._target_)?="
+    parts = [part for job in jobs for part in job if re.match(key, part)]
+    chosen = {re.sub(key, "", part).rpartition(".")[2] for part in parts}
+    known = {strategy, *chosen, results.DOWNSAMPLE} - {"none"}
+    for name in listed(baseline):
+        there = name in names or (folder / name / results.METRICS).is_file()
+        if not there and name.partition("(")[0] not in known:
+            raise ValueError(
+                f"baseline: expected a strategy or a run of this sweep, got {name!r}. Name one "
+                f"of {sorted(known)}, or a run's folder, such as {names[0]!r}."
+            )
 
 
 def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
-    # Where a training goes on from does not make it another one.
-    left_out = r"[+]*(experiment|hydra|ckpt_path)\b"
+    # Where a training goes on from, and what a sweep is compared with, make it no other one.
+    left_out = r"[+]*(experiment|hydra|ckpt_path|baseline)\b"
     parts = [part for part in overrides if not re.match(left_out, part)]
     # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3; but not
     # strategy.seed=1 -> seed=1, which is another run.
@@ -133,5 +162,5 @@ def _digest(parts: Sequence[str]) -> str:
 
 def sweep_name(overrides: Sequence[str]) -> str:
     """Folder of a sweep that has no name of its own; the order of its overrides is no matter."""
-    key = "\n".join(sorted(overrides))
+    key = "\n".join(sorted(o for o in overrides if not o.startswith("baseline=")))
     return f"sweep-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"

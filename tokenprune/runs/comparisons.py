@@ -1,0 +1,191 @@
+"""comparisons.csv: each method against the unpruned model, against `random`, and others, paired.
+
+Only methods of one setting are compared (`methods.gather`: one model, data, metric, length of
+answers), and only if their runs were asked the same questions in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.runs.answers import Answers, read_answers
+from tokenprune.runs.methods import DOWNSAMPLE, UNPRUNED, Method
+from tokenprune.runs.paired import Difference, compare, holm, verdict
+
+TABLE = "comparisons.csv"
+#: Columns that say what a method is, as results.csv has them.
+METHOD = ("schedule", "lam", "num_stages", "layers", "keeps", "image_scale", "positions")
+COLUMNS = (
+    *("method", *METHOD, "num_seeds", "against", "against_method", "against_seeds"),
+    *("num_questions", "accuracy", "against_accuracy", "difference", "ci_low", "ci_high"),
+    *("wins", "losses", "test", "p", "num_compared", "p_holm", "holm_low", "holm_high"),
+    *("verdict", "model", "data", "run", "against_run"),
+)
+#: What everything is compared with, where it is there.
+ALWAYS = (UNPRUNED, "random")
+_NO_SCORES = "a run of it has no scores in predictions.jsonl, or was asked other questions."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method and what it is compared with."""
+
+    method: Method
+    against: str
+    reference: Method
+    difference: Difference
+
+
+def compare_methods(
+    methods: Sequence[Method], baselines: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of comparisons.csv, and a sentence for each thing that could not be compared.
+
+    Holm's correction is over all methods of a setting that are compared with the same.
+
+    Args:
+        methods: As `gather` makes them.
+        baselines: Names of strategies or of runs to compare with besides `ALWAYS`; with one that
+            is not there (`check_baselines`) nothing is.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    for setting in dict.fromkeys(method.setting for method in methods):
+        inside = [method for method in methods if method.setting == setting]
+        for against in dict.fromkeys((*ALWAYS, *baselines)):
+            family = list(_family(inside, against, notes))
+            corrected = holm([pair.difference.p for pair in family])
+            for pair, own in zip(family, corrected, strict=True):
+                low, high = pair.difference.interval(own.alpha)
+                rows.append(
+                    _row(pair)
+                    | {"num_compared": len(family), "p_holm": own.p}
+                    | {"holm_low": low, "holm_high": high}
+                    | {"verdict": verdict(pair.difference, own)}
+                )
+    return rows, list(notes)
+
+
+def check_baselines(methods: Sequence[Method], baselines: Sequence[str]) -> None:
+    """Refuses names that are neither a strategy's nor a run's.
+
+    Raises:
+        ValueError: There is one; says which are known.
+    """
+    known = dict.fromkeys(name for method in methods for name in _names(method))
+    runs = {run.text("run") for method in methods for run in method.runs}
+    for name in baselines:
+        if name not in known and name not in runs:
+            raise ValueError(
+                f"baseline: expected a strategy or a run of this sweep, got {name!r}. Name one of "
+                f"{sorted(known)}, or a row's run in results.csv."
+            )
+
+
+def scores_of(method: Method) -> tuple[str, NDArray[np.float64]] | None:
+    """What its runs were asked, and their scores (S, Q); None if unknown, or not the same."""
+    found = [read_answers(run.folder) for run in method.runs]
+    known = [own for own in found if isinstance(own, Answers)]
+    if len(known) < len(found) or len({own.asked for own in known}) > 1:
+        return None
+    return known[0].asked, np.stack([own.scores_Q for own in known])
+
+
+def share_of(method: Method) -> float | None:
+    """Share of the visual tokens that the method leaves a layer on average.
+
+    Of a smaller picture it is its share of the pixels: a vision tower of one size makes as many
+    tokens of it, though there is no more in them.
+    """
+    tokens, whole = method.mean("avg_tokens"), method.mean("num_visual")
+    if method.first.strategy == DOWNSAMPLE:
+        return method.first.scale
+    return tokens / whole if tokens is not None and whole else None
+
+
+def nearest_downsample(method: Method, methods: Sequence[Method]) -> Method | None:
+    """The down-sampled run whose share of the pixels is nearest to the method's of the tokens."""
+    share = share_of(method)
+    scaled = [other for other in methods if other.first.strategy == DOWNSAMPLE]
+    if share is None or not scaled:
+        return None
+    return min(scaled, key=lambda other: (abs(other.first.scale - share), other.first.scale))
+
+
+def _family(inside: Sequence[Method], against: str, notes: dict[str, None]) -> Iterator[Pair]:
+    """All comparisons of a setting's methods with one and the same."""
+    for method in inside:
+        for reference in _references(method, inside, against):
+            first, second = scores_of(method), scores_of(reference)
+            for own, scores in ((method, first), (reference, second)):
+                if scores is None:
+                    notes[f"{own.series} is compared with nothing: {_NO_SCORES}"] = None
+            if first is None or second is None:
+                continue
+            if first[0] == second[0]:
+                yield Pair(method, against, reference, compare(first[1], second[1]))
+            else:
+                both = f"{method.series} and {reference.series}"
+                notes[f"{both} are not compared: they were asked different questions."] = None
+
+
+def _references(method: Method, inside: Sequence[Method], against: str) -> list[Method]:
+    """What a method is compared with under a name.
+
+    A strategy's own runs at the same cuts, of the same positions where there are both; a run,
+    whatever its budget; of down-sampled ones the nearest.
+    """
+    own = {run.text("run") for run in method.runs}
+    named = [
+        Method((run,), other.series, other.setting)
+        for other in inside
+        for run in other.runs
+        if run.text("run") == against and against not in own
+    ]
+    if named or against in own or against in _names(method):
+        return named
+    if against == DOWNSAMPLE:
+        nearest = nearest_downsample(method, inside)
+        return [] if nearest is None else [nearest]
+    found = [other for other in inside if against in _names(other)]
+    if against != UNPRUNED:
+        found = [other for other in found if other.first.cuts == method.first.cuts]
+        found = [other for other in found if other.first.scale == method.first.scale]
+    alike = [o for o in found if o.first.text("positions") == method.first.text("positions")]
+    return alike or found
+
+
+def _names(method: Method) -> tuple[str, ...]:
+    """What a method's strategy may be called: with the fields that were changed, or without."""
+    return method.first.strategy, method.first.bare
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    """A comparison before it is corrected."""
+    method, reference, difference = pair.method, pair.reference, pair.difference
+    low, high = difference.interval()
+    return {
+        "method": method.series,
+        **{name: method.first.text(name) for name in METHOD},
+        "num_seeds": method.num_seeds,
+        "against": pair.against,
+        "against_method": reference.series,
+        "against_seeds": reference.num_seeds,
+        "num_questions": difference.num_questions,
+        "accuracy": difference.first,
+        "against_accuracy": difference.second,
+        "difference": difference.value,
+        "ci_low": low,
+        "ci_high": high,
+        "wins": difference.wins,
+        "losses": difference.losses,
+        "test": difference.test,
+        "p": difference.p,
+        **{name: method.first.text(name) for name in ("model", "data", "run")},
+        "against_run": reference.first.text("run"),
+    }

@@ -1,0 +1,91 @@
+"""difficulty.csv: right answers on the questions that a smaller picture answers, and on the others.
+
+Many questions of a benchmark can be answered from a smaller picture, which says nothing about how
+well a method chooses. Liao et al., 2025 (VTC-Bench, arXiv 2510.07143) therefore split the questions
+that the unpruned model gets right by whether it also does with a down-sampled picture of the same
+budget: *easy* ones, and *hard* ones, where only choosing can help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenprune.runs.comparisons import METHOD, nearest_downsample, scores_of, share_of
+from tokenprune.runs.methods import UNPRUNED, Method
+from tokenprune.runs.proportions import wilson
+
+TABLE = "difficulty.csv"
+COLUMNS = (
+    *("method", *METHOD, "num_seeds", "token_share", "downsample_scale", "num_questions"),
+    *("num_wrong", "num_easy", "easy", "easy_low", "easy_high"),
+    *("num_hard", "hard", "hard_low", "hard_high", "model", "data", "run", "downsample_run"),
+)
+#: Baselines that choose nothing: each budget is to have them.
+BASELINES = ("pool", "random")
+_RIGHT = 0.5  # scores from here on count as right, as in predictions.jsonl
+
+
+def split_by_difficulty(methods: Sequence[Method]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of difficulty.csv, and a sentence for each thing that is missing.
+
+    A down-sampled run is in it as well: it gets all easy questions of its own split right and no
+    hard one, by what the words mean.
+
+    Args:
+        methods: As `gather` makes them.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    for method in methods:
+        inside = [other for other in methods if other.setting == method.setting]
+        whole = next((other for other in inside if other.first.strategy == UNPRUNED), None)
+        scaled = nearest_downsample(method, inside)
+        if scaled is None or method is whole:
+            continue
+        if whole is None:
+            notes["No split by difficulty: no unpruned run of the same setting."] = None
+            continue
+        row = _row(method, whole, scaled)
+        if row is None:
+            notes[f"{method.series} is not split by difficulty: its questions differ."] = None
+            continue
+        rows.append(row)
+    shared = {(row["layers"], row["keeps"]) for row in rows if row["layers"]}
+    for name in BASELINES if rows else ():
+        there = {(r["layers"], r["keeps"]) for r in rows if r["method"].partition(" ")[0] == name}
+        if missing := len(shared - there):
+            notes[f"{name} is missing at {missing} of {len(shared)} budgets that are split."] = None
+    return rows, list(notes)
+
+
+def _row(method: Method, whole: Method, scaled: Method) -> dict[str, Any] | None:
+    """A method's right answers on both kinds of questions; None where these are not the same."""
+    found = [scores_of(own) for own in (method, whole, scaled)]
+    known = [own for own in found if own is not None]
+    if len(known) < len(found) or len({asked for asked, _ in known}) > 1:
+        return None
+    score_Q, whole_Q, scaled_Q = (scores_SQ.mean(0) for _, scores_SQ in known)
+    right_Q = whole_Q >= _RIGHT
+    row: dict[str, Any] = {
+        "method": method.series,
+        **{name: method.first.text(name) for name in METHOD},
+        "num_seeds": method.num_seeds,
+        "token_share": share_of(method),
+        "downsample_scale": scaled.first.scale,
+        "num_questions": len(score_Q),
+        "num_wrong": int((~right_Q).sum()),
+    }
+    parts = {"easy": right_Q & (scaled_Q >= _RIGHT), "hard": right_Q & (scaled_Q < _RIGHT)}
+    for name, part_Q in parts.items():
+        number, total = int(part_Q.sum()), float(np.sum(score_Q[part_Q]))
+        low, high = wilson(total, number)
+        row |= {f"num_{name}": number}
+        if number:
+            row |= {name: total / number, f"{name}_low": low, f"{name}_high": high}
+    return row | {
+        **{name: method.first.text(name) for name in ("model", "data", "run")},
+        "downsample_run": scaled.first.text("run"),
+    }
