@@ -25,9 +25,9 @@ class Reader(HTMLParser):
             self._in_runs = named.get("id") == "runs"
         if self._in_runs and tag == "tr":
             self.rows.append([])
-        if "data-column" in named:
+        if self._in_runs and "data-column" in named:
             self.columns.append(named["data-column"] or "")
-        if "data-value" in named:
+        if self._in_runs and "data-value" in named:
             self.rows[-1].append(named["data-value"] or "")
 
     def handle_data(self, data: str) -> None:

@@ -13,6 +13,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser("tokenprune report", description="A sweep as a page.")
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as outputs/ablation")
     add_config_dir(parser)  # a results.csv says it all: what is given to eval may stay
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        help="a strategy or a run to compare with, besides unpruned and random; may be repeated",
+    )
     args = parser.parse_args(arguments)
     if args.config_dir is not None:
         from tokenprune.cli.configs import folders
@@ -20,5 +26,5 @@ def main(arguments: Sequence[str]) -> int:
         folders([], args.config_dir)  # as there, a mistake is told
     from tokenprune.report import page
 
-    print(page.build(args.folder))
+    print(page.build(args.folder, args.baseline))
     return 0

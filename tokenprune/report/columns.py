@@ -48,6 +48,12 @@ COLUMNS: dict[str, Column] = {
         "text",
         "The fraction of the sample's original visual tokens alive after each of these cuts.",
     ),
+    "image_scale": Column(
+        "picture",
+        "number",
+        "Share of the pictures' pixels that the model was given (data.image_scale). downsample: "
+        "the unpruned model on smaller pictures.",
+    ),
     "positions": Column(
         "positions",
         "text",
@@ -90,6 +96,13 @@ COLUMNS: dict[str, Column] = {
     "data": Column("data", "text", "The data that was asked about."),
     "run": Column("run", "text", "The folder of the run, relative to this page."),
 }
+
+
+#: Columns of which a reader of many runs wants some values only.
+FILTERS = (
+    *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "image_scale"),
+    *("positions", "seed", "model", "data"),
+)
 
 
 def column(name: str) -> Column:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
-from tokenprune.report import reading, tables, words
+from tokenprune.report import paired, reading, tables, words
 from tokenprune.report.groups import average, settings_of
 from tokenprune.report.looks import looks, order
-from tokenprune.runs import results
+from tokenprune.runs import comparisons, results
 from tokenprune.runs.methods import Run
 
 if TYPE_CHECKING:
+    from tokenprune.report.differences import Differences
     from tokenprune.report.figures import Drawing
-    from tokenprune.report.gallery import SampleView
+    from tokenprune.report.pictured import SampleView
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +44,29 @@ class Page:
     drawings: list[Drawing] = field(default_factory=list)
     samples: list[SampleView] = field(default_factory=list)
     samples_caption: str = ""
+    differences: Differences | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
     """Writes `report.html` and `figures/` into a folder of runs, and returns the page's path.
 
     Args:
         folder: A sweep (`results.csv` with its run folders) or a single run (`metrics.json`).
+        baselines: Strategies or runs to compare with besides the unpruned model and `random`; none
+            takes the sweep's own comparisons, where it has written them.
 
     Raises:
-        ValueError: If the folder holds no results, or a file of a run cannot be read.
+        ValueError: If the folder holds no results, a file of a run cannot be read, or there is no
+            such baseline.
     """
     folder = Path(folder)
     columns, runs = reading.load(folder)
-    # Matplotlib takes its time: not for a folder without results.
-    from tokenprune.report import figures, gallery
-
     groups = average(runs)
+    comparisons.check_baselines(groups, baselines)
+    # Matplotlib takes its time: not for a folder without results.
+    from tokenprune.report import differences, figures, gallery, pictured
+
     page = Page(title=_title(folder), finding=words.finding(groups), facts=_facts(runs))
 
     drawn = looks([group.first.strategy for group in groups])
@@ -71,7 +77,13 @@ def build(folder: Path) -> Path:
         inside = [group for group in groups if group.setting == setting]
         name = f" ({setting})" if len(settings) > 1 else ""
         page.drawings += figures.draw(beside, inside, drawn, suffix, name, page.notes)
-    page.samples, page.samples_caption = gallery.draw(beside, groups, page.notes)
+    if (shown := pictured.choose(groups)) is None:
+        page.notes.append("No pictures of kept tokens: no run has a kept.json with stages.")
+    else:
+        page.samples, page.samples_caption = gallery.draw(beside, shown, page.notes)
+        page.differences = differences.find(shown, page.notes)
+    compared, split, missing = paired.read_tables(folder, groups, baselines)
+    page.notes += missing
 
     html = (
         _environment()
@@ -79,6 +91,8 @@ def build(folder: Path) -> Path:
         .render(
             page=page,
             matrices=[m for one in settings if (m := tables.matrix(groups, one)) is not None],
+            compared=paired.comparison_table(compared) if compared else None,
+            split=paired.difficulty_table(split) if split else None,
             table=tables.table(columns, runs),
             definitions=tables.definitions(columns),
             versions=reading.versions(runs),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.report.columns import column
+from tokenprune.report.columns import FILTERS, column
 from tokenprune.report.groups import Group, settings_of
 from tokenprune.report.looks import order
 from tokenprune.report.words import family, flops_unit, percent, short
@@ -23,6 +23,46 @@ class Cell:
     note: str = ""
     tint: float = 0.0
     best: bool = False
+    #: How it is set: `right`, `wrong`, or plain.
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column's head in a table that can be sorted.
+
+    Attributes:
+        name: What it is called in its file.
+        heading: What stands above it.
+        numeric: Whether its values are numbers.
+        filters: Whether rows can be chosen by it.
+        meaning: What it is.
+    """
+
+    name: str
+    heading: str
+    numeric: bool
+    filters: bool = False
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be sorted and filtered.
+
+    Attributes:
+        name: Its id in the page.
+        label: What it shows.
+        heads: Its columns.
+        rows: Each with the strategy whose mark stands in its first cell.
+        constant: What is the same in every row, and therefore not shown in it.
+    """
+
+    name: str
+    label: str
+    heads: tuple[Head, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    constant: tuple[tuple[str, Cell], ...] = ()
 
 
 def matrix(groups: Sequence[Group], setting: str) -> dict[str, Any] | None:
@@ -86,7 +126,7 @@ def matrix(groups: Sequence[Group], setting: str) -> dict[str, Any] | None:
     }
 
 
-def table(columns: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+def table(columns: Sequence[str], runs: Sequence[Run]) -> Table:
     """All runs. What is the same in every run goes above the table, what no run has is left out."""
     used = [name for name in columns if any(run.text(name) for run in runs)]
     constant = [
@@ -109,11 +149,17 @@ def table(columns: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
     def heading(name: str) -> str:
         return unit if column(name).style == "flops" else column(name).heading
 
-    return {
-        "heads": [(name, heading(name), column(name).style != "text") for name in shown],
-        "rows": [(run.strategy, [cell(run, name) for name in shown]) for run in runs],
-        "constant": [(heading(name), cell(runs[0], name)) for name in constant],
-    }
+    heads = (
+        Head(name, heading(name), column(name).style != "text", name in FILTERS, name)
+        for name in shown
+    )
+    return Table(
+        name="runs",
+        label="All runs",
+        heads=tuple(heads),
+        rows=tuple((run.strategy, tuple(cell(run, name) for name in shown)) for run in runs),
+        constant=tuple((heading(name), cell(runs[0], name)) for name in constant),
+    )
 
 
 def definitions(columns: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -64,7 +64,10 @@ def percent(interval: Interval, name: str = "") -> str:
 
 
 def budget_words(run: Run) -> str:
-    """The schedule and its budget in words."""
+    """The schedule and its budget in words; of a smaller picture its share of the pixels."""
+    pixels = f"{short(str(100 * run.scale))} % of the pixels"
+    if run.scale < 1 and not run.text("schedule"):
+        return pixels
     words = [run.text("schedule") or "schedule unknown"]
     if run.number("lam") is not None:
         words.append(f"λ = {short(run.text('lam'))}")
@@ -73,6 +76,8 @@ def budget_words(run: Run) -> str:
     elif run.text("layers"):
         words.append(f"layer {run.text('layers').strip('[]()')}")
         words.append(f"keep {run.text('keeps').strip('[]()')}")
+    if run.scale < 1:
+        words.append(pixels)
     return ", ".join(words)
 
 
@@ -83,7 +88,7 @@ def family(run: Run, among: Sequence[Run] = ()) -> str:
         run: The run in question.
         among: Others; where they cut a pyramid of as many stages elsewhere, the layers are named.
     """
-    name = run.text("schedule") or "schedule unknown"
+    name = run.text("schedule") or budget_words(run)
     if run.number("lam") is None or not run.text("num_stages"):
         return name
     alike = [r for r in among if family(r) == family(run) and r.number("lam") is not None]

@@ -28,7 +28,7 @@ COLUMNS = (
 )
 #: What everything is compared with, where it is there.
 ALWAYS = (UNPRUNED, "random")
-_NO_SCORES = "a run of it has no scores in predictions.jsonl, or was asked other questions."
+_NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,30 @@ class Pair:
     difference: Difference
 
 
+class Left:
+    """What could not be compared, and why; told in few sentences, however many there are."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, None]] = {}
+
+    def add(self, why: str, name: str) -> None:
+        """Notes one of those that are left out for a reason."""
+        self._names.setdefault(why, {})[name] = None
+
+    def sentences(self) -> list[str]:
+        """One for each reason, with the first few names."""
+        told = []
+        for why, names in self._names.items():
+            first = ", ".join(list(names)[:_NUM_NAMED])
+            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+            told.append(f"{why}: {first}{more}.")
+        return told
+
+
 def compare_methods(
     methods: Sequence[Method], baselines: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of comparisons.csv, and a sentence for each thing that could not be compared.
+    """Rows of comparisons.csv, and a sentence for each reason why some could not be compared.
 
     Holm's correction is over all methods of a setting that are compared with the same.
 
@@ -54,11 +74,11 @@ def compare_methods(
             is not there (`check_baselines`) nothing is.
     """
     rows: list[dict[str, Any]] = []
-    notes: dict[str, None] = {}
+    left = Left()
     for setting in dict.fromkeys(method.setting for method in methods):
         inside = [method for method in methods if method.setting == setting]
         for against in dict.fromkeys((*ALWAYS, *baselines)):
-            family = list(_family(inside, against, notes))
+            family = list(_family(inside, against, left))
             corrected = holm([pair.difference.p for pair in family])
             for pair, own in zip(family, corrected, strict=True):
                 low, high = pair.difference.interval(own.alpha)
@@ -68,7 +88,7 @@ def compare_methods(
                     | {"holm_low": low, "holm_high": high}
                     | {"verdict": verdict(pair.difference, own)}
                 )
-    return rows, list(notes)
+    return rows, left.sentences()
 
 
 def check_baselines(methods: Sequence[Method], baselines: Sequence[str]) -> None:
@@ -117,42 +137,50 @@ def nearest_downsample(method: Method, methods: Sequence[Method]) -> Method | No
     return min(scaled, key=lambda other: (abs(other.first.scale - share), other.first.scale))
 
 
-def _family(inside: Sequence[Method], against: str, notes: dict[str, None]) -> Iterator[Pair]:
+def _family(inside: Sequence[Method], against: str, left: Left) -> Iterator[Pair]:
     """All comparisons of a setting's methods with one and the same."""
     for method in inside:
-        for reference in _references(method, inside, against):
+        references = _references(method, inside, against)
+        if not references and against not in (*ALWAYS, *_names(method)):
+            left.add(f"Not compared with {against}, which has no run at their cuts", method.series)
+        for reference in references:
             first, second = scores_of(method), scores_of(reference)
             for own, scores in ((method, first), (reference, second)):
                 if scores is None:
-                    notes[f"{own.series} is compared with nothing: {_NO_SCORES}"] = None
+                    left.add(
+                        "Compared with nothing, for a run of theirs has no scores in "
+                        "predictions.jsonl, or was asked other questions",
+                        own.series,
+                    )
             if first is None or second is None:
                 continue
             if first[0] == second[0]:
                 yield Pair(method, against, reference, compare(first[1], second[1]))
             else:
-                both = f"{method.series} and {reference.series}"
-                notes[f"{both} are not compared: they were asked different questions."] = None
+                both = f"{method.series} with {reference.series}"
+                left.add("Not compared, for they were asked different questions", both)
 
 
 def _references(method: Method, inside: Sequence[Method], against: str) -> list[Method]:
     """What a method is compared with under a name.
 
-    A strategy's own runs at the same cuts, of the same positions where there are both; a run,
-    whatever its budget; of down-sampled ones the nearest.
+    Of a strategy its runs at the same cuts, of the same positions where there are both; of smaller
+    pictures the nearest; a run whatever its budget.
     """
-    own = {run.text("run") for run in method.runs}
-    named = [
-        Method((run,), other.series, other.setting)
-        for other in inside
-        for run in other.runs
-        if run.text("run") == against and against not in own
-    ]
-    if named or against in own or against in _names(method):
-        return named
+    if against in _names(method):
+        return []
+    whole = method.first.strategy == UNPRUNED
     if against == DOWNSAMPLE:
-        nearest = nearest_downsample(method, inside)
+        nearest = None if whole else nearest_downsample(method, inside)
         return [] if nearest is None else [nearest]
     found = [other for other in inside if against in _names(other)]
+    if not found:
+        return [
+            Method((run,), other.series, other.setting)
+            for other in inside
+            for run in other.runs
+            if run.text("run") == against and other is not method
+        ]
     if against != UNPRUNED:
         found = [other for other in found if other.first.cuts == method.first.cuts]
         found = [other for other in found if other.first.scale == method.first.scale]

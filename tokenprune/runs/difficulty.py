@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.runs.comparisons import METHOD, nearest_downsample, scores_of, share_of
+from tokenprune.runs.comparisons import METHOD, Left, nearest_downsample, scores_of, share_of
 from tokenprune.runs.methods import UNPRUNED, Method
 from tokenprune.runs.proportions import wilson
 
@@ -38,27 +38,30 @@ def split_by_difficulty(methods: Sequence[Method]) -> tuple[list[dict[str, Any]]
         methods: As `gather` makes them.
     """
     rows: list[dict[str, Any]] = []
-    notes: dict[str, None] = {}
+    left = Left()
     for method in methods:
         inside = [other for other in methods if other.setting == method.setting]
         whole = next((other for other in inside if other.first.strategy == UNPRUNED), None)
         scaled = nearest_downsample(method, inside)
         if scaled is None or method is whole:
             continue
-        if whole is None:
-            notes["No split by difficulty: no unpruned run of the same setting."] = None
-            continue
-        row = _row(method, whole, scaled)
-        if row is None:
-            notes[f"{method.series} is not split by difficulty: its questions differ."] = None
-            continue
-        rows.append(row)
-    shared = {(row["layers"], row["keeps"]) for row in rows if row["layers"]}
-    for name in BASELINES if rows else ():
-        there = {(r["layers"], r["keeps"]) for r in rows if r["method"].partition(" ")[0] == name}
-        if missing := len(shared - there):
-            notes[f"{name} is missing at {missing} of {len(shared)} budgets that are split."] = None
-    return rows, list(notes)
+        row = None if whole is None else _row(method, whole, scaled)
+        if row is not None:
+            rows.append(row)
+        elif whole is None:
+            left.add("Not split by difficulty, for there is no unpruned run", method.series)
+        else:
+            left.add("Not split by difficulty, for questions or scores differ", method.series)
+    cuts = {name: [r for r in rows if r["method"].partition(" ")[0] == name] for name in BASELINES}
+    budgets = dict.fromkeys((row["layers"], row["keeps"]) for row in rows if row["layers"])
+    for name, there in cuts.items():
+        known = {(row["layers"], row["keeps"]) for row in there}
+        for layers, keeps in budgets:
+            if (layers, keeps) not in known:
+                left.add(
+                    f"{name} chooses nothing, and is missing in the split", f"{keeps} at {layers}"
+                )
+    return rows, left.sentences()
 
 
 def _row(method: Method, whole: Method, scaled: Method) -> dict[str, Any] | None:
