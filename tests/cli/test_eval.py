@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, TINY, random_llava
+from commands import COMMAND, TINY, random_llava, refused
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from PIL import Image
@@ -16,6 +16,7 @@ from processes import run
 
 from tokenprune.cli import main as cli
 from tokenprune.runs.compose import build_pruning
+from tokenprune.runs.sweeps import run_name, sweep_name
 
 
 def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +111,74 @@ def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
     assert {name for name, _, _ in crossed} == {"fastv", "pyramiddrop", "random", "uniform"}
     assert {place for name, _, place in runs if name == "pyramiddrop"} == {"renumbered"}
     assert {place for name, _, place in runs if name == "fastv"} == {"original"}
+
+
+def test_difficulty_is_one_command(seen: list[DictConfig]) -> None:
+    """Smaller pictures and averages stand beside the methods, at every budget."""
+    assert cli.main(["eval", "experiment=difficulty"]) == 0
+    names = [config.strategy and config.strategy.name for config in seen]
+    scales = [config.data.image_scale for config in seen if config.strategy is None]
+    assert scales == [1.0, 0.5, 0.32, 0.25, 0.1]
+    assert all(config.data.image_scale == 1 for config in seen if config.strategy is not None)
+    budgets: dict[tuple[int, float], set[str]] = {}
+    for config, name in zip(seen, names, strict=True):
+        if name is not None:
+            place = (config.schedule.layer, config.schedule.keep)
+            budgets.setdefault(place, set()).add(name)
+    assert len(budgets) == 5
+    assert all({"pool", "random"} < found for found in budgets.values())
+    # Each budget has a smaller picture of its share of the tokens: mean over the model's 8 layers.
+    shares = [(layer + (8 - layer) * keep) / 8 for layer, keep in budgets]
+    assert all(min(abs(scale - share) for scale in scales) < 0.01 for share in shares)
+    assert list(seen[0].baseline) == ["downsample", "pool"]
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
+def test_difficulty_on_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["data.test.num_samples=25", "num_pictures=0", "trainer.callbacks=[]"]
+    few += ["hydra.sweep.dir=few", "positions=original"]
+    assert cli.main(["eval", "-m", "strategy=none", "data.image_scale=1.0,0.1", *few]) == 0
+    cut = ["schedule=one_shot", "schedule.layer=0", "schedule.keep=0.1"]
+    command = ["eval", "-m", "strategy=pool,random,divprune", *cut, *few]
+    assert cli.main([*command, "baseline=[downsample,pool]"]) == 0
+    assert "after Holm's correction" in capsys.readouterr().out
+    with Path("few/difficulty.csv").open(newline="") as file:
+        split = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(split) == {"downsample", "pool", "random", "divprune"}
+    assert {row["downsample_scale"] for row in split.values()} == {"0.1"}
+    assert int(split["pool"]["num_hard"]) >= 3  # a tenth of the pixels does not show all
+    assert float(split["divprune"]["hard"]) > float(split["pool"]["hard"])
+    with Path("few/comparisons.csv").open(newline="") as file:
+        rows = {(row["method"], row["against"]): row for row in csv.DictReader(file)}
+    assert {against for _, against in rows} == {"unpruned", "random", "downsample", "pool"}
+    assert rows["divprune", "random"]["verdict"] == "better"
+    assert rows["random", "unpruned"]["verdict"] == "worse"
+
+    assert cli.main(["report", "few", "--baseline", "divprune"]) == 0
+    page = Path("few/report.html").read_text()
+    assert "Easy and hard questions" in page
+    assert "divprune" in page.partition('id="comparisons"')[2].partition("</table>")[0]
+    assert cli.main(["report", "few", "--baseline", "fastv"]) == 2
+    assert "baseline: expected a strategy or a run" in capsys.readouterr().err
+
+
+def test_a_sweep_is_compared_with_what_it_has_only(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["eval", "-m", "strategy=none,fastv"]
+    error = refused([*sweep, "baseline=fast"], capsys)
+    assert "baseline: expected a strategy or a run of this sweep, got 'fast'" in error
+    assert "baseline=[fastv,pool]" in refused([*sweep, "baseline=fastv,pool"], capsys)
+    assert "expected the name" in refused(["eval", "baseline=3"], capsys)
+
+
+def test_what_a_sweep_is_compared_with_makes_it_no_other(seen: list[DictConfig]) -> None:
+    command = ["eval", "-m", "strategy=none,fastv"]
+    names = set()
+    for baseline in ([], ["baseline=fastv"]):
+        assert sweep_name([*command, *baseline]) == sweep_name(command)
+        assert cli.main([*command, *baseline]) == 0
+        names.add(run_name(["strategy=fastv", *baseline]))
+    assert names == {"fastv"}
+    assert [config.baseline for config in seen] == [None, None, "fastv", "fastv"]
 
 
 def test_experiments_of_your_own(

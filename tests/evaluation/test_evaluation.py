@@ -182,6 +182,30 @@ def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
     assert len(first["places"]) == first["num_visual"] == WHOLE
 
 
+def test_a_smaller_picture_is_a_method_of_its_own(
+    checkpoint: Path, tiles: Path, tmp_path: Path
+) -> None:
+    """Of tiles it makes fewer tokens, and what it saves is told; a tower of one size makes all."""
+    small = ["strategy=none", "data.image_scale=0.02"]
+    metrics = run(tiles, tmp_path / "tiles", *small)
+    assert (metrics["strategy"], metrics["image_scale"]) == ("downsample", 0.02)
+    assert (metrics["schedule"], metrics["layers"], metrics["num_visual"]) == (None, None, WHOLE)
+    assert metrics["avg_tokens"] == metrics["final_tokens"] < WHOLE
+    assert metrics["tflops_ratio"] < 1
+    fixed = run(checkpoint, tmp_path / "one", *small)
+    assert (fixed["strategy"], fixed["avg_tokens"]) == ("downsample", NUM_VISUAL)
+    assert fixed["tflops_ratio"] == 1
+    whole = run(checkpoint, tmp_path / "whole", "strategy=none")
+    assert (whole["strategy"], whole["image_scale"]) == ("none", 1.0)
+    assert predictions(tmp_path / "one") != predictions(tmp_path / "whole")
+    # A method may be given smaller pictures, too.
+    pruned = run(tiles, tmp_path / "both", "strategy=random", "data.image_scale=0.02")
+    assert pruned["strategy"] == "random"
+    assert pruned["avg_tokens"] < metrics["avg_tokens"]
+    (first, _) = json.loads((tmp_path / "both" / "kept.json").read_text())
+    assert first["num_visual"] == len(first["places"]) == metrics["avg_tokens"]
+
+
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
     two = [*DDP, "trainer.callbacks=[{_target_:trainings.Apart}]"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one

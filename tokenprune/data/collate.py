@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from tokenprune.data.images import shrink
@@ -245,7 +246,7 @@ def _process(
     scale: float,
 ) -> BatchFeature:
     call: Any = processor
-    images = [[shrink(image, scale) for image in sample.images] for sample in samples]
+    images = [[_smaller(processor, image, scale) for image in sample.images] for sample in samples]
     inputs: BatchFeature = call(
         text=list(texts),
         images=images if any(images) else None,
@@ -255,6 +256,23 @@ def _process(
         add_special_tokens=_add_special_tokens(processor.tokenizer, texts[0]),
     )
     return inputs
+
+
+def _smaller(processor: Any, image: Image.Image, scale: float) -> Image.Image:
+    """The image with a share of the pixels that the processor would take of it.
+
+    Of a picture larger than that the rest is lost anyway. It enlarges what is too small for a
+    tower of one size.
+    """
+    if scale == 1:
+        return image
+    own = processor.image_processor
+    made = own(images=[image], return_tensors="pt").get("pixel_values")
+    pixels = image.width * image.height
+    taken = pixels if made is None else made.numel() / 3 / getattr(own, "temporal_patch_size", 1)
+    if getattr(own, "do_center_crop", False):  # what is cut off was as large
+        taken *= max(image.size) / min(image.size)
+    return shrink(image, scale * min(1.0, taken / pixels))
 
 
 def _labels(

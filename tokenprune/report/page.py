@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
-from tokenprune.report import paired, reading, tables, words
+from tokenprune.report import compared, reading, tables, words
 from tokenprune.report.groups import average, settings_of
 from tokenprune.report.looks import looks, order
 from tokenprune.runs import comparisons, results
@@ -82,7 +82,7 @@ def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
     else:
         page.samples, page.samples_caption = gallery.draw(beside, shown, page.notes)
         page.differences = differences.find(shown, page.notes)
-    compared, split, missing = paired.read_tables(folder, groups, baselines)
+    pairs, split, missing = compared.read_tables(folder, groups, baselines)
     page.notes += missing
 
     html = (
@@ -91,8 +91,8 @@ def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
         .render(
             page=page,
             matrices=[m for one in settings if (m := tables.matrix(groups, one)) is not None],
-            compared=paired.comparison_table(compared) if compared else None,
-            split=paired.difficulty_table(split) if split else None,
+            compared=compared.comparison_table(pairs) if pairs else None,
+            split=compared.difficulty_table(split) if split else None,
             table=tables.table(columns, runs),
             definitions=tables.definitions(columns),
             versions=reading.versions(runs),

@@ -119,29 +119,35 @@ def scores_of(method: Method) -> tuple[str, NDArray[np.float64]] | None:
 def share_of(method: Method) -> float | None:
     """Share of the visual tokens that the method leaves a layer on average.
 
-    Of a smaller picture it is its share of the pixels: a vision tower of one size makes as many
-    tokens of it, though there is no more in them.
+    Where a vision tower of one size makes as many tokens of a smaller picture as of a whole one,
+    it is the share of the pixels: there is no more in them.
     """
     tokens, whole = method.mean("avg_tokens"), method.mean("num_visual")
-    if method.first.strategy == DOWNSAMPLE:
+    share = tokens / whole if tokens is not None and whole else None
+    if method.first.strategy == DOWNSAMPLE and (share is None or share >= 1):
         return method.first.scale
-    return tokens / whole if tokens is not None and whole else None
+    return share
 
 
 def nearest_downsample(method: Method, methods: Sequence[Method]) -> Method | None:
-    """The down-sampled run whose share of the pixels is nearest to the method's of the tokens."""
+    """The smaller picture whose share is nearest to the method's; None where there is none."""
     share = share_of(method)
-    scaled = [other for other in methods if other.first.strategy == DOWNSAMPLE]
+    scaled = [
+        (own, other)
+        for other in methods
+        if other.first.strategy == DOWNSAMPLE and (own := share_of(other)) is not None
+    ]
     if share is None or not scaled:
         return None
-    return min(scaled, key=lambda other: (abs(other.first.scale - share), other.first.scale))
+    return min(scaled, key=lambda pair: (abs(pair[0] - share), pair[0]))[1]
 
 
 def _family(inside: Sequence[Method], against: str, left: Left) -> Iterator[Pair]:
     """All comparisons of a setting's methods with one and the same."""
     for method in inside:
         references = _references(method, inside, against)
-        if not references and against not in (*ALWAYS, *_names(method)):
+        named = {name for other in inside for name in _names(other)} - {*ALWAYS, *_names(method)}
+        if against in named and method.first.text("layers") and not references:
             left.add(f"Not compared with {against}, which has no run at their cuts", method.series)
         for reference in references:
             first, second = scores_of(method), scores_of(reference)

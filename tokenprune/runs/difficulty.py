@@ -52,15 +52,11 @@ def split_by_difficulty(methods: Sequence[Method]) -> tuple[list[dict[str, Any]]
             left.add("Not split by difficulty, for there is no unpruned run", method.series)
         else:
             left.add("Not split by difficulty, for questions or scores differ", method.series)
-    cuts = {name: [r for r in rows if r["method"].partition(" ")[0] == name] for name in BASELINES}
     budgets = dict.fromkeys((row["layers"], row["keeps"]) for row in rows if row["layers"])
-    for name, there in cuts.items():
-        known = {(row["layers"], row["keeps"]) for row in there}
-        for layers, keeps in budgets:
-            if (layers, keeps) not in known:
-                left.add(
-                    f"{name} chooses nothing, and is missing in the split", f"{keeps} at {layers}"
-                )
+    for name in BASELINES:
+        there = {(r["layers"], r["keeps"]) for r in rows if r["method"].partition(" ")[0] == name}
+        for layers, keeps in (own for own in budgets if own not in there):
+            left.add(f"Split without {name}, which chooses nothing", f"keep {keeps} at {layers}")
     return rows, left.sentences()
 
 
