@@ -22,7 +22,7 @@ from tokenprune.cli.configs import compose
 from tokenprune.data import Sample
 from tokenprune.evaluation import loading
 from tokenprune.evaluation.run import evaluate
-from tokenprune.evaluation.summary import summarise, wilson
+from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import models
 
 NUM_SAMPLES = 10
@@ -59,20 +59,6 @@ def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    # By hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
-    [
-        (0, 10, 0.0, 0.277533),
-        (10, 10, 0.722467, 1.0),
-        (5, 10, 0.236593, 0.763407),
-        (450, 500, 0.870578, 0.923322),
-    ],
-)
-def test_wilson_intervals(correct: int, total: int, low: float, high: float) -> None:
-    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_metrics_are_means_over_samples() -> None:

@@ -9,7 +9,21 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tokenprune.runs.proportions import Z95, mcnemar, paired_wald, quantile
+from tokenprune.runs.proportions import Z95, mcnemar, paired_wald, quantile, wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # By hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
+    [
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (450, 500, 0.870578, 0.923322),
+    ],
+)
+def test_wilson_intervals(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson(correct, total) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_quantiles_of_the_normal_distribution() -> None:
