@@ -83,6 +83,16 @@ def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert "torch" in json.loads((tmp_path / "versions.json").read_text())
 
 
+def test_a_run_from_before_pictures_could_be_smaller_had_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIG, "data", {"batch_size": 4})
+    write(tmp_path)
+    for scale, changed in ((1.0, []), (0.5, ["data"])):
+        asked = CONFIG | {"data": {"batch_size": 4, "image_scale": scale}}
+        assert results.changes(tmp_path, asked | {"baseline": "fastv"}, MARKS) == changed
+
+
 @pytest.mark.parametrize("last", ["config.yaml", "metrics.json"])
 def test_f1_a_run_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str

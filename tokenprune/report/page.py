@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
-from tokenprune.report import compared, reading, tables, words
+from tokenprune.report import reading, tables, words
 from tokenprune.report.groups import average, settings_of
 from tokenprune.report.looks import looks, order
-from tokenprune.runs import comparisons, results
+from tokenprune.runs import results
 from tokenprune.runs.methods import Run
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
     """
     folder = Path(folder)
     columns, runs = reading.load(folder)
+    # NumPy and Matplotlib take their time: not for a folder without results.
+    from tokenprune.report import compared, differences, figures, gallery, pictured
+    from tokenprune.runs import comparisons
+
     groups = average(runs)
     comparisons.check_baselines(groups, baselines)
-    # Matplotlib takes its time: not for a folder without results.
-    from tokenprune.report import differences, figures, gallery, pictured
 
     page = Page(title=_title(folder), finding=words.finding(groups), facts=_facts(runs))
 

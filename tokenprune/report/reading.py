@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.runs import results
-from tokenprune.runs.answers import read_lines
 from tokenprune.runs.methods import Run, as_text
 
 
@@ -88,9 +87,8 @@ def predictions(run: Run, ids: set[Any]) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     wanted = {str(name) for name in ids}
-    return {
-        str(record["id"]): record for record in read_lines(path) if str(record.get("id")) in wanted
-    }
+    lines = results.read_predictions(path)
+    return {str(line["id"]): line for line in lines if str(line.get("id")) in wanted}
 
 
 def versions(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +45,7 @@ def read_answers(folder: Path | None) -> Answers | None:
 def _read(path: Path, size: int, changed: int) -> Answers | None:
     digest = hashlib.blake2b(digest_size=16)
     scores = []
-    for record in read_lines(path):
+    for record in results.read_predictions(path):
         asked = [record.get(key) for key in ("id", "question", "answer")]
         digest.update(json.dumps(asked).encode() + b"\n")
         score = record.get("score", record.get("correct"))  # it may say right and wrong alone
@@ -57,26 +55,3 @@ def _read(path: Path, size: int, changed: int) -> Answers | None:
     if not scores:
         return None
     return Answers(digest.hexdigest(), np.array(scores))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines.
-
-    Raises:
-        ValueError: A line is no JSON object.
-    """
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path.name}: expected JSON in line {number} of {path}, got {error}. "
-                    "Run that evaluation again."
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path.name}: expected JSON objects in {path}, got {type(record).__name__} in "
-                    f"line {number}. Run that evaluation again."
-                )
-            yield record

@@ -222,10 +222,17 @@ def changes(
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
     keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports", "baseline"})
-    differing = [key for key in keys if old.get(key) != config.get(key)]
+    differing = [key for key in keys if _whole(old.get(key)) != _whole(config.get(key))]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
     return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def _whole(entry: Any) -> Any:
+    """An entry of a config; runs from before `data.image_scale` had whole pictures."""
+    if isinstance(entry, Mapping) and entry.get("image_scale") == 1:
+        return {key: value for key, value in entry.items() if key != "image_scale"}
+    return entry
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
@@ -247,6 +254,29 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     assert isinstance(metrics, dict)
     return metrics
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `predictions.jsonl`.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path.name}: expected JSON in line {number} of {path}, got {error}. "
+                    "Run that evaluation again."
+                ) from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path.name}: expected JSON objects in {path}, got {type(record).__name__} in "
+                    f"line {number}. Run that evaluation again."
+                )
+            yield record
 
 
 def image_name(index: int, identifier: str) -> str:
