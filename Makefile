@@ -37,7 +37,7 @@ paper: $(STAMP)
 	$(BIN)/tokenprune eval $(PAPER) experiment=one_cut
 	$(BIN)/tokenprune bench $(PAPER) experiment=steps
 	$(BIN)/python experiments/paper/publish.py
-	for name in ablation budgets layers variants; do \
+	for name in ablation budgets layers variants difficulty; do \
 	  $(BIN)/tokenprune eval experiment=$$name && $(BIN)/python experiments/$$name/publish.py || exit 1; \
 	done
 

@@ -43,6 +43,24 @@ def test_pyramids_that_cut_elsewhere_are_apart(tmp_path: Path) -> None:
     assert "3 stages at 2 4" in (tmp_path / "figures" / "accuracy.svg").read_text()
 
 
+def test_single_cuts_elsewhere_are_apart_and_smaller_pictures_stand_in_every_panel(
+    tmp_path: Path,
+) -> None:
+    for layer in (0, 2):
+        for keep in (0.1, 0.5):
+            write_run(tmp_path, plan("fastv", "one_shot", [layer], [keep], seed=0), num_pictures=0)
+    for scale in (0.5, 0.1, 0.25):
+        own = plan("downsample", None, [], [], seed=0, image_scale=scale)
+        write_run(tmp_path, own, num_pictures=0)
+    html = build(tmp_path).read_text(encoding="utf-8")
+    svg = (tmp_path / "figures" / "accuracy.svg").read_text()
+    assert ("one_shot at 0" in svg, "one_shot at 2" in svg) == (True, True)
+    assert svg.count(">downsample<") == 1  # in the legend, once
+    assert "the unpruned model on pictures of 50, 25 and 10 % of the pixels" in html
+    places = {group.first.budget for group in average(load(tmp_path)[1])}
+    assert len(places) == 7  # three pictures are three budgets
+
+
 def test_each_model_has_its_own_figures(tmp_path: Path) -> None:
     write_sweep(tmp_path, strategies=("random",), lams=(0.3,), num_stages=(4,), num_pictures=0)
 

@@ -18,7 +18,7 @@ from tokenprune.report.canvas import clip, plain, style
 from tokenprune.report.intervals import Interval
 from tokenprune.report.looks import INK, SOFT, SURFACE, Look
 from tokenprune.report.points import Axis, Point, Split, dashes, split
-from tokenprune.runs.methods import UNPRUNED
+from tokenprune.runs.methods import DOWNSAMPLE, UNPRUNED
 
 
 def accuracy_figure(
@@ -106,14 +106,18 @@ def _finish(
         line: Any = dash or ("--" if look.dashed else "-")
         handles.append(Line2D([], [], color=look.light, linestyle=line, **curves.marker(look, 6)))
         labels.append(plain(name))
-    for point in lone:
+    for point in (point for point in lone if point.strategy != DOWNSAMPLE):
         handles.append(Line2D([], [], **curves.hollow(drawn[point.strategy])))
         labels.append(plain(f"{point.series}, {point.panel}"))
+    for point in [point for point in lone if point.strategy == DOWNSAMPLE][:1]:
+        handles.append(Line2D([], [], **curves.hollow(drawn[point.strategy])))
+        labels.append(DOWNSAMPLE)  # whose points the caption tells apart
     if unpruned:
         handles.append(Line2D([], [], color=INK, linestyle=":", linewidth=1, marker="*", ms=10))
         labels.append(UNPRUNED)
     width, height = (float(inches) for inches in figure.get_size_inches())
-    across = max(1, min(len(handles), int(width // 1.6)))
+    longest = max(map(len, labels), default=0)
+    across = max(1, min(len(handles), int(width // max(1.6, 0.5 + 0.085 * longest))))
     rows = -(-len(handles) // across)
     legend = 0.2 * rows + 0.2
     height += legend

@@ -16,7 +16,7 @@ from tokenprune.report.looks import Look
 from tokenprune.report.points import Axis, Point, split
 from tokenprune.report.words import family, flops_unit
 from tokenprune.runs import results
-from tokenprune.runs.methods import UNPRUNED
+from tokenprune.runs.methods import DOWNSAMPLE, UNPRUNED
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,15 @@ def draw(
     )
     star = "Star and dotted line: the unpruned model." if UNPRUNED in strategies else ""
     hollow = "Hollow marks are schedules with a single budget. " if split(points).lone else ""
+    shares = [group.first.scale for group in groups if group.first.strategy == DOWNSAMPLE]
+    small = (
+        f"downsample: the unpruned model on pictures of {_percents(shares)} % of the pixels. "
+        if shares
+        else ""
+    )
     caption = (
         f"{bars}Strategies at one budget cost the same; their points are drawn side by side. "
-        f"{hollow}{star}"
+        f"{hollow}{small}{star}"
     )
     drawings = [
         _drawing(
@@ -149,6 +155,12 @@ def _drawing(
     )
     pixels = round(96 * float(figure.get_figwidth()))
     return Drawing(heading, caption, alt, large, narrow, pixels)
+
+
+def _percents(shares: Sequence[float]) -> str:
+    """Shares in words, the largest first: `50, 25 and 10`."""
+    *first, last = (f"{100 * share:g}" for share in sorted(set(shares), reverse=True))
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _spoken(points: Sequence[Point]) -> str:

@@ -86,15 +86,13 @@ def family(run: Run, among: Sequence[Run] = ()) -> str:
 
     Args:
         run: The run in question.
-        among: Others; where they cut a pyramid of as many stages elsewhere, the layers are named.
+        among: Others; where a schedule of the same name cuts elsewhere, the layers are named.
     """
     name = run.text("schedule") or budget_words(run)
-    if run.number("lam") is None or not run.text("num_stages"):
-        return name
-    alike = [r for r in among if family(r) == family(run) and r.number("lam") is not None]
-    layers = {r.text("layers") for r in alike} | {run.text("layers")}
-    where = f" at {run.text('layers').strip('[]()')}" if len(layers) > 1 else ""
-    return f"{name}, {short(run.text('num_stages'))} stages{where}"
+    if run.number("lam") is not None and run.text("num_stages"):
+        name += f", {short(run.text('num_stages'))} stages"
+    layers = {r.text("layers") for r in among if family(r) == name} | {run.text("layers")}
+    return f"{name} at {run.text('layers').strip('[]()')}" if len(layers) > 1 else name
 
 
 def short(text: str) -> str:
