@@ -6,17 +6,18 @@ import csv
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import COMMAND, TINY, random_llava, refused
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from processes import run
 
 from tokenprune.cli import main as cli
-from tokenprune.runs.compose import build_pruning
-from tokenprune.runs.sweeps import run_name, sweep_name
+from tokenprune.runs.compose import build_pruning, config_dir
+from tokenprune.runs.sweeps import expand, run_name, sweep_name
 
 
 def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,24 +114,23 @@ def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
     assert {place for name, _, place in runs if name == "fastv"} == {"original"}
 
 
-def test_difficulty_is_one_command(seen: list[DictConfig]) -> None:
-    """Smaller pictures and averages stand beside the methods, at every budget."""
-    assert cli.main(["eval", "experiment=difficulty"]) == 0
-    names = [config.strategy and config.strategy.name for config in seen]
-    scales = [config.data.image_scale for config in seen if config.strategy is None]
+def test_difficulty_has_what_chooses_nothing_at_every_budget() -> None:
+    """Smaller pictures and averages stand beside the methods."""
+    config: Any = OmegaConf.load(config_dir() / "experiment" / "difficulty.yaml")
+    jobs = expand(OmegaConf.to_container(config.hydra.sweeper.grids), [])
+    runs = [dict(part.split("=") for part in job) for job in jobs]
+    scales = [float(own["data.image_scale"]) for own in runs if own["strategy"] == "none"]
     assert scales == [1.0, 0.5, 0.32, 0.25, 0.1]
-    assert all(config.data.image_scale == 1 for config in seen if config.strategy is not None)
     budgets: dict[tuple[int, float], set[str]] = {}
-    for config, name in zip(seen, names, strict=True):
-        if name is not None:
-            place = (config.schedule.layer, config.schedule.keep)
-            budgets.setdefault(place, set()).add(name)
+    for own in runs[len(scales) :]:
+        place = (int(own["schedule.layer"]), float(own["schedule.keep"]))
+        budgets.setdefault(place, set()).add(own["strategy"])
     assert len(budgets) == 5
     assert all({"pool", "random"} < found for found in budgets.values())
     # Each budget has a smaller picture of its share of the tokens: mean over the model's 8 layers.
     shares = [(layer + (8 - layer) * keep) / 8 for layer, keep in budgets]
     assert all(min(abs(scale - share) for scale in scales) < 0.01 for share in shares)
-    assert list(seen[0].baseline) == ["downsample", "pool"]
+    assert list(config.baseline) == ["downsample", "pool"]
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
@@ -153,13 +153,17 @@ def test_difficulty_on_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> 
     assert {against for _, against in rows} == {"unpruned", "random", "downsample", "pool"}
     assert rows["divprune", "random"]["verdict"] == "better"
     assert rows["random", "unpruned"]["verdict"] == "worse"
-
-    assert cli.main(["report", "few", "--baseline", "divprune"]) == 0
-    page = Path("few/report.html").read_text()
-    assert "Easy and hard questions" in page
-    assert "divprune" in page.partition('id="comparisons"')[2].partition("</table>")[0]
     assert cli.main(["report", "few", "--baseline", "fastv"]) == 2
     assert "baseline: expected a strategy or a run" in capsys.readouterr().err
+
+
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore:.*")
+def test_difficulty_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["data.test.num_samples=5", "trainer.callbacks=[]", "num_pictures=1"]
+    assert cli.main(["eval", "experiment=difficulty", *few]) == 0
+    assert "30 runs" in capsys.readouterr().out
+    assert cli.main(["report", "outputs/difficulty"]) == 0
 
 
 def test_a_sweep_is_compared_with_what_it_has_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,14 +175,11 @@ def test_a_sweep_is_compared_with_what_it_has_only(capsys: pytest.CaptureFixture
 
 
 def test_what_a_sweep_is_compared_with_makes_it_no_other(seen: list[DictConfig]) -> None:
-    command = ["eval", "-m", "strategy=none,fastv"]
-    names = set()
-    for baseline in ([], ["baseline=fastv"]):
-        assert sweep_name([*command, *baseline]) == sweep_name(command)
-        assert cli.main([*command, *baseline]) == 0
-        names.add(run_name(["strategy=fastv", *baseline]))
-    assert names == {"fastv"}
-    assert [config.baseline for config in seen] == [None, None, "fastv", "fastv"]
+    command = ["eval", "-m", "strategy=fastv,pool"]
+    assert sweep_name([*command, "baseline=fastv"]) == sweep_name(command)
+    assert run_name(["strategy=fastv", "baseline=[fastv,pool]"]) == "fastv"
+    assert cli.main([*command, "baseline=[fastv,pool]"]) == 0
+    assert [list(config.baseline) for config in seen] == [["fastv", "pool"]] * 2
 
 
 def test_experiments_of_your_own(
