@@ -27,6 +27,7 @@ import tokenprune as tp
 from tokenprune.cli import main as cli
 from tokenprune.cli.harness import Chat, Simple
 from tokenprune.data.collate import PromptCollator
+from tokenprune.data.scenes import SceneDataset
 from tokenprune.evaluation import harness
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lmms-eval and what it imports
@@ -121,6 +122,38 @@ def test_a_sweep_is_tabulated_reported_and_resumed(
     assert len(prompts) == asked
     assert cli.main(["report", "all"]) == 0
     assert "pope" in Path("all/report.html").read_text()
+
+
+def test_smaller_pictures_are_compared_task_by_task(prompts: list[str]) -> None:
+    sweep = ["benchmark", "-m", "tasks=[pope,ocrvqa]", "strategy=none", "data.image_scale=1.0,0.1"]
+    assert cli.main([*sweep, "hydra.sweep.dir=all", "num_pictures=0"]) == 0
+    with Path("all/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["strategy"], row["image_scale"]) for row in rows] == [
+        ("none", "1.0"),
+        ("downsample", "0.1"),
+    ]
+    with Path("all/comparisons.csv").open(newline="") as file:
+        compared = list(csv.DictReader(file))
+    assert [(row["method"], row["against"], row["questions"]) for row in compared] == [
+        ("downsample", "unpruned", "pope"),
+        ("downsample", "unpruned", "ocrvqa"),
+    ]
+    # What is said is the script's, so nothing differs but the pictures.
+    assert {float(row["difference"]) for row in compared} == {0.0}
+
+
+def test_the_plug_in_asks_about_smaller_pictures_when_told_so() -> None:
+    model = Simple(overrides="strategy=none;data.image_scale=0.1", batch_size=1, device="cpu")
+    whole = Simple(overrides="strategy=none", batch_size=1, device="cpu")
+    asked = request("Which colour is K?", "red", lambda d: [d["image"]], 0, "own", "test")
+    told = []
+    for one in (model, whole):
+        one.task_dict = {"own": {"test": [{"image": SceneDataset("test", 1)[0].image}]}}
+        told.append(one.loglikelihood([asked])[0][0])
+    assert (model.image_scale, whole.image_scale) == (0.1, 1.0)
+    assert told[0] != told[1]
+    assert model.records["own", 0]["num_visual"] == 144
 
 
 def test_what_is_said_of_each_question(prompts: list[str]) -> None:

@@ -24,12 +24,13 @@ def make_run(
     image_scale: float = 1.0,
     positions: str = "original",
     asked: str = "what?",
+    kinds: Sequence[str] = ("all",),
+    accuracy: float | None = None,
     config: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> None:
-    """Writes a run; without scores its predictions have none."""
+    """Writes a run; without scores its predictions have none. Its kinds take turns."""
     values = [0.5] if scores is None else list(scores)
-    accuracy = sum(values) / len(values)
     metrics = {
         "strategy": strategy,
         "schedule": None if keep is None else "one_shot",
@@ -42,7 +43,7 @@ def make_run(
         "model": "tiny",
         "data": "scenes",
         "num_samples": len(values),
-        "accuracy": accuracy,
+        "accuracy": sum(values) / len(values) if accuracy is None else accuracy,
         "accuracy_low": 0.0,
         "accuracy_high": 1.0,
         "avg_tokens": NUM_VISUAL * (1 if keep is None else keep),
@@ -54,7 +55,13 @@ def make_run(
         "kv_mb": None,
     }
     predictions: list[dict[str, Any]] = [
-        {"id": str(index), "kind": "all", "question": asked, "answer": "a", "prediction": "b"}
+        {
+            "id": str(index),
+            "kind": kinds[index % len(kinds)],
+            "question": asked,
+            "answer": "a",
+            "prediction": "b",
+        }
         | ({} if scores is None else {"score": score, "correct": score >= 0.5})
         for index, score in enumerate(values)
     ]

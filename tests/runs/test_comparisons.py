@@ -104,6 +104,39 @@ def test_of_two_position_policies_the_same_is_compared(tmp_path: Path) -> None:
     assert found == {(f"fastv ({p})", f"random-{p}") for p in ("original", "renumbered")}
 
 
+def test_benchmarks_of_several_tasks_are_compared_task_by_task(tmp_path: Path) -> None:
+    """Their accuracy is a mean over tasks, or a score of another sort, not over the questions."""
+    kinds = ["pope", "pope", "mme"]
+    scores = {"none": answers(0.95, 0), "fastv": answers(0.5, 1), "small": answers(0.7, 2)}
+    for name, own in scores.items():
+        keep = 0.5 if name == "fastv" else None
+        strategy = "downsample" if name == "small" else name
+        scale = 0.5 if name == "small" else 1.0
+        make_run(
+            tmp_path, name, own, strategy=strategy, keep=keep, image_scale=scale, kinds=kinds,
+            accuracy=0.123,
+        )  # fmt: skip
+    rows, _ = compare_methods(methods_in(tmp_path))
+    own = {(row["method"], row["questions"]): row for row in rows}
+    assert set(own) == {(m, k) for m in ("fastv", "downsample") for k in ("pope", "mme")}
+    assert {row["num_compared"] for row in rows} == {4}
+    parts = {"mme": slice(2, None, 3)}
+    found = compare([scores["fastv"][parts["mme"]]], [scores["none"][parts["mme"]]])
+    mme = own["fastv", "mme"]
+    assert (mme["num_questions"], mme["difference"]) == (NUM // 3, found.value)
+    split, _ = split_by_difficulty(methods_in(tmp_path))
+    assert [(row["method"], row["questions"]) for row in split] == [
+        (method, kind) for method in ("fastv", "downsample") for kind in ("pope", "mme")
+    ]
+    assert all(r["num_wrong"] + r["num_easy"] + r["num_hard"] == r["num_questions"] for r in split)
+    # The same where the accuracy is that mean: all together.
+    plain = tmp_path / "plain"
+    for name in ("none", "fastv"):
+        keep = 0.5 if name == "fastv" else None
+        make_run(plain, name, scores[name], strategy=name, keep=keep, kinds=kinds)
+    assert [row["questions"] for row in compare_methods(methods_in(plain))[0]] == ["all"]
+
+
 @pytest.mark.parametrize(
     "other",
     [

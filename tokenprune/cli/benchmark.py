@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenprune.cli.jobs import Job, names, quiet, tidy
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
+from tokenprune.runs.tabulation import listed
 from tokenprune.runs.targets import load_imports
 
 _FORMS = ("chat", "simple")
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(config: DictConfig) -> None:
+    listed(config.baseline)
     tasks = config.tasks
     if not OmegaConf.is_list(tasks) or not tasks or not all(isinstance(t, str) for t in tasks):
         raise ValueError(

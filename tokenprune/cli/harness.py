@@ -44,7 +44,8 @@ class _Composed(Harness):
         config = single_run([*model, *given], config_dir)
         loaded = load_model(config)
         pruning = fit_pruning(config, loaded.model)
-        super().__init__(loaded, pruning, int(batch_size), device or _device())
+        scale = config.data.get("image_scale") or 1.0
+        super().__init__(loaded, pruning, int(batch_size), device or _device(), image_scale=scale)
         self._summary = summary
 
     def _finish(self, num_words: int) -> dict[str, Any]:

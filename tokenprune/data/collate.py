@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from tokenprune.data.images import shrink
+from tokenprune.data.images import check_scale, shrink
 from tokenprune.data.sample import IMAGE, Sample, Turn, num_places
 
 #: Labels of positions that carry no loss.
@@ -32,7 +32,7 @@ class PromptCollator:
     """
 
     def __init__(self, processor: ProcessorMixin, image_scale: float = 1.0) -> None:
-        self.processor, self.image_scale = processor, image_scale
+        self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = _Writer(processor)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ConversationCollator:
                 f"ConversationCollator: expected a fast tokenizer, got "
                 f"{type(processor.tokenizer).__name__}. Load the processor with a tokenizer.json."
             )
-        self.processor, self.image_scale = processor, image_scale
+        self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = _Writer(processor)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.evaluation.generation import FirstToken, generate, now, pruned
@@ -27,6 +28,7 @@ class Answers:
         visual_BL: Visual tokens that each layer processed.
         real_BL: All tokens that each layer processed, without pads.
         original_B: Visual tokens of the prompts.
+        whole_B: The same for whole images, where these were made smaller.
         trace: What was pruned; None for the unpruned model.
     """
 
@@ -35,12 +37,14 @@ class Answers:
     visual_BL: list[list[int]]
     real_BL: list[list[int]]
     original_B: list[int]
+    whole_B: list[int]
     trace: tp.Trace | None
 
     def cost(self, row: int) -> dict[str, Any]:
         """What a row cost, as `summarise` reads it."""
         return {
-            "num_visual": self.original_B[row],
+            "num_visual": self.whole_B[row],
+            "given": self.original_B[row],
             "visual": self.visual_BL[row],
             "real": self.real_BL[row],
         }
@@ -51,6 +55,7 @@ def answer(
     pruning: Pruning | None,
     inputs: Mapping[str, Any],
     max_new_tokens: int,
+    whole_ids: Tensor | None = None,
     **options: Any,
 ) -> Answers:
     """Answers a batch of prompts padded on the left.
@@ -60,6 +65,7 @@ def answer(
         pruning: Strategy, schedule and positions; None for the unpruned model.
         inputs: On the model's device.
         max_new_tokens: Longest answer.
+        whole_ids: The prompts with whole images, where `inputs` has smaller ones: int64 (B, T').
         options: Of `generate`, where it is not to be greedy.
     """
     clock = FirstToken()
@@ -68,8 +74,10 @@ def answer(
         texts = generate(loaded, inputs, max_new_tokens, clock, **options)
     assert clock.time is not None
     visual_BL, real_BL = lengths(loaded, inputs, trace)
-    original_B = tp.visual_mask(loaded.model, inputs["input_ids"]).sum(1).tolist()
-    return Answers(texts, clock.time - start, visual_BL, real_BL, original_B, trace)
+    original_B = whole_B = tp.visual_mask(loaded.model, inputs["input_ids"]).sum(1).tolist()
+    if whole_ids is not None:  # what a smaller image saves is told against a whole one
+        whole_B = tp.visual_mask(loaded.model, whole_ids).sum(1).tolist()
+    return Answers(texts, clock.time - start, visual_BL, real_BL, original_B, whole_B, trace)
 
 
 def lengths(

@@ -58,7 +58,14 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
     with pruned(loaded, pruning):
         pass  # refuses here, before any data is read, what the model does not support
     kind = Harness if config.form == "simple" else ChatHarness
-    model = kind(loaded, pruning, config.batch_size, _device(config.device), config.num_pictures)
+    model = kind(
+        loaded,
+        pruning,
+        config.batch_size,
+        _device(config.device),
+        config.num_pictures,
+        config.data.image_scale,
+    )
     place = folder / Path(REPORT).parent
     report = _ask(resolved, tasks, model, place)
     names = run_names(config, names, pruning) | {"metric": PACKAGE}

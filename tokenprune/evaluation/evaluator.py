@@ -98,11 +98,14 @@ class Evaluator(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Answers a batch and keeps what the metrics need."""
         samples = batch["samples"]
-        answers = answer(self.loaded, self.pruning, batch["inputs"], self.max_new_tokens)
+        answers = answer(
+            self.loaded,
+            self.pruning,
+            batch["inputs"],
+            self.max_new_tokens,
+            batch.get("whole_ids"),
+        )
         self.seconds.append(answers.seconds / len(samples))
-        whole_B = answers.original_B
-        if "whole_ids" in batch:  # of images that were made smaller, those of whole ones are to save
-            whole_B = tp.visual_mask(self.loaded.model, batch["whole_ids"]).sum(1).tolist()
         for index, (sample, text) in enumerate(zip(samples, answers.texts, strict=True)):
             turn = sample.turns[-1]
             score = self.score(text, turn.accepted or (turn.answer,))
@@ -115,7 +118,6 @@ class Evaluator(pl.LightningModule):
                 "score": score,
                 "correct": score >= 0.5,
             } | answers.cost(index)
-            record["num_visual"] = whole_B[index]
             if self.metric in SUMMARIES:  # which may ask for what belongs to one image
                 record["picture"] = _digest(sample.images)
             if len(self.records) < self.num_pictures:

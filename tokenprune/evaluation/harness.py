@@ -40,6 +40,7 @@ class Harness(lmms):  # type: ignore[misc]
         device: Where the model goes; None leaves it, but for several processes on one machine,
             each of which takes a GPU of its own.
         num_pictures: First so many requests whose kept tokens are noted.
+        image_scale: Share of the images' pixels that the model is given, see `PromptCollator`.
     """
 
     is_simple = True
@@ -51,6 +52,7 @@ class Harness(lmms):  # type: ignore[misc]
         batch_size: int = 1,
         device: str | None = None,
         num_pictures: int = 0,
+        image_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.loaded, self.pruning = loaded, pruning
@@ -60,7 +62,8 @@ class Harness(lmms):  # type: ignore[misc]
         #: What each request cost, by task and number of the document.
         self.records: dict[Key, dict[str, Any]] = {}
         self.seconds: list[float] = []
-        self._prompts = PromptCollator(loaded.processor)
+        self.image_scale = image_scale
+        self._prompts = PromptCollator(loaded.processor, image_scale)
         self._begin(device)
 
     def _begin(self, device: str | None) -> None:
@@ -95,11 +98,13 @@ class Harness(lmms):  # type: ignore[misc]
         for given, numbers in _grouped(json.dumps(own, sort_keys=True) for _, _, own in asked):
             longest, until, taken = options(json.loads(given), logger.warning)
             for batch in _batches(numbers, self.batch_size, [own for _, own, _ in asked]):
+                prompts = self._prompts([asked[n][1] for n in batch])
                 answers = answer(
                     self.loaded,
                     self.pruning,
-                    self._to_device(self._prompts([asked[n][1] for n in batch])["inputs"]),
+                    self._to_device(prompts["inputs"]),
                     longest,
+                    whole_ids=prompts.get("whole_ids"),
                     **taken,
                 )
                 self.seconds.append(answers.seconds / len(batch))
@@ -122,13 +127,15 @@ class Harness(lmms):  # type: ignore[misc]
         What follows the continuation, such as an end of turn, does not count. The prompt is pruned
         as it is before an answer is generated.
         """
-        collate = ConversationCollator(self.loaded.processor)
+        collate = ConversationCollator(self.loaded.processor, self.image_scale)
         found: dict[int, tuple[float, bool]] = {}
         asked = [self._continued(request) for request in requests]
         for batch in _batches(range(len(asked)), self.batch_size, [own for _, own in asked]):
-            inputs = self._to_device(collate([asked[number][1] for number in batch])["inputs"])
+            samples = [asked[number][1] for number in batch]
+            inputs = self._to_device(collate(samples)["inputs"])
+            whole = None if self.image_scale == 1 else self._prompts(samples)["whole_ids"]
             for row, (number, value) in enumerate(
-                zip(batch, self._likelihoods(inputs), strict=True)
+                zip(batch, self._likelihoods(inputs, whole), strict=True)
             ):
                 found[number] = value[0], value[1]
                 self._note((*asked[number], {}), value[2], value[3], row)
@@ -151,7 +158,7 @@ class Harness(lmms):  # type: ignore[misc]
 
     @torch.no_grad()
     def _likelihoods(
-        self, inputs: Mapping[str, Any]
+        self, inputs: Mapping[str, Any], whole_ids: torch.Tensor | None
     ) -> Iterator[tuple[float, bool, dict[str, Any], tp.Trace | None]]:
         """Rows of a batch padded on the right, with `labels` on the continuations, (B, T)."""
         model: Any = self.loaded.model
@@ -160,13 +167,15 @@ class Harness(lmms):  # type: ignore[misc]
         with pruned(self.loaded, self.pruning, logits="full") as trace:
             logits = model(**dict(inputs) | {"labels": labels}).logits  # (B, T, vocabulary)
         visual, real = lengths(self.loaded, inputs, trace)
-        original = tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
+        given = tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
+        original = given if whole_ids is None else tp.visual_mask(model, whole_ids).sum(1).tolist()
         for row in range(len(labels)):
             (places,) = (labels[row] != IGNORED).nonzero(as_tuple=True)
             said = labels[row, places]
             told = logits[row, places - 1].float().log_softmax(-1)
             loss = -told.gather(-1, said[:, None]).mean().item()
-            cost = {"num_visual": original[row], "visual": visual[row], "real": real[row]}
+            cost = {"num_visual": original[row], "given": given[row]}
+            cost |= {"visual": visual[row], "real": real[row]}
             yield loss, bool((told.argmax(-1) == said).all()), cost, trace
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -191,7 +200,7 @@ class Harness(lmms):  # type: ignore[misc]
         key, sample, _ = asked
         record = cost | {"question": sample.turns[-1].question}
         if len(self.records) < self.num_pictures and sample.images:
-            record |= {"kept": kept_tokens(trace, row, cost["num_visual"]), "image": sample.image}
+            record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
         self.records.setdefault(key, record)
 
     def _finish(self, num_words: int) -> dict[str, Any]:
@@ -201,11 +210,11 @@ class Harness(lmms):  # type: ignore[misc]
             ValueError: Nothing was pruned though it was asked for.
         """
         records = list(self.records.values())
-        seen = [record for record in records if record["num_visual"]]
+        seen = [record for record in records if record["given"]]
         asks = self.pruning is not None and any(
             stage.keep < 1 for stage in self.pruning.schedule.stages
         )
-        if asks and seen and all(r["visual"][-1] == r["num_visual"] for r in seen):
+        if asks and seen and all(r["visual"][-1] == r["given"] for r in seen):
             raise ValueError(
                 "lmms-eval: expected image tokens to be pruned, got all of them kept in all "
                 f"{len(seen)} requests. Lower what the schedule keeps, or set strategy=none."

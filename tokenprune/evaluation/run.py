@@ -87,7 +87,7 @@ def run_names(
     schedule = dict(config.schedule) if pruning is not None else {}
     if pruning is not None and pruning.solution is not None:  # a budget asked for another value
         schedule |= dict([pruning.solution.solved])
-    scale = config.data.get("image_scale") or 1.0  # another's data need not have it
+    scale = OmegaConf.select(config, "data.image_scale") or 1.0  # another's data need not have it
     return {
         "strategy": results.DOWNSAMPLE if pruning is None and scale < 1 else names["strategy"],
         "schedule": names["schedule"] if pruning is not None else None,

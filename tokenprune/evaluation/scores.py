@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenprune.evaluation.metrics import exact
-from tokenprune.evaluation.summary import wilson
+from tokenprune.runs.proportions import wilson
 
 #: Which of a task's metrics papers print, and its best value. Tasks that are not here: the first
 #: metric that they list, of which 1 is the best.

@@ -134,8 +134,10 @@ def _table(
     rows: Sequence[Row],
     cells: Callable[[Row], dict[str, Cell]],
 ) -> Table:
-    """A table of rows; model and data are told where there are several."""
-    places = [key for key in ("model", "data") if len({row.get(key) for row in rows}) > 1]
+    """A table of rows; model, data and parts of the questions are told where there are several."""
+    places = [
+        key for key in ("model", "data", "questions") if len({row.get(key) for row in rows}) > 1
+    ]
     heads = [Head(n, n, n not in _TEXTS, n in _TEXTS, said) for n, said in meanings.items()]
     heads += [Head(key, key, False, True, f"The {key}.") for key in places]
     return Table(

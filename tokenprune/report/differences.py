@@ -84,9 +84,9 @@ def _wins(groups: Sequence[Group]) -> tuple[list[list[int]], int]:
     """On how many questions each scores more than each other one, and of how many."""
     found = [scores_of(group) for group in groups]
     known = [own for own in found if own is not None]
-    if len(known) < len(found) or len({asked for asked, _ in known}) > 1:
+    if len(known) < len(found) or len({own.asked for own in known}) > 1:
         return [], 0
-    means = np.round([scores_SQ.mean(0) for _, scores_SQ in known], 12)
+    means = np.round([own.scores_SQ.mean(0) for own in known], 12)
     return [[int((one > other).sum()) for other in means] for one in means], means.shape[1]
 
 

@@ -20,11 +20,13 @@ class Answers:
 
     Attributes:
         asked: The same for two runs that were asked the same, in the same order: a digest of ids,
-            questions and answers that count as right.
+            kinds, questions and answers that count as right.
+        kinds: Of each question.
         scores_Q: Score of each answer, between 0 and 1.
     """
 
     asked: str
+    kinds: tuple[str, ...]
     scores_Q: NDArray[np.float64]
 
 
@@ -44,14 +46,15 @@ def read_answers(folder: Path | None) -> Answers | None:
 @lru_cache(maxsize=1024)  # runs are compared with several others
 def _read(path: Path, size: int, changed: int) -> Answers | None:
     digest = hashlib.blake2b(digest_size=16)
-    scores = []
+    kinds, scores = [], []
     for record in results.read_predictions(path):
-        asked = [record.get(key) for key in ("id", "question", "answer")]
+        asked = [record.get(key) for key in ("id", "kind", "question", "answer")]
         digest.update(json.dumps(asked).encode() + b"\n")
         score = record.get("score", record.get("correct"))  # it may say right and wrong alone
         if not isinstance(score, int | float):
             return None
+        kinds.append(str(record.get("kind", "")))
         scores.append(float(score))
     if not scores:
         return None
-    return Answers(digest.hexdigest(), np.array(scores))
+    return Answers(digest.hexdigest(), tuple(kinds), np.array(scores))

@@ -6,7 +6,7 @@ answers), and only if their runs were asked the same questions in the same order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +22,50 @@ TABLE = "comparisons.csv"
 METHOD = ("schedule", "lam", "num_stages", "layers", "keeps", "image_scale", "positions")
 COLUMNS = (
     *("method", *METHOD, "num_seeds", "against", "against_method", "against_seeds"),
-    *("num_questions", "accuracy", "against_accuracy", "difference", "ci_low", "ci_high"),
+    *(
+        "questions",
+        "num_questions",
+        "accuracy",
+        "against_accuracy",
+        "difference",
+        "ci_low",
+        "ci_high",
+    ),
     *("wins", "losses", "test", "p", "num_compared", "p_holm", "holm_low", "holm_high"),
     *("verdict", "model", "data", "run", "against_run"),
 )
+#: All questions together, where a run's accuracy is their mean.
+ALL = "all"
+_ROUNDED = 1e-4  # an accuracy in a table that somebody has rounded
 #: What everything is compared with, where it is there.
 ALWAYS = (UNPRUNED, "random")
 _NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Scores of a method's runs.
+
+    Attributes:
+        asked: See `Answers`, as are the kinds.
+        scores_SQ: A row per run.
+        parts: Which questions are taken together: all, or, where a run's accuracy is no mean over
+            its questions (benchmarks of several tasks), those of each kind.
+    """
+
+    asked: str
+    scores_SQ: NDArray[np.float64]
+    parts: Mapping[str, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A method and what it is compared with."""
+    """A method and what it is compared with, on all questions or a part of them."""
 
     method: Method
     against: str
     reference: Method
+    questions: str
     difference: Difference
 
 
@@ -66,7 +94,8 @@ def compare_methods(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of comparisons.csv, and a sentence for each reason why some could not be compared.
 
-    Holm's correction is over all methods of a setting that are compared with the same.
+    Holm's correction is over all methods of a setting that are compared with the same, on whatever
+    questions.
 
     Args:
         methods: As `gather` makes them.
@@ -107,13 +136,19 @@ def check_baselines(methods: Sequence[Method], baselines: Sequence[str]) -> None
             )
 
 
-def scores_of(method: Method) -> tuple[str, NDArray[np.float64]] | None:
-    """What its runs were asked, and their scores (S, Q); None if unknown, or not the same."""
+def scores_of(method: Method) -> Scores | None:
+    """The scores of its runs; None if unknown, or if they were asked different questions."""
     found = [read_answers(run.folder) for run in method.runs]
     known = [own for own in found if isinstance(own, Answers)]
     if len(known) < len(found) or len({own.asked for own in known}) > 1:
         return None
-    return known[0].asked, np.stack([own.scores_Q for own in known])
+    scores_SQ = np.stack([own.scores_Q for own in known])
+    kinds = np.array(known[0].kinds)
+    parts = {str(kind): kinds == kind for kind in dict.fromkeys(known[0].kinds)}
+    accuracy = method.mean("accuracy")
+    if accuracy is not None and abs(scores_SQ.mean() - accuracy) < _ROUNDED:
+        parts = {ALL: np.ones(len(kinds), bool)}
+    return Scores(known[0].asked, scores_SQ, parts)
 
 
 def share_of(method: Method) -> float | None:
@@ -160,8 +195,11 @@ def _family(inside: Sequence[Method], against: str, left: Left) -> Iterator[Pair
                     )
             if first is None or second is None:
                 continue
-            if first[0] == second[0]:
-                yield Pair(method, against, reference, compare(first[1], second[1]))
+            if first.asked == second.asked:
+                parts = min(first.parts, second.parts, key=lambda own: ALL in own)
+                for name, part_Q in parts.items():
+                    found = compare(first.scores_SQ[:, part_Q], second.scores_SQ[:, part_Q])
+                    yield Pair(method, against, reference, name, found)
             else:
                 both = f"{method.series} with {reference.series}"
                 left.add("Not compared, for they were asked different questions", both)
@@ -210,6 +248,7 @@ def _row(pair: Pair) -> dict[str, Any]:
         "against": pair.against,
         "against_method": reference.series,
         "against_seeds": reference.num_seeds,
+        "questions": pair.questions,
         "num_questions": difference.num_questions,
         "accuracy": difference.first,
         "against_accuracy": difference.second,

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.runs.comparisons import METHOD, Left, nearest_downsample, scores_of, share_of
+from tokenprune.runs.comparisons import ALL, METHOD, Left, nearest_downsample, scores_of, share_of
 from tokenprune.runs.methods import UNPRUNED, Method
 from tokenprune.runs.proportions import wilson
 
 TABLE = "difficulty.csv"
 COLUMNS = (
-    *("method", *METHOD, "num_seeds", "token_share", "downsample_scale", "num_questions"),
-    *("num_wrong", "num_easy", "easy", "easy_low", "easy_high"),
+    *("method", *METHOD, "num_seeds", "token_share", "downsample_scale"),
+    *("questions", "num_questions", "num_wrong", "num_easy", "easy", "easy_low", "easy_high"),
     *("num_hard", "hard", "hard_low", "hard_high", "model", "data", "run", "downsample_run"),
 )
 #: Baselines that choose nothing: each budget is to have them.
@@ -45,12 +45,11 @@ def split_by_difficulty(methods: Sequence[Method]) -> tuple[list[dict[str, Any]]
         scaled = nearest_downsample(method, inside)
         if scaled is None or method is whole:
             continue
-        row = None if whole is None else _row(method, whole, scaled)
-        if row is not None:
-            rows.append(row)
-        elif whole is None:
+        split = [] if whole is None else _split(method, whole, scaled)
+        rows += split
+        if whole is None:
             left.add("Not split by difficulty, for there is no unpruned run", method.series)
-        else:
+        elif not split:
             left.add("Not split by difficulty, for questions or scores differ", method.series)
     budgets = dict.fromkeys((row["layers"], row["keeps"]) for row in rows if row["layers"])
     for name in BASELINES:
@@ -60,31 +59,33 @@ def split_by_difficulty(methods: Sequence[Method]) -> tuple[list[dict[str, Any]]
     return rows, left.sentences()
 
 
-def _row(method: Method, whole: Method, scaled: Method) -> dict[str, Any] | None:
-    """A method's right answers on both kinds of questions; None where these are not the same."""
+def _split(method: Method, whole: Method, scaled: Method) -> list[dict[str, Any]]:
+    """A row for each part of the questions (`Scores.parts`); none where these are not the same."""
     found = [scores_of(own) for own in (method, whole, scaled)]
     known = [own for own in found if own is not None]
-    if len(known) < len(found) or len({asked for asked, _ in known}) > 1:
-        return None
-    score_Q, whole_Q, scaled_Q = (scores_SQ.mean(0) for _, scores_SQ in known)
-    right_Q = whole_Q >= _RIGHT
-    row: dict[str, Any] = {
-        "method": method.series,
-        **{name: method.first.text(name) for name in METHOD},
-        "num_seeds": method.num_seeds,
-        "token_share": share_of(method),
-        "downsample_scale": scaled.first.scale,
-        "num_questions": len(score_Q),
-        "num_wrong": int((~right_Q).sum()),
-    }
-    parts = {"easy": right_Q & (scaled_Q >= _RIGHT), "hard": right_Q & (scaled_Q < _RIGHT)}
-    for name, part_Q in parts.items():
-        number, total = int(part_Q.sum()), float(np.sum(score_Q[part_Q]))
-        low, high = wilson(total, number)
-        row |= {f"num_{name}": number}
-        if number:
-            row |= {name: total / number, f"{name}_low": low, f"{name}_high": high}
-    return row | {
-        **{name: method.first.text(name) for name in ("model", "data", "run")},
-        "downsample_run": scaled.first.text("run"),
-    }
+    if len(known) < len(found) or len({own.asked for own in known}) > 1:
+        return []
+    score_Q, whole_Q, scaled_Q = (own.scores_SQ.mean(0) for own in known)
+    right_Q, easy_Q = whole_Q >= _RIGHT, scaled_Q >= _RIGHT
+    rows = []
+    for questions, part_Q in min((own.parts for own in known), key=lambda own: ALL in own).items():
+        row: dict[str, Any] = {
+            "method": method.series,
+            **{name: method.first.text(name) for name in METHOD},
+            "num_seeds": method.num_seeds,
+            "token_share": share_of(method),
+            "downsample_scale": scaled.first.scale,
+            "questions": questions,
+            "num_questions": int(part_Q.sum()),
+            "num_wrong": int((part_Q & ~right_Q).sum()),
+        }
+        groups = {"easy": part_Q & right_Q & easy_Q, "hard": part_Q & right_Q & ~easy_Q}
+        for name, group_Q in groups.items():
+            number, total = int(group_Q.sum()), float(np.sum(score_Q[group_Q]))
+            row |= {f"num_{name}": number}
+            if number:
+                low, high = wilson(total, number)
+                row |= {name: total / number, f"{name}_low": low, f"{name}_high": high}
+        row |= {name: method.first.text(name) for name in ("model", "data", "run")}
+        rows.append(row | {"downsample_run": scaled.first.text("run")})
+    return rows

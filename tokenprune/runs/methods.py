@@ -20,7 +20,7 @@ DOWNSAMPLE = results.DOWNSAMPLE
 # the answers. `data.seed` orders training samples; `data.test.seed` asks other questions.
 SEEDS = ("seed", "strategy.seed", "data.seed")
 NO_EFFECT = (
-    *("logger", "num_pictures", "data.num_workers", "trainer.callbacks"),
+    *("logger", "num_pictures", "data.num_workers", "trainer.callbacks", "device"),
     *("baseline", "imports", "ckpt_path"),
 )
 # What a method is, told by its row: a budget is the schedule that it asked for.
@@ -234,10 +234,11 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """Marks of a model's and of data's files, by the key that names them."""
+    """Marks of the files of a model, of data and of tasks, by the key that names them."""
     try:
         known = json.loads((folder / results.VERSIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     found = known.items() if isinstance(known, dict) else ()
-    return {key: str(value) for key, value in found if key.startswith(("model.", "data."))}
+    marked = ("model.", "data.", "include_path")
+    return {key: str(value) for key, value in found if key.startswith(marked)}

@@ -79,8 +79,8 @@ def print_comparisons(rows: Sequence[Mapping[str, Any]], place: str) -> None:
         rows: Of comparisons.csv.
         place: Where that is.
     """
-    keys = ("model", "data", "method", "against")
-    several = [name for name in keys[:2] if len({row[name] for row in rows}) > 1]
+    keys = ("model", "data", "questions", "method", "against")
+    several = [name for name in keys[:3] if len({row[name] for row in rows}) > 1]
     cells = []
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in keys) == key]
@@ -89,7 +89,7 @@ def print_comparisons(rows: Sequence[Mapping[str, Any]], place: str) -> None:
         cells.append(
             [
                 *(str(value) for name, value in zip(keys, key, strict=True) if name in several),
-                *key[2:],
+                *key[3:],
                 str(len(own)),
                 *(str(verdicts.count(name)) for name in ("better", "worse", "open")),
                 f"{least:+.1f}" if least == most else f"{least:+.1f} to {most:+.1f}",
