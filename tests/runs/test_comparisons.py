@@ -157,6 +157,15 @@ def test_other_models_data_and_questions_are_never_compared(
     assert missing == (told if "asked" in other else [])
 
 
+def test_the_order_of_questions_does_not_matter(tmp_path: Path) -> None:
+    make_run(tmp_path, "none", answers(0.9, 0))
+    make_run(tmp_path, "fastv", answers(0.5, 1), strategy="fastv", keep=0.5)
+    before = compare_methods(methods_in(tmp_path))[0]
+    path = tmp_path / "fastv" / "predictions.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert compare_methods(methods_in(tmp_path))[0] == before
+
+
 def test_a_budget_that_was_asked_for_is_no_other_setting(tmp_path: Path) -> None:
     make_run(tmp_path, "none", answers(0.9, 0), config={"budget": {"avg_tokens": None}})
     own = {"config": {"budget": {"avg_tokens": 50}, "baseline": "fastv", "imports": ["mine"]}}

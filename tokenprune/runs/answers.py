@@ -19,9 +19,9 @@ class Answers:
     """Scores of a run.
 
     Attributes:
-        asked: The same for two runs that were asked the same, in the same order: a digest of ids,
-            kinds, questions and answers that count as right.
-        kinds: Of each question.
+        asked: The same for two runs that were asked the same: a digest of ids, kinds, questions and
+            answers that count as right.
+        kinds: Of each question, in the order of their ids.
         scores_Q: Score of each answer, between 0 and 1.
     """
 
@@ -47,7 +47,8 @@ def read_answers(folder: Path | None) -> Answers | None:
 def _read(path: Path, size: int, changed: int) -> Answers | None:
     digest = hashlib.blake2b(digest_size=16)
     kinds, scores = [], []
-    for record in results.read_predictions(path):
+    # Benchmarks may ask their tasks in any order.
+    for record in sorted(results.read_predictions(path), key=lambda own: str(own.get("id"))):
         asked = [record.get(key) for key in ("id", "kind", "question", "answer")]
         digest.update(json.dumps(asked).encode() + b"\n")
         score = record.get("score", record.get("correct"))  # it may say right and wrong alone

@@ -1,7 +1,7 @@
 """comparisons.csv: each method against the unpruned model, against `random`, and others, paired.
 
 Only methods of one setting are compared (`methods.gather`: one model, data, metric, length of
-answers), and only if their runs were asked the same questions in the same order.
+answers), and only if their runs were asked the same questions.
 """
 
 from __future__ import annotations
