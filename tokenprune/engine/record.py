@@ -323,9 +323,7 @@ def keep(cache: Any, record: Record) -> None:
         cache.__class__ = _pruned_class(kind)
 
 
-def read(
-    cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int
-) -> Record | None:
+def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> Record | None:
     """The record of a cache; None for no cache or an empty one.
 
     Args:
