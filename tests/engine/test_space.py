@@ -8,10 +8,15 @@ import pytest
 import torch
 from models import ROWS, batch, build, labelled
 from oracles import all_visual, assert_close, generate
+from zoo import ZOO
 
 import tokenprune as tp
+from tokenprune.families.adapter import adapter_of
+from tokenprune.families.anatomy import examine
 
 NAMES = ("visionzip", "prumerge", "prumerge_plus")
+TOWERS = {name: adapter_of(name).tower for name in ZOO}
+PROJECTING = [name for name, tower in TOWERS.items() if tower and tower.projector]
 HALF = tp.Schedule.one_shot(layer=0, keep=0.5)
 
 
@@ -152,6 +157,49 @@ def test_training_reaches_the_projector_through_the_mixture(name) -> None:
             weight += step * direction
             losses.append(model(**inputs, labels=labels).loss)
     assert (losses[0] - losses[1]).item() / 2e-3 == pytest.approx(ours.norm().item(), rel=2e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(tp.PruningStrategy):
+    """Keeps half, each as the mean of itself and of the one behind it, of the token's patches."""
+
+    def needs(self) -> tuple[object, ...]:
+        return (tp.BeforeProjector(), tp.VisionStates(-1, "hidden"))
+
+    def select(self, view: tp.TokenView, keep: torch.Tensor) -> tp.Selection:
+        num_alive = view.valid.shape[1]
+        weights = torch.eye(num_alive)
+        weights = (weights + weights.roll(1, 1))[: int(keep[0])] / 2
+        kept = torch.arange(num_alive) < keep[0]
+        return tp.Selection(kept[None], weights=weights[None], space="vision")
+
+
+@pytest.mark.parametrize("model_type", PROJECTING)
+def test_every_named_projector_projects_a_patch_to_a_token(model_type) -> None:
+    model = ZOO[model_type].build("sdpa")
+    parts = examine(model).vision
+    inputs = ZOO[model_type].batch(model, [(3, "image", 5)])
+    visual = tp.visual_mask(model, inputs["input_ids"])[0]
+    entered, given = [], []
+    with torch.no_grad(), tp.prune(model, Halves(), HALF) as trace:
+        hooks = [
+            examine(model)
+            .layers[0]
+            .register_forward_pre_hook(
+                lambda module, args, kwargs: entered.append(args[0]), with_kwargs=True
+            ),
+            parts.projector.register_forward_pre_hook(lambda module, args: given.append(args[0])),
+        ]
+        model(**inputs, use_cache=False)
+        kept, mixed = trace.stages[0].kept[0], trace.stages[0].weights[0]
+    for hook in hooks:
+        hook.remove()
+    count = min(len(kept), 3)  # the first tokens of an image are its first patches
+    patches = given[0].flatten(0, -2)[: count + 1]
+    with torch.no_grad():
+        expected = parts.projector(mixed[:count, : count + 1] @ patches)
+    start = int(visual.nonzero()[0])
+    assert_close(entered[0][0, start : start + count], expected)
 
 
 def test_where_it_cannot_be_it_is_refused() -> None:

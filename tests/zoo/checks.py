@@ -368,17 +368,17 @@ _ALL = (
     *(every_layer, identity, scores, drop_is_mask, batch_is_alone, renumbered),
     *(greedy, sampling, beams, prompt_lookup, static_cache, no_cache, later_turn, training),
 )
-CHECKS: dict[str, Callable[[Specimen, PreTrainedModel], str | None]] = {
-    check.__name__: check for check in _ALL
-}
+#: What it returns is its outcome, if there is more to say than that it is exact.
+Check = Callable[[Specimen, PreTrainedModel], str | None]
+CHECKS: dict[str, Check] = {check.__name__: check for check in _ALL}
 
 
-def outcome(specimen: Specimen, model: PreTrainedModel, check: str) -> str:
+def outcome(specimen: Specimen, model: PreTrainedModel, check: Check) -> str:
     """`exact`, or `refused: ...` where the engine says why not; an AssertionError otherwise."""
-    if check in specimen.unable:
-        return f"impossible unpruned: {specimen.unable[check]}"
+    if check.__name__ in specimen.unable:
+        return f"impossible unpruned: {specimen.unable[check.__name__]}"
     try:
-        return CHECKS[check](specimen, model) or EXACT
+        return check(specimen, model) or EXACT
     except ValueError as error:
         return refusal(error)
 

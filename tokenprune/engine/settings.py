@@ -228,10 +228,15 @@ class Settings:
         """Refuses what this model's vision tower cannot give."""
         parts = self.anatomy.vision
         if parts is None:
+            reason = self.anatomy.adapter.unread
+            way_out = "Choose a strategy that does not read the tower"
             raise ValueError(
                 f"prune: expected a model whose vision tower is known, for {need}, got {name} "
-                f"({self.anatomy.config.model_type}). Choose a strategy that does not read the "
-                "tower, or describe the tower with register_adapter."
+                f"({self.anatomy.config.model_type}): {reason}. {way_out}."
+                if reason
+                else f"prune: expected a model whose vision tower is known, for {need}, got {name} "
+                f"({self.anatomy.config.model_type}). {way_out}, or describe the tower with "
+                "register_adapter."
             )
         if not -len(parts.layers) <= need.layer < len(parts.layers):
             raise ValueError(

@@ -16,7 +16,8 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,8 @@ from torch import Tensor
 from tokenprune.engine.masks import dense
 from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
-from tokenprune.families.tower import (
-    Attending,
-    Patches,
-    VisionParts,
-    fused,
-    num_tokens,
-    separate,
-)
+from tokenprune.families.attending import Attending, in_runs, of_fused
+from tokenprune.families.tower import Patches, VisionParts, num_tokens
 from tokenprune.strategy import Need, VisionNeed, VisionRows, VisionStates
 from tokenprune.tensors import attention_rows, single_precision, to_device
 
@@ -50,17 +45,27 @@ class Heard:
     Attributes:
         queries: What its projection of queries gave.
         keys: What its projection of keys gave.
-        named: Arguments of its attention.
         hidden: Its output.
+        attending: What its attention weights are made of.
+        named: Arguments of its attention.
     """
 
     queries: Tensor | None = None
     keys: Tensor | None = None
-    named: Mapping[str, Any] = field(default_factory=dict)
     hidden: Tensor | None = None
+    attending: Attending | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
 
-    def some(self) -> Tensor:
-        """Whichever was noted: it says how many positions there are, (N, L, C) or (P, C)."""
+    def device(self) -> torch.device:
+        """Where it ran."""
+        return self._some().device
+
+    def shape(self) -> tuple[int, int]:
+        """Sequences N and their positions L."""
+        length = self._some().shape[-2]
+        return self._some().shape[:-1].numel() // length, length  # of (N, L, C) or (P, C)
+
+    def _some(self) -> Tensor:
         return next(v for v in (self.hidden, self.keys, self.queries) if v is not None)
 
 
@@ -104,17 +109,19 @@ class Watch:
     def hook(self) -> list[Any]:
         """Hooks on the layers that are asked, and on nothing else."""
         found, names = [], self.parts.tower
-        for number in sorted({need.layer for need in self.needs}):
+        numbers = sorted({need.layer for need in self.needs})
+        for number, layers in product(numbers, (self.parts.layers, *self.parts.others)):
             kinds = {_kind(need) for need in self.needs if need.layer == number}
-            attention, layer = self.parts.attention(number), self.parts.layers[number]
-            if "rows" in kinds:
-                before = self._note_arguments(number)
-                found.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+            attention = getattr(layers[number], names.attention)
             for what in ("queries", "keys"):
                 if {"rows", what} & kinds:
                     module = getattr(attention, getattr(names, what))
                     found.append(module.register_forward_hook(self._note(number, what)))
+            if "rows" in kinds:
+                after = self._note_attending(number)
+                found.append(attention.register_forward_hook(after, with_kwargs=True))
             if "hidden" in kinds:
+                layer = layers[number]
                 found.append(layer.register_forward_hook(self._note(number, "hidden")))
         if self.mixes and self.parts.projector is not None:
             found.append(self.parts.projector.register_forward_pre_hook(self._note_given))
@@ -133,11 +140,16 @@ class Watch:
 
         return hook
 
-    def _note_arguments(self, number: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
+    def _note_attending(self, number: int) -> Callable[..., None]:
+        tower = self.parts.tower
+
+        @torch.no_grad()
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             heard = self._heard(number)
-            if heard is not None:
-                heard.named = kwargs
+            if heard is not None:  # while the layer's weights are at hand
+                names = inspect.signature(type(module).forward).parameters
+                heard.named = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+                heard.attending = tower.attending(module, heard.named, heard.queries, heard.keys)
 
         return hook
 
@@ -233,13 +245,14 @@ def make_signals(
     Raises:
         ValueError: If it cannot be said which patches make up each token.
     """
-    hidden = layers[next(iter(needs)).layer].some()
-    shape = hidden.shape[:-1] if hidden.dim() == 3 else (1, len(hidden))
-    index = torch.arange(shape[0] * (shape[1] - parts.num_class)).view(shape[0], -1)
-    tiles = torch.arange(shape[0]).repeat_interleave(index.shape[1])
+    heard = layers[next(iter(needs)).layer]
+    num_sequences, length = heard.shape()
+    start, stop = parts.span(length)
+    index = torch.full((num_sequences, length), -1)
+    index[:, start:stop] = torch.arange(num_sequences * (stop - start)).view(num_sequences, -1)
+    tiles = torch.arange(num_sequences).repeat_interleave(stop - start)
     if parts.tower.frames is not None:
-        tiles = parts.tower.frames(named)
-    index = torch.nn.functional.pad(index, (parts.num_class, 0), value=-1)
+        tiles = parts.tower.frames(parts.base, named)
     patches = parts.tower.patches(parts.base, named, index)
     if len(patches.index) != count:
         raise ValueError(
@@ -249,7 +262,7 @@ def make_signals(
         )
     largest = patches.index.amax(1)
     of_token = tiles[largest.clamp_min(0)].where(largest >= 0, -1)
-    patches = _placed(patches, hidden.device)
+    patches = _placed(patches, heard.device())
     values: dict[Need, Tensor] = {}
     for need in sorted(needs, key=repr):
         values[need] = _mean(_of_patches(parts, need, layers[need.layer], tiles), patches)
@@ -282,39 +295,42 @@ def _mean(values: Tensor, patches: Patches) -> Tensor:
 
 def _of_patches(parts: VisionParts, need: VisionNeed, heard: Heard, tiles: Tensor) -> Tensor:
     """What is asked of each patch, (P, H) or (P, C)."""
-    first = parts.num_class
     if isinstance(need, VisionStates):
         values: Tensor = getattr(heard, need.what)
         if need.what != "hidden" and parts.tower.is_fused:
-            values = values.chunk(3, -1)[0 if need.what == "queries" else 1]
+            values = of_fused(parts.attention(need.layer), need.what, values)
         values = values if values.dim() == 3 else values[None]  # (N, L, C)
-        values = values[:, first:].to(torch.promote_types(values.dtype, torch.float32))
+        start, stop = parts.span(values.shape[1])
+        values = values[:, start:stop].to(torch.promote_types(values.dtype, torch.float32))
         return values.flatten(0, 1)
     assert isinstance(need, VisionRows)
-    assert heard.keys is not None
-    attention = parts.attention(need.layer)
-    if parts.tower.is_fused:
-        attending = fused(attention, heard.keys, heard.named)
+    assert heard.attending is not None
+    attending, packed = heard.attending, parts.tower.frames is not None
+    if packed:
+        ends = heard.named.get("cu_seqlens")
+        attending = in_runs(attending, tiles.bincount() if ends is None else ends.diff().cpu())
     else:
-        assert heard.queries is not None
-        valid = _valid(heard.named.get("attention_mask"), heard.keys)
-        attending = separate(attention, heard.queries, heard.keys, valid)
+        valid = _valid(heard.named.get("attention_mask"), attending.keys)
+        attending = replace(attending, valid=valid)
     if need.heads == "one":
         attending = attending.as_one_head()
-    with single_precision(heard.keys.device):
+    start, stop = parts.span(attending.keys.shape[2])
+    with single_precision(attending.keys.device):
         if need.queries == "class":
-            return _rows(attending, 0, 1)[:, :, 0, first:].transpose(1, 2).flatten(0, 1)
-        received = _received(attending, first).transpose(1, 2)  # (N, P, H)
-    if not attending.packed:
+            asking = parts.class_position(attending.keys.shape[2])
+            rows = _rows(attending, asking, asking + 1)[:, :, 0, start:stop]
+            return rows.transpose(1, 2).flatten(0, 1)
+        received = _received(attending, start, stop).transpose(1, 2)  # (N, P, H)
+    if not packed:
         if attending.valid is None:
             return received.flatten(0, 1) / received.shape[1]
-        asking = attending.valid[:, first:].sum(1).clamp_min(1)
-        return (received / asking[:, None, None]).flatten(0, 1)
+        num_asking = attending.valid[:, start:stop].sum(1).clamp_min(1)
+        return (received / num_asking[:, None, None]).flatten(0, 1)
     values = received.flatten(0, 1)
     if attending.valid is not None:
         values = values[attending.valid.flatten()]
-    asking = tiles.bincount()[tiles]  # of windows, those of the whole frame
-    return values / asking.to(values.device)[:, None]
+    of_frame = tiles.bincount()[tiles]  # of windows, those of the whole frame
+    return values / of_frame.to(values.device)[:, None]
 
 
 def _valid(mask: Any, keys: Tensor) -> Tensor | None:
@@ -336,22 +352,24 @@ def _rows(attending: Attending, start: int, stop: int) -> Tensor:
     )
 
 
-def _received(attending: Attending, first: int) -> Tensor:
+def _received(attending: Attending, first: int, stop: int) -> Tensor:
     """Attention that patches get from all patches of their sequence, summed (N, H, P), float32.
 
     Args:
         attending: What the attention is made of.
-        first: Positions before the first patch, which do not ask.
+        first: First patch; what precedes it does not ask.
+        stop: First position after the last patch.
     """
-    num_sequences, num_heads, length, _ = attending.keys.shape
+    num_sequences, num_heads, length, _ = attending.queries.shape
     chunk = max(1, CHUNK_BYTES // (4 * num_sequences * num_heads * length))
     total = attending.keys.new_zeros(num_sequences, num_heads, length, dtype=torch.float32)
-    for start in range(first, length, chunk):
-        rows = _rows(attending, start, start + chunk)
+    for start in range(first, stop, chunk):
+        end = min(start + chunk, stop)
+        rows = _rows(attending, start, end)
         if attending.valid is not None:
-            rows = rows * attending.valid[:, None, start : start + chunk, None]
+            rows = rows * attending.valid[:, None, start:end, None]
         total += rows.sum(2)
-    return total[:, :, first:]
+    return total[:, :, first:stop]
 
 
 # ----------------------------------------------------------------------------------- of one's call

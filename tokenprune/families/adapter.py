@@ -37,6 +37,7 @@ class Adapter:
         token_arguments: Arguments of a layer with an entry per token, and the dimension it is in.
         first_layer: First decoder layer before which tokens can be pruned.
         tower: Its vision tower, for strategies that read it.
+        unread: Why that cannot be read, if so.
         refusal: Why the family cannot be pruned at all, if so.
     """
 
@@ -52,6 +53,7 @@ class Adapter:
     token_arguments: Mapping[str, int] = field(default_factory=dict)
     first_layer: int = 0
     tower: Tower | None = None
+    unread: str | None = None
     refusal: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""InternVL: a pixel shuffle folds neighbouring patches of a tile into one token."""
+"""InternVL and Qianfan-OCR: a pixel shuffle folds neighbouring patches of a tile into one token."""
 
 from __future__ import annotations
 
@@ -22,4 +22,5 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, attention="attention", queries="q_norm", keys="k_norm")
-register_adapter("internvl", Adapter(tower=_TOWER))
+for _model_type in ("internvl", "qianfan_ocr"):
+    register_adapter(_model_type, Adapter(tower=_TOWER))

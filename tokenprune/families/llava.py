@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, register_adapter
+from tokenprune.families.attending import captured
 from tokenprune.families.places import raster
 from tokenprune.families.tower import Patches, Tower
 
@@ -36,6 +38,22 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     return Patches(selected(model, named, index).reshape(-1, 1))
 
 
+def without_first(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """A token a patch, and none for the class token."""
+    return Patches(index[:, 1:].reshape(-1, 1))
+
+
+def of_images_or_videos(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """A token a patch; in videos, a token a class token as well."""
+    is_video = named.get("pixel_values_videos") is not None
+    return all_patches(model, named, index) if is_video else patches(model, named, index)
+
+
+def all_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """A token a position of the tower."""
+    return Patches(index.reshape(-1, 1))
+
+
 def selected(model: Any, named: Mapping[str, Any], index: Tensor) -> Tensor:
     """What of each tile's positions (N, L) becomes tokens.
 
@@ -48,6 +66,21 @@ def selected(model: Any, named: Mapping[str, Any], index: Tensor) -> Tensor:
 
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
-register_adapter("llava", Adapter(layout=layout, tower=TOWER))
-for _model_type in ("vipllava", "deepseek_vl", "deepseek_vl_hybrid", "janus"):
-    register_adapter(_model_type, Adapter(layout=layout))
+#: What projects DeepSeek-VL's finer tower beside the other takes both: nothing is mixed before it.
+_TOWERS = {
+    "llava": TOWER,
+    "vipllava": replace(TOWER, patches=without_first),
+    "deepseek_vl": Tower("vision_model", all_patches, projector="aligner"),
+    "deepseek_vl_hybrid": Tower("vision_model", all_patches),
+    "janus": Tower("vision_model", all_patches, projector="aligner", form=captured),
+}
+#: Its videos go through a tower of their own, and keep the class token of each frame.
+VIDEO = Tower(
+    "image_tower",
+    of_images_or_videos,
+    projector="multi_modal_projector",
+    others=("video_tower",),
+)
+register_adapter("video_llava", Adapter(tower=VIDEO))
+for _model_type, _tower in _TOWERS.items():
+    register_adapter(_model_type, Adapter(layout=layout, tower=_tower))

@@ -1,9 +1,13 @@
-"""LLaVA-NeXT: the whole image, then the unpadded mosaic of its tiles, with newline tokens."""
+"""LLaVA-NeXT: the whole image, then the unpadded mosaic of its tiles, with newline tokens.
+
+LLaVA-NeXT-Video shrinks the frames of videos besides.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, register_adapter
 from tokenprune.families.llava import selected
+from tokenprune.families.patches import squares
 from tokenprune.families.places import number_images, raster
 from tokenprune.families.tower import Patches, Tower
 
@@ -81,6 +86,16 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     return Patches(torch.cat(packed))
 
 
+def patches_or_frames(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """As above; of videos, squares of each frame."""
+    if named.get("pixel_values_videos") is None:
+        return patches(model, named, index)
+    own, edge = selected(model, named, index), model.config.spatial_pool_stride
+    side = int(own.shape[1] ** 0.5)
+    return Patches(squares(own.view(-1, side, side), edge))
+
+
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
 register_adapter("llava_next", Adapter(layout=layout, tower=TOWER))
+register_adapter("llava_next_video", Adapter(tower=replace(TOWER, patches=patches_or_frames)))

@@ -47,16 +47,14 @@ class QueriesAndKeys:
     softcap: float | None = None
 
 
-class _Captured(Exception):
-    """Carries queries and keys out of a layer."""
+class Captured(Exception):
+    """Carries queries, keys, the factor on the logits, a soft cap and sinks out of an attention."""
 
 
 def _capture(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **options: Any
 ) -> Any:
-    raise _Captured(
-        query, key, options.get("scaling"), options.get("softcap"), options.get("s_aux")
-    )
+    raise Captured(query, key, options.get("scaling"), options.get("softcap"), options.get("s_aux"))
 
 
 AttentionInterface.register(_CAPTURE, _capture)
@@ -133,15 +131,12 @@ def captured(
     if attention is None or config is None:
         raise _deaf(layer)
     # Shallow copies: the model itself, which other threads may be running, stays as it is.
-    own_attention, own_layer = _shallow(attention), _shallow(layer)
-    own_attention.config = copy.copy(config)
-    # Not by its setter, which reaches into configs that the copy shares.
-    own_attention.config._attn_implementation_internal = _CAPTURE
-    own_layer._modules = {**layer._modules, "self_attn": own_attention}
+    own_layer = _shallow(layer)
+    own_layer._modules = {**layer._modules, "self_attn": listening(attention)}
     arguments = {**named, "past_key_values": None, "use_cache": False}
     try:
         type(layer).forward(own_layer, hidden, **arguments)
-    except _Captured as heard:
+    except Captured as heard:
         queries, keys, scaling, softcap, sinks = heard.args
     else:
         raise _deaf(layer)
@@ -152,6 +147,15 @@ def captured(
         )
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     return QueriesAndKeys(pick(queries, rows, dim=2), keys, scaling, softcap)
+
+
+def listening(attention: Any) -> Any:
+    """A shallow copy of an attention module, which raises `Captured` where its kernel would run."""
+    own = _shallow(attention)
+    own.config = copy.copy(attention.config)
+    # Not by its setter, which reaches into configs that the copy shares.
+    own.config._attn_implementation_internal = _CAPTURE
+    return own
 
 
 def pick(values: Tensor, rows: Positions, dim: int = 1) -> Tensor:

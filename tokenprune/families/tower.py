@@ -1,18 +1,18 @@
-"""What the engine must know of a family's vision tower, and the forms of a tower's attention.
+"""What the engine must know of a family's vision tower.
 
 Shape suffixes: N sequences that attend to themselves (tiles, frames, windows), L positions of one,
-P patches, H heads, E head dimension, C channels, T visual tokens, K patches of a token.
+P patches, T visual tokens, K patches of a token.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from tokenprune.families.attending import Attending, Form, fused, separate
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,14 @@ class Tower:
         attention: Name of a layer's attention.
         queries: Name of what gives an attention's queries.
         keys: Name of what gives its keys; the same name where one projection gives queries, keys
-            and values, (P, 3 * C), of a packed sequence, whose runs `cu_seqlens` says.
-        frames: Of the arguments: the image or frame of each patch, numbered from 0, int64 (P,), in
-            the tower's order; for towers that pack them into one sequence.
+            and values.
+        frames: Of the base model and the arguments: the image or frame of each patch, numbered from
+            0, int64 (P,), in the tower's order; for towers that pack them into one sequence, whose
+            runs `cu_seqlens` says, or else are the frames.
         projector: Path in the base model of what projects a patch to a token, if there is one.
+        form: What its attention weights are made of; by default, of what its projections give.
+        class_last: Whether a class token follows the patches instead of preceding them.
+        others: Paths of further towers of the same build, which other kinds of pictures go through.
     """
 
     path: str
@@ -54,13 +58,20 @@ class Tower:
     attention: str = "self_attn"
     queries: str = "q_proj"
     keys: str = "k_proj"
-    frames: Callable[[Mapping[str, Any]], Tensor] | None = None
+    frames: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     projector: str | None = None
+    form: Form | None = None
+    class_last: bool = False
+    others: tuple[str, ...] = ()
 
     @property
     def is_fused(self) -> bool:
-        """Whether one projection gives queries, keys and values of packed sequences."""
+        """Whether one projection gives queries, keys and values."""
         return self.queries == self.keys
+
+    def attending(self, *heard: Any) -> Attending:
+        """What an attention's weights are made of, from what a `Form` is given."""
+        return (self.form or (fused if self.is_fused else separate))(*heard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +82,14 @@ class VisionParts:
         tower: What is known of the family's.
         base: The model that has `get_image_features`.
         layers: The tower's layers.
-        num_class: Class tokens in front of the patches.
+        others: Those of further towers.
+        num_class: Class tokens beside the patches.
     """
 
     tower: Tower
     base: nn.Module
     layers: tuple[nn.Module, ...]
+    others: tuple[tuple[nn.Module, ...], ...]
     num_class: int
 
     @property
@@ -89,101 +102,54 @@ class VisionParts:
         """The attention module of a layer."""
         return getattr(self.layers[layer], self.tower.attention)
 
+    def span(self, length: int) -> tuple[int, int]:
+        """First patch, and first position after the last, of a sequence of that length."""
+        if self.tower.class_last:
+            return 0, length - self.num_class
+        return self.num_class, length
+
+    def class_position(self, length: int) -> int:
+        """Where the class token is in a sequence of that length."""
+        return length - 1 if self.tower.class_last else 0
+
 
 def find_tower(tower: Tower, base: nn.Module) -> VisionParts | None:
     """The parts of a model's tower; None where they are others than the family's usual ones."""
+    found = [_layers(tower, base, path) for path in (tower.path, *tower.others)]
+    if not all(found):
+        return None
+    layers, *others = found
+    names = {
+        name.rpartition(".")[2] for name, _ in base.get_submodule(tower.path).named_parameters()
+    }
+    if "register_tokens" in names:
+        return None
+    return VisionParts(tower, base, layers, tuple(others), int(bool(names & _CLASS_TOKENS)))
+
+
+def _layers(tower: Tower, base: nn.Module, path: str) -> tuple[nn.Module, ...]:
+    """The layers of one tower; none where it is not there, or of another build."""
     module: Any = base
-    for name in tower.path.split("."):
+    for name in path.split("."):
         module = getattr(module, name, None)
     if not isinstance(module, nn.Module):
-        return None
+        return ()
     lists = (part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part))
     layers = next((part for part in lists if hasattr(part[0], tower.attention)), None)
     if layers is None:
-        return None
+        return ()
     attention = getattr(layers[0], tower.attention)
-    if not all(hasattr(attention, name) for name in (tower.queries, tower.keys, "num_heads")):
-        return None
-    names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
-    if "register_tokens" in names:
-        return None
-    return VisionParts(tower, base, tuple(layers), int(bool(names & _CLASS_TOKENS)))
+    return tuple(layers) if all(hasattr(attention, n) for n in (tower.queries, tower.keys)) else ()
 
 
 def num_tokens(features: Any) -> int:
     """Visual tokens in what `get_image_features` returned: one tensor, or one an image."""
-    made = features.pooler_output if hasattr(features, "pooler_output") else features
+    made = getattr(features, "pooler_output", None)
+    if made is None:
+        made = getattr(features, "last_hidden_state", features)
     parts = [made] if isinstance(made, Tensor) else made
     return sum(part.shape[:-1].numel() for part in parts)
 
 
 #: Names that transformers gives the parameter of a class token.
 _CLASS_TOKENS = {"class_embedding", "cls_token"}
-
-
-@dataclass(frozen=True, eq=False)
-class Attending:
-    """What a tower's attention weights are made of.
-
-    Attributes:
-        queries: (N, H, L, E).
-        keys: (N, H, L, E).
-        valid: Bool (N, L), which positions are no padding; None for all.
-        scaling: Factor on the logits.
-        packed: Whether the tower itself has no padding, so that what is one is no patch.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    valid: Tensor | None
-    scaling: float
-    packed: bool = False
-
-    def as_one_head(self) -> Attending:
-        """The same with all heads side by side as one."""
-        queries, keys = (
-            heads.transpose(1, 2).flatten(2)[:, None] for heads in (self.queries, self.keys)
-        )
-        return replace(self, queries=queries, keys=keys, scaling=keys.shape[-1] ** -0.5)
-
-
-def separate(attention: Any, queries: Tensor, keys: Tensor, valid: Tensor | None) -> Attending:
-    """Of projections (N, L, C): each sequence attends to all of its own positions.
-
-    Args:
-        attention: The module.
-        queries: What its projection gave.
-        keys: What its projection gave.
-        valid: Bool (N, L), positions that are no padding; None for all.
-    """
-
-    def heads(values: Tensor) -> Tensor:  # (N, L, H * E) -> (N, H, L, E)
-        return values.view(*values.shape[:2], attention.num_heads, -1).transpose(1, 2)
-
-    return Attending(heads(queries), heads(keys), valid, attention.scale)
-
-
-def fused(attention: Any, projected: Tensor, named: Mapping[str, Any]) -> Attending:
-    """Of one projection (P, 3 * C) of packed sequences: each run attends to itself, rotated.
-
-    Args:
-        attention: The module.
-        projected: What its projection gave.
-        named: Its other arguments.
-    """
-    split = projected.view(len(projected), 3, attention.num_heads, -1)  # (P, 3, H, E)
-    queries, keys = split[:, 0], split[:, 1]
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-    queries, keys = rotate(queries, keys, *named["position_embeddings"])
-    lengths = named["cu_seqlens"].diff().cpu()
-    starts = lengths.cumsum(0) - lengths
-    order_L = torch.arange(int(lengths.max()))
-    index_NL = (starts[:, None] + order_L).clamp_max(len(queries) - 1).to(queries.device)
-
-    def runs(values: Tensor) -> Tensor:  # (P, H, E) -> (N, H, L, E)
-        return values[index_NL].transpose(1, 2)
-
-    valid = None
-    if bool((lengths != lengths[0]).any()):
-        valid = (order_L < lengths[:, None]).to(queries.device)
-    return Attending(runs(queries), runs(keys), valid, attention.scaling, packed=True)

@@ -1,0 +1,27 @@
+"""Ovis 2: squares of patches become tokens; edges are filled up with what is no patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.patches import squares
+from tokenprune.families.tower import Patches, Tower
+
+
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """Squares of each tile."""
+    edge = model.config.vision_config.hidden_stride
+    side = int(index.shape[1] ** 0.5)
+    missing = -side % edge
+    tiles = index.view(-1, side, side)
+    return Patches(
+        squares(torch.nn.functional.pad(tiles, (0, missing, 0, missing), value=-1), edge)
+    )
+
+
+register_adapter("ovis2", Adapter(tower=Tower("vision_tower", patches, "attention")))

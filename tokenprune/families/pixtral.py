@@ -1,0 +1,36 @@
+"""Mistral 3 and others with Pixtral's tower: all images in one sequence, squares become tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.attending import captured
+from tokenprune.families.patches import grids, of_sizes, squares
+from tokenprune.families.tower import Patches, Tower
+
+
+def sizes(model: Any, named: Mapping[str, Any]) -> Tensor:
+    """Rows and columns of patches of each image, int64 (images, 2)."""
+    edge: int = model.config.vision_config.patch_size
+    return torch.as_tensor(named["image_sizes"]).cpu() // edge
+
+
+def frames(model: Any, named: Mapping[str, Any]) -> Tensor:
+    """The image of each patch."""
+    return of_sizes(sizes(model, named).prod(1))
+
+
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """Squares of each image's patches."""
+    own = grids(index, sizes(model, named))
+    return Patches(torch.cat([squares(grid, model.config.spatial_merge_size) for grid in own]))
+
+
+for _model_type, _path in (("mistral3", "vision_tower"), ("lighton_ocr", "vision_encoder")):
+    _tower = Tower(_path, patches, "attention", frames=frames, form=captured)
+    register_adapter(_model_type, Adapter(tower=_tower))

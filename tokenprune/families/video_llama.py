@@ -1,0 +1,39 @@
+"""VideoLLaMA 3: squares of patches, in runs, are shrunk to tokens by interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.attending import captured
+from tokenprune.families.patches import frames, times_rows_columns
+from tokenprune.families.tower import Patches, Tower
+
+
+def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
+    """Runs of patches, with the shares that interpolation gives each patch of a square."""
+    kind = "image" if "image_merge_sizes" in named else "video"
+    edges = named[f"{kind}_merge_sizes"].tolist()
+    counts = times_rows_columns(named).prod(1).tolist()
+    most = max(edges) ** 2
+    numbers, shares = [], []
+    for own, edge in zip(torch.split(index.flatten(), counts), edges, strict=True):
+        missing = (0, most - edge**2)
+        numbers.append(pad(own.view(-1, edge**2), missing, value=-1))
+        shares.append(pad(_shares(edge), missing).expand(len(own) // edge**2, -1))
+    return Patches(torch.cat(numbers), torch.cat(shares))
+
+
+def _shares(edge: int) -> Tensor:
+    """The share of each patch of a square in its token, (edge ** 2,), by the model's resizing."""
+    single = torch.eye(edge**2).view(-1, 1, edge, edge)
+    return interpolate(single, size=(1, 1), mode="bilinear").flatten()
+
+
+_TOWER = Tower("vision_model", patches, frames=frames, form=captured)
+register_adapter("video_llama_3", Adapter(tower=_TOWER))
