@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from zoo import REFUSED, ZOO, Specimen
-from zoo.checks import CHECKS, EXACT, outcome
+from zoo.checks import CHECKS, EXACT, Check, outcome
 from zoo.flash import attention, stand_in
+from zoo.tower import TOWER_CHECKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = DOCS / "compatibility.csv"
@@ -28,15 +29,20 @@ OTHERS = {
     "flex_attention": ("llava", "llava_next", "gemma3"),
     "flash_attention_2": ("llava", "llava_next", "qwen2_5_vl"),
 }
+#: Implementations that every type is checked under, and its vision tower too.
+KINDS = ("eager", "sdpa")
 #: flex_attention: forward passes only; without its compiler, it has no gradients on a CPU.
 NOT_OF_FLEX = ("scores", "training", "static_cache")
+
+#: What checks find that is neither exact nor refused.
+FACTS = ("yes", "no", "one", "several", "-")
 
 Row = tuple[str, str, str, str]
 
 
 def cells() -> list[tuple[str, str]]:
     """Model types of this transformers, and attention implementations to check them under."""
-    found = [(name, kind) for name in ZOO if exists(ZOO[name]) for kind in ("eager", "sdpa")]
+    found = [(name, kind) for name in ZOO if exists(ZOO[name]) for kind in KINDS]
     return found + [(name, kind) for kind, names in OTHERS.items() for name in names]
 
 
@@ -60,10 +66,11 @@ def rows(model_type: str, kind: str) -> list[Row]:
     """Outcome of every check for a model type under an attention implementation."""
     found = []
     with built(model_type, kind) as model:
-        for check in CHECKS:
-            if kind == "flex_attention" and check in NOT_OF_FLEX:
+        checks = {**CHECKS, **TOWER_CHECKS} if kind in KINDS else CHECKS
+        for name, check in checks.items():
+            if kind == "flex_attention" and name in NOT_OF_FLEX:
                 continue
-            found.append((model_type, kind, check, outcome(ZOO[model_type], model, check)))
+            found.append((model_type, kind, name, outcome(ZOO[model_type], model, check)))
     return found
 
 
@@ -96,7 +103,9 @@ def page(table: list[Row]) -> str:
     def cell(outcomes: list[str]) -> str:
         parts = []
         for one in dict.fromkeys(outcomes):
-            if one.startswith(EXACT):
+            if one in FACTS:
+                parts.append(one)
+            elif one.startswith(EXACT):
                 parts.append(one.removeprefix(EXACT).strip() or EXACT)
             else:
                 parts.append(f"[{notes.setdefault(one, len(notes) + 1)}]")
@@ -104,37 +113,47 @@ def page(table: list[Row]) -> str:
 
     proven = [row for row in table if row[1] != "any"]
     types = list(dict.fromkeys(row[0] for row in proven))
-    lines = []
-    for name in types:
-        kinds = ("eager", "sdpa")
-        own = [
-            cell([o for t, k, m, o in proven if (t, m) == (name, check) and k in kinds])
-            for check in CHECKS
-        ]
-        lines.append(f"| `{name}` | " + " | ".join(own) + " |")
+
+    def lines(checks: Iterable[str]) -> str:
+        found = []
+        for name in types:
+            own = [cell([o for t, k, m, o in proven if (t, m) == (name, check) and k in KINDS])
+                   for check in checks]  # fmt: skip
+            found.append(f"| `{name}` | " + " | ".join(own) + " |")
+        return "\n".join(found)
+
+    whole, towers = lines(CHECKS), lines(TOWER_CHECKS)
     others = []
     for kind, names in OTHERS.items():
         for name in names:
             own = [cell([o for t, k, m, o in proven if (t, k, m) == (name, kind, check)])
                    for check in CHECKS]  # fmt: skip
             others.append(f"| `{name}` | {kind} | " + " | ".join(own) + " |")
-    head = " | ".join(check.replace("_", " ") for check in CHECKS)
+    head, head_towers = (
+        " | ".join(check.replace("_", " ") for check in checks) for checks in (CHECKS, TOWER_CHECKS)
+    )
     rule = " --- |" * (len(CHECKS) + 1)
     refused = [
         f"| `{name}` | {reason.removeprefix('refused: ')} |"
         for name, kind, _, reason in table
         if kind == "any"
     ]
-    says = "\n".join(
-        f"* **{check.replace('_', ' ')}**: {' '.join((CHECKS[check].__doc__ or '').split())}"
-        for check in CHECKS
-    )
+
+    def says(checks: Mapping[str, Check]) -> str:
+        return "\n".join(
+            f"* **{name.replace('_', ' ')}**: {' '.join((check.__doc__ or '').split())}"
+            for name, check in checks.items()
+        )
+
     return PAGE.format(
         num=len(proven_types(table)),
         version=transformers.__version__,
-        says=says,
+        says=says(CHECKS),
         head=f"| model type | {head} |\n|{rule}",
-        lines="\n".join(lines),
+        lines=whole,
+        says_towers=says(TOWER_CHECKS),
+        head_towers=f"| model type | {head_towers} |\n|{' --- |' * (len(TOWER_CHECKS) + 1)}",
+        towers=towers,
         head_others=f"| model type | attention | {head} |\n|{rule} --- |",
         others="\n".join(others),
         notes="\n".join(f"{number}. {text}" for text, number in notes.items()),
@@ -170,6 +189,15 @@ tokens up to there.
 
 {head}
 {lines}
+
+## Vision towers
+
+For strategies that read the tower (`VisionRows`, `VisionStates`):
+
+{says_towers}
+
+{head_towers}
+{towers}
 
 ## Other attention implementations
 
