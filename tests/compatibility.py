@@ -184,8 +184,7 @@ What a column says:
 {says}
 
 `exact` holds for `eager` and `sdpa` attention; a number is the note that says what is refused, and
-why. Layers are those of the tiny model: "from layer 2" means that features are added to its visual
-tokens up to there.
+why. Features that a model adds between its first layers (DeepStack) follow the tokens that are left.
 
 {head}
 {lines}

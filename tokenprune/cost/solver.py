@@ -80,8 +80,7 @@ def pyramid_layers(
         num_stages: Stages, one more than the number of cuts.
         lam: Keep ratio per stage.
         rounding: See `tokenprune.Schedule`.
-        first_layer: No cut comes before it: FastV needs a layer to look at, DeepStack models have
-            added their features by layer 3.
+        first_layer: No cut comes before it: FastV needs a layer to look at.
     """
     return Places(
         "layers",

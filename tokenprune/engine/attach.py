@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tokenprune.engine import late, side
 from tokenprune.engine import record as records
-from tokenprune.engine import side
 from tokenprune.engine.cuts import begin, cut, listen
 from tokenprune.engine.levels import Level
 from tokenprune.engine.losses import finish, promise_labels
@@ -252,7 +252,11 @@ class Handle:
         )
         begin(run, tokens.device)
         self._tell_of_labels(run)
-        return (rest, named) if named.pop("visual_mask", None) is not None else None
+        changed = named.pop("visual_mask", None) is not None
+        if run.prunes:
+            named, run.late = late.take_out(run, named)
+            changed |= run.late is not None
+        return (rest, named) if changed else None
 
     def _tell_of_labels(self, run: Pass) -> None:
         """Says once that rows stay whole because their labels leave no token that asks."""
@@ -293,6 +297,8 @@ class Handle:
                 hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
                 side.note_positions(run, named, device)
+            if run.late is not None:
+                hidden = late.add(run, run.late, number - int(cuts_here), index, hidden)
             if enters and run.prunes and run.open:
                 run.embeddings = hidden.detach()
             if cuts_here:

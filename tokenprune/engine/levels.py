@@ -164,14 +164,17 @@ class Level:
         left = hidden if self.index is None else take(hidden, self.index)
         if self.weights is None:
             return left
+        return self.put(left, self.states(take(hidden, before.seats()), plan), plan)
+
+    def put(self, hidden: Tensor, values: Tensor, plan: Plan) -> Tensor:
+        """Hidden states (B, N, D) of this level with `values` (B, V, D) as its visual tokens."""
         seats = self.seats()
-        mixed = self.states(take(hidden, before.seats()), plan)
         if not self.ragged:
-            return left.scatter(1, seats[..., None].expand_as(mixed), mixed)
+            return hidden.scatter(1, seats[..., None].expand_as(values), values)
         # What does not exist goes to a seat beyond the last.
         seats = seats.masked_fill(~self.valid(plan), self.length)
-        left = torch.nn.functional.pad(left, (0, 0, 0, 1))
-        return left.scatter(1, seats[..., None].expand_as(mixed), mixed)[:, :-1]
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+        return hidden.scatter(1, seats[..., None].expand_as(values), values)[:, :-1]
 
     def states(self, values: Tensor, plan: Plan) -> Tensor:
         """Hidden states of the tokens alive now, (B, V, D), of those alive before, (B, U, D)."""

@@ -1,6 +1,6 @@
 """One pass over the decoder's layers: what there is to prune, planned before the first of them.
 
-Shape suffixes: B batch rows, T columns of the call, S cuts.
+Shape suffixes: B batch rows, T columns of the call, S cuts, M marked columns of all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attenti
 from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
 from tokenprune.families.anatomy import has_device
-from tokenprune.families.inputs import layers_that_add_features
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
 from tokenprune.strategy import Need
@@ -82,6 +81,19 @@ class Rotation:
     by_longest: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Late:
+    """Features that are added to what enters layers after the first cut.
+
+    Attributes:
+        marked: Bool (B, T), the columns that they are of, row after row.
+        features: (M, D) of all of them, by the layer that they enter.
+    """
+
+    marked: Tensor
+    features: Mapping[int, Tensor]
+
+
 @dataclass(eq=False)
 class Pass:
     """One run of the decoder's layers over new tokens.
@@ -100,6 +112,7 @@ class Pass:
         positions: int64 (B, T), the model's positions, once a layer has shown them.
         embeddings: (B, T, D), what entered layer 0, detached, if a strategy asks for it.
         seen: What the vision tower says of the visual tokens, if a strategy asks.
+        late: Visual features that the model would add after the first cut, if any.
         places: Finds the places of the visual tokens.
         heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
@@ -122,6 +135,7 @@ class Pass:
     positions: Tensor | None = None
     embeddings: Tensor | None = None
     seen: Seen | None = None
+    late: Late | None = None
     heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
@@ -381,16 +395,10 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             f"got {settings.anatomy.attention}, which takes the gaps between survivors for packed "
             'sequences. Use attn_implementation="sdpa".'
         )
-    first = layers_that_add_features(inputs)
     if records.is_fixed(inputs.get("past_key_values")) and offset > 0:
         raise ValueError(
             "prune: expected a cache that grows, for images of a later turn, got "
             f"{type(inputs['past_key_values']).__name__}. Leave cache_implementation out."
-        )
-    if settings.cuts[0] < first:
-        raise ValueError(
-            f"prune: expected cuts at layer {first} or later, because the model adds visual "
-            f"features before that, got {list(settings.cuts)}. Move the first cut."
         )
     position_ids = inputs.get("position_ids")
     if settings.renumbers and position_ids is not None and position_ids.dim() > 2:

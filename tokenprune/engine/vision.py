@@ -248,8 +248,8 @@ def make_signals(
     heard = layers[next(iter(needs)).layer]
     num_sequences, length = heard.shape()
     start, stop = parts.span(length)
-    index = torch.full((num_sequences, length), -1)
-    index[:, start:stop] = torch.arange(num_sequences * (stop - start)).view(num_sequences, -1)
+    index = torch.arange(num_sequences * (stop - start)).view(num_sequences, -1)
+    index = torch.nn.functional.pad(index, (start, length - stop), value=-1)
     tiles = torch.arange(num_sequences).repeat_interleave(stop - start)
     if parts.tower.frames is not None:
         tiles = parts.tower.frames(parts.base, named)

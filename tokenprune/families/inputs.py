@@ -12,13 +12,32 @@ import torch
 from torch import Tensor
 
 
-def layers_that_add_features(inputs: Mapping[str, Any]) -> int:
-    """First layer at which a cut comes after all visual features that a call adds.
+def without_late_features(
+    inputs: Mapping[str, Any], first: int
+) -> tuple[dict[str, Any], Tensor | None, dict[int, Tensor]]:
+    """A decoder's arguments without the visual features that it would add after layer `first` runs.
 
     Those of a list are added after the first layers, those of a dict before the layers it names.
+
+    Args:
+        inputs: The arguments.
+        first: A layer before which features may still be added.
+
+    Returns:
+        The rest of the arguments; bool (B, T), the columns whose features these are; the features,
+        (M, D) of all such columns of all rows, by the layer that they enter.
     """
-    before: Mapping[int, Any] = inputs.get("deepstack_features") or {}
-    return max(len(inputs.get("deepstack_visual_embeds") or ()), *before, 0)
+    left = dict(inputs)
+    marked, late = None, {}
+    if (listed := left.get("deepstack_visual_embeds")) is not None:
+        late = {layer + 1: listed[layer] for layer in range(first, len(listed))}
+        marked = left["visual_pos_masks"]
+        left["deepstack_visual_embeds"] = listed[:first]
+    if (named := left.get("deepstack_features")) is not None:
+        late = {layer: features for layer, features in named.items() if layer > first}
+        marked = left["vision_mask"].squeeze(-1)
+        left["deepstack_features"] = {k: v for k, v in named.items() if k <= first}
+    return left, marked, late
 
 
 def shows_images(inputs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,76 @@
+"""Visual features that a model adds between its first layers, added to the tokens that are left.
+
+The model adds them to all visual tokens of a call, by a mask over all of its columns. Those that
+come after the first cut are taken out of its hands before it begins.
+
+Shape suffixes: B batch rows, T columns of the call, N positions at a level, V visual tokens alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.engine.passes import Late, Pass
+from tokenprune.families.inputs import without_late_features
+from tokenprune.tensors import take, to_device
+
+
+def take_out(run: Pass, named: Mapping[str, Any]) -> tuple[dict[str, Any], Late | None]:
+    """The decoder's arguments without the features that come after the first cut, and those.
+
+    Args:
+        run: The pass that begins.
+        named: The decoder's arguments.
+
+    Raises:
+        ValueError: If features come after the last layer, or are not of the visual tokens.
+    """
+    anatomy, cuts = run.settings.anatomy, run.settings.cuts
+    left, marked, features = without_late_features(named, cuts[0])
+    if not features:
+        return left, None
+    assert marked is not None
+    if max(features) >= len(anatomy.layers):
+        raise ValueError(
+            f"prune: expected visual features that the model adds before layer "
+            f"{len(anatomy.layers) - 1} at the latest, got some after it, with cuts at "
+            f"{list(cuts)}. Move the first cut to layer {max(features)} or later."
+        )
+    known = torch.from_numpy(run.rows.visual)
+    num_marked = {len(of_layer) for of_layer in features.values()}
+    if marked.shape != known.shape or num_marked != {int(known.sum())}:
+        raise ValueError(
+            f"prune: expected {int(known.sum())} visual tokens in a model that adds features to "
+            f"them between its layers, got features of {sorted(num_marked)}, with cuts at "
+            f"{list(cuts)}. Leave visual_mask out, or move the first cut to layer "
+            f"{max(features)} or later."
+        )
+    return left, Late(marked, features)
+
+
+def add(run: Pass, late: Late, number: int, layer: int, hidden: Tensor) -> Tensor:
+    """What enters a layer (B, N, D), with the features that are added there.
+
+    Args:
+        run: The pass.
+        late: What was taken out of the model's hands.
+        number: Level of the hidden states.
+        layer: The layer's number.
+        hidden: (B, N, D), what would enter it.
+    """
+    if layer not in late.features:
+        return hidden
+    device = hidden.device
+    plan, first, level = run.plan_on(device), run.at(0, device), run.at(number, device)
+    assert first.visual is not None
+    marked_BT = to_device(late.marked, device)
+    rank_BT = marked_BT.flatten().cumsum(0).view_as(marked_BT) - 1
+    rank_BV = take(rank_BT, first.visual).clamp_min(0)  # pads have that of some column
+    values = to_device(late.features[layer], device).to(hidden.dtype)[rank_BV]
+    for earlier in range(1, number + 1):
+        values = run.at(earlier, device).follow(values)
+    return level.put(hidden, take(hidden, level.seats()) + values, plan)
