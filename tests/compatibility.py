@@ -184,7 +184,7 @@ What a column says:
 {says}
 
 `exact` holds for `eager` and `sdpa` attention; a number is the note that says what is refused, and
-why. Features that a model adds between its first layers (DeepStack) follow the tokens that are left.
+why. Features that a model adds between its first layers (DeepStack) follow tokens that are left.
 
 {head}
 {lines}

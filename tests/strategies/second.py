@@ -105,8 +105,8 @@ def dart(made: Made, row: int, exact: bool = False) -> Row:
 # -------------------------------------------------------------------------------------- SparseVLM
 
 
-def sparsevlm_scores(made: Made, row: int, version: str = "1.5") -> list[float]:
-    text, number = made.answers[tp.Text()], made.counts[row]
+def sparsevlm_raters(made: Made, row: int) -> list[int]:
+    text = made.answers[tp.Text()]
     following = text.follows[row].nonzero()[:, 0].tolist()
     image = rows(made, made.answers[tp.Entered()])[row][: made.original[row]]
     words = rows(made, text.embeddings)[row]
@@ -116,7 +116,12 @@ def sparsevlm_scores(made: Made, row: int, version: str = "1.5") -> list[float]:
         for word in following:
             rates[word] += weights[word] / sum(weights.values()) / len(image)
     mean = sum(rates.values()) / max(1, len(rates))
-    raters = [word for word in following if rates[word] > mean + 1e-12] or following
+    return [word for word in following if rates[word] > mean + 1e-12] or following
+
+
+def sparsevlm_scores(made: Made, row: int, version: str = "1.5") -> list[float]:
+    text, number = made.answers[tp.Text()], made.counts[row]
+    raters = sparsevlm_raters(made, row)
     attention = rows(made, made.answers[tp.DecoderRows("text", "previous")])[row]
     attention = attention[:, raters, :number]
     heads = range(attention.shape[0])
@@ -135,15 +140,30 @@ def sparsevlm_scores(made: Made, row: int, version: str = "1.5") -> list[float]:
     ]
 
 
+def sparsevlm_1(made: Made, row: int, scale: float = 13.5, bias: float = 0.0) -> Row:
+    """How many stay follows the rank of what raters pay; the budget is an upper bound."""
+    number = made.counts[row]
+    raters = sparsevlm_raters(made, row)
+    attention = made.answers[tp.DecoderRows("text", "previous")][row].numpy()  # type: ignore[index]
+    paid = attention.mean(0)[raters, :number]
+    rank = 0
+    if paid.size:
+        lengths = np.linalg.svd(paid, compute_uv=False)
+        tolerance = lengths.max() * max(paid.shape) * np.finfo(np.float32).eps
+        rank = int((lengths > tolerance).sum())
+    single = min(int(scale * rank + bias), number - 1)
+    return sparsevlm(made, row, max(0, single))
+
+
 def sparsevlm_2(made: Made, row: int) -> Row:
     scores = [round(s, 12) for s in sparsevlm_scores(made, row, "2.0")]
     return sorted(best(scores, list(range(len(scores))), int(made.keep[row]))), None
 
 
-def sparsevlm(made: Made, row: int) -> Row:
+def sparsevlm(made: Made, row: int, most: int | None = None) -> Row:
     number = made.counts[row]
     total = min(int(made.keep[row]), number)
-    if total == number:
+    if total == number if most is None else int(made.keep[row]) >= made.original[row]:
         return list(range(number)), [{i: Fraction(1)} for i in range(number)]
     scores = [round(s, 12) for s in sparsevlm_scores(made, row)]
 
@@ -151,6 +171,9 @@ def sparsevlm(made: Made, row: int) -> Row:
         return single + int((int(0.3 * (number - single)) + 1) / 10) + 1
 
     single = max([s for s in range(number) if in_all(s) <= total], default=0)
+    if most is not None:
+        single = min(single, most)
+        total = min(total, in_all(single))
     num_clusters = total - single
     kept = sorted(best(scores, list(range(number)), single))
     dropped = [i for i in range(number) if i not in kept]

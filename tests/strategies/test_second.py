@@ -25,6 +25,14 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
     ),
     "pool": (tp.build_strategy("pool"), second.pool),
     "sparsevlm": (tp.build_strategy("sparsevlm"), second.sparsevlm),
+    "sparsevlm-1": (
+        tp.build_strategy("sparsevlm", version="1.0", scale=2.0, bias=1.0),
+        partial(second.sparsevlm_1, scale=2.0, bias=1.0),
+    ),
+    "sparsevlm-1-as-published": (
+        tp.build_strategy("sparsevlm", version="1.0"),
+        second.sparsevlm_1,
+    ),
     "sparsevlm-2": (tp.build_strategy("sparsevlm", version="2.0"), second.sparsevlm_2),
     "vtw": (tp.build_strategy("vtw"), second.vtw),
 }
@@ -68,7 +76,8 @@ def test_who_keeps_all_changes_nothing(name: str) -> None:
     strategy, _ = METHODS[name]
     for seed in range(60):
         batch = made(seed)
-        keep = torch.tensor(batch.counts)
+        # What may be fewer is fewer, unless all that there ever was may stay.
+        keep = torch.tensor(batch.counts if strategy.keeps_exactly else batch.original)
         view = tp.TokenView(**{**vars(batch.view), "max_keep": max(batch.counts)})
         selection = strategy.select(view, keep)
         assert torch.equal(selection.kept, view.valid)
@@ -189,9 +198,35 @@ def test_sparsevlm_s_lists_count_tokens_and_clusters() -> None:
 
 
 def test_sparsevlm_s_version_may_be_a_number() -> None:
-    for version, text in ((2.0, "2.0"), (2, "2.0"), (1.5, "1.5")):
+    for version, text in ((2.0, "2.0"), (2, "2.0"), (1.5, "1.5"), (1, "1.0")):
         numbered = tp.build_strategy("sparsevlm", version=version)
         assert numbered == tp.build_strategy("sparsevlm", version=text)
+
+
+def test_version_1_keeps_what_the_rank_says() -> None:
+    """Three ranks make 40 tokens and their clusters, whatever the padding of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.rand(3, 100, generator=generator)
+    paid = (torch.rand(9, 3, generator=generator) @ basis)[None, None]
+    tokens = torch.randn(1, 100, 4, generator=generator)
+    words = tp.TextView(  # all alike: all rate
+        embeddings=torch.zeros(1, 9, 4),
+        valid=torch.ones(1, 9, dtype=torch.bool),
+        follows=torch.ones(1, 9, dtype=torch.bool),
+        positions=torch.arange(9)[None] + 100,
+    )
+    answers = {
+        tp.Text(): words,
+        tp.Entered(): tokens,
+        tp.DecoderRows("text", "previous"): paid.expand(-1, 2, -1, -1),
+    }
+    strategy = tp.build_strategy("sparsevlm", version="1.0")
+    assert not strategy.keeps_exactly
+    for keep, expected in ((99, 40 + 2), (30, 30), (100, 100)):
+        selection = strategy.select(
+            one_row(answers, 100, keep, hidden=tokens), torch.tensor([keep])
+        )
+        assert int(selection.kept.sum()) == expected
 
 
 def test_version_2_refuses_prompts_that_its_divisor_does_not_reach() -> None:
@@ -213,7 +248,8 @@ def test_version_2_refuses_prompts_that_its_divisor_does_not_reach() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("sparsevlm", {"version": "1.0"}, r"SparseVLM.version: expected one of \['1.5', '2.0'\]"),
+        ("sparsevlm", {"version": "3.0"}, r"SparseVLM.version: expected one of \['1.0', '1.5',"),
+        ("sparsevlm", {"scale": -1.0}, r"SparseVLM.scale, bias: .* got -1.0 and 0.0"),
         ("dart", {"image_pivots": 0}, "DART.image_pivots: expected an integer >= 1, got 0"),
         ("dart", {"text_pivots": "4"}, "DART.text_pivots: expected an integer >= 1, got '4'"),
     ],

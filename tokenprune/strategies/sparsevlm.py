@@ -6,7 +6,10 @@ the dropped tokens are recycled: the better three tenths are clustered (DPC-kNN)
 number, and each cluster's mean stands behind the tokens that stay. The budget counts both: the
 released lists 300, 200, 110 are 309, 204, 113 here. Version 2.0 merges nothing: it divides
 attention by what rotary positions alone would give, and hears the 14 heads that look at the image
-most.
+most. Version 1.0 recycles, too, and how many tokens it keeps follows the image: `scale` times the
+rank of what raters pay the tokens, plus `bias`, before layers 3, 7, 16 and 20; of LLaVA-1.5's 576
+tokens 13.5 and 0 leave 192 on average, 9 and 6 leave 128, 0.8 and 0 leave 64. The schedule is then
+an upper bound, clusters included (a cut that may keep all tokens keeps them).
 
 Departures. The engine moves no token to a new seat: kept and merged tokens, in that order, take the
 seats of the kept ones and of the last dropped ones (positions are counted anew, as published; with
@@ -14,8 +17,7 @@ original ones a kept token behind a filled seat has the position of the seat tha
 Means of attention are float32. The released code adds noise of 1e-6 to the density; here there is
 none, and ties go to the lower index, which decides where there is one cluster only. Where no text
 token exceeds the mean, all rate. Version 2.0's divisor turns negative beyond a distance of 1706
-(base 10000, heads of 128): longer prompts are refused. Version 1, whose budget follows a matrix
-rank, is left out.
+(base 10000, heads of 128): longer prompts are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
     Number = TypeVar("Number", Tensor, int)
 
-VERSIONS = ("1.5", "2.0")
+VERSIONS = ("1.0", "1.5", "2.0")
 
 
 @register("sparsevlm")
@@ -51,7 +53,9 @@ class SparseVLM(PruningStrategy):
     """Keeps what the words most like the image attend to, and clusters of the best of the rest.
 
     Args:
-        version: Of the released code, `"1.5"` or `"2.0"`; as a number, too.
+        version: Of the released code, `"1.0"`, `"1.5"` or `"2.0"`; as a number, too.
+        scale: Version 1.0: tokens kept per rank.
+        bias: Version 1.0: tokens kept besides.
         theta: Version 2.0: base of the model's rotary positions.
         head_dim: Version 2.0: width of the model's heads.
     """
@@ -59,6 +63,8 @@ class SparseVLM(PruningStrategy):
     keeps_exactly: ClassVar[bool] = True
 
     version: str = "1.5"
+    scale: float = 13.5
+    bias: float = 0.0
     theta: float = 10_000.0
     head_dim: int = 128
 
@@ -69,8 +75,14 @@ class SparseVLM(PruningStrategy):
         if self.version not in VERSIONS:
             raise ValueError(
                 f"SparseVLM.version: expected one of {list(VERSIONS)}, got {self.version!r}. "
-                "Version 1 is left out."
+                "Name one of the released code's."
             )
+        if self.scale < 0 or self.bias < 0:
+            raise ValueError(
+                f"SparseVLM.scale, bias: expected numbers of at least 0, got {self.scale!r} and "
+                f"{self.bias!r}. They say how many tokens stay per rank, and besides."
+            )
+        object.__setattr__(self, "keeps_exactly", self.version != "1.0")
 
     def needs(self) -> tuple[Need, ...]:
         return (Entered(), Text(), DecoderRows("text", "previous"))
@@ -81,10 +93,24 @@ class SparseVLM(PruningStrategy):
         raters_BS, attention_BHSV = _raters(view), view.attend("text", "previous")
         if self.version == "1.5":
             return _recycle(view, _mean(raters_BS, attention_BHSV), keep)
+        if self.version == "1.0":
+            most_B = self._by_rank(view, raters_BS, attention_BHSV)
+            return _recycle(view, _mean(raters_BS, attention_BHSV), keep, most_B)
         attention_BHSV = attention_BHSV / self._bias(view)[:, None]
         loudest_BHSV = _loudest(raters_BS, attention_BHSV * view.valid[:, None, None])
         scores_BV = _mean(raters_BS, loudest_BHSV)
         return Selection(top_k(scores_BV, view.valid, keep), scores=scores_BV)
+
+    def _by_rank(self, view: TokenView, raters_BS: Tensor, attention_BHSV: Tensor) -> Tensor:
+        """How many tokens stay as they are, int64 (B,): by the rank of raters times tokens."""
+        import torch
+
+        paid_BSV = attention_BHSV.mean(1) * raters_BS[..., None] * view.valid[:, None]
+        longest_B = torch.maximum(raters_BS.sum(1), view.valid.sum(1))
+        # The usual tolerance of each row's own matrix, whatever it is filled up to.
+        tolerance_B = longest_B * torch.finfo(paid_BSV.dtype).eps
+        rank_B = torch.linalg.matrix_rank(paid_BSV, rtol=tolerance_B)
+        return (self.scale * rank_B.double() + self.bias).long()
 
     def _bias(self, view: TokenView) -> Tensor:
         """What rotary positions alone make of a query and a key of ones, (B, S, V)."""
@@ -165,11 +191,16 @@ def _biases_at(theta: float, head_dim: int, apart: int) -> float:
     return 2 / math.sqrt(head_dim) * sum(map(math.cos, angles))
 
 
-# ----------------------------------------------------------------------------- version 1.5: merging
+# ---------------------------------------------------------------- versions 1.0 and 1.5: merging
 
 
-def _recycle(view: TokenView, scores_BV: Tensor, keep: Tensor) -> Selection:
+def _recycle(
+    view: TokenView, scores_BV: Tensor, keep: Tensor, most_B: Tensor | None = None
+) -> Selection:
     """Keeps the best tokens and clusters of the better dropped ones, `keep` in all.
+
+    With `most_B`, int64 (B,), at most so many tokens and not all of them, and as many clusters as
+    the others make, unless a row may keep all that it ever had.
 
     Shape suffixes: M members of clusters, C clusters.
     """
@@ -183,8 +214,15 @@ def _recycle(view: TokenView, scores_BV: Tensor, keep: Tensor) -> Selection:
     most_clusters = _clusters(width)
     alive_B = valid_BV.sum(1)
     total_B = torch.minimum(keep, alive_B)
-    whole_B1 = (total_B == alive_B)[:, None]
+    whole_B = total_B == alive_B
     single_B = _singles(alive_B, total_B, width)
+    if most_B is not None:
+        whole_B = keep >= view.num_original
+        few_B = torch.minimum(single_B, torch.minimum(most_B, alive_B - 1).clamp_min(0))
+        few_total_B = torch.minimum(total_B, few_B + _clusters(alive_B - few_B))
+        single_B = torch.where(whole_B, single_B, few_B)
+        total_B = torch.where(whole_B, total_B, few_total_B)
+    whole_B1 = whole_B[:, None]
     clusters_B1 = (total_B - single_B)[:, None]
     kept_BV = top_k(scores_BV, valid_BV, single_B)
     dropped_BV = valid_BV & ~kept_BV
