@@ -70,8 +70,9 @@ def tiny(name: str) -> tp.PruningStrategy:
     return tp.build_strategy(name, **TINY.get(name, {}))
 
 
-#: One of each method, those that merge apart: no mask gives what a mixture gives.
-EVERY = [tiny(name) for name in tp.available()]
+#: One of each method, and one whose budget follows the decoder; those that merge apart: no mask
+#: gives what a mixture gives.
+EVERY = [*(tiny(name) for name in tp.available()), tp.build_strategy("sparsevlm", version="1.0")]
 MERGING = [strategy for strategy in EVERY if merges(strategy)]
 DROPPING = [strategy for strategy in EVERY if strategy not in MERGING]
 

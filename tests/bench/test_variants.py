@@ -18,6 +18,18 @@ def test_keys_are_those_before_the_cuts() -> None:
     one.project_keys(found)
 
 
+def test_theory_counts_what_is_kept_where_the_image_decides() -> None:
+    """By the rank of what the question's words pay, not the schedule: 94 of 96 would be allowed."""
+    cut = "schedule.stages=[{layer:1,keep:0.98}]"
+    one = made("strategy=sparsevlm", "strategy.version=1.0", "strategy.scale=0.1", cut)
+    assert one.pruning.schedule.lengths(4, one.load.num_visual)[-1] == 94
+    assert one.theory.lengths()[-1] < 47
+    with one.pruned():
+        layers = one.prefill().layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert one.theory.cache_bytes() == held
+
+
 def test_every_round_of_decoding_starts_at_the_same_context() -> None:
     one = made()
     prepare, work = one.variants("decode", None)["pruned"][1:]

@@ -29,6 +29,16 @@ def test_flops_prints_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "flops.output: expected a picture file" in capsys.readouterr().err
 
 
+def test_flops_says_where_the_image_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, decides in (
+        (["strategy=prumerge"], True),
+        (["strategy=prumerge", "strategy.count=schedule"], False),
+        (["strategy=pyramiddrop"], False),
+    ):
+        assert cli.main(["flops", "model=llava_1_5_7b", *overrides]) == 0
+        assert ("no more than these" in capsys.readouterr().out) == decides
+
+
 def test_flops_needs_a_config_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = LlamaConfig(num_hidden_layers=6, hidden_size=64, intermediate_size=96)
     LlavaConfig(text_config=text).save_pretrained(tmp_path)

@@ -210,6 +210,28 @@ def density_peaks(points: list[np.ndarray], number: int) -> list[list[int]]:
     return clusters
 
 
+# ----------------------------------------------------------------------------------------- PruMerge
+
+
+def outliers(
+    tiles: list[list[int]], scores: list[float], spread: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Of each tile the tokens that outliers make room for, the highest first, and the even ones."""
+    every = [scores[token] for tile in tiles for token in tile]
+    if not every:
+        return []
+    low, high = np.quantile(np.array(every, dtype=np.float32), [0.25, 0.75])
+    number = sum(score > high + 1.5 * (high - low) for score in every)
+    found = []
+    for tile in tiles:
+        order = sorted(tile, key=lambda token: (-scores[token], token))
+        first = order[: len(tile) * number // len(every)]
+        stride = max(1, len(every) // number // 3) if number else len(tile)
+        places = range(0, len(tile) - 1, stride) if spread else []
+        found.append((first, [tile[place] for place in places if tile[place] not in first]))
+    return found
+
+
 # ------------------------------------------------------------------------------------------ pooling
 
 

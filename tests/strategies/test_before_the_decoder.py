@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import second
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +126,7 @@ def prumerge(
     keep: int,
     neighbours: int,
     spread: float,
+    count: str = "schedule",
 ) -> dict[int, dict[int, float]]:
     """Of each survivor's seat, the tokens that it is mixed from, and their weights."""
 
@@ -134,24 +136,33 @@ def prumerge(
 
     units = [unit(key) for key in keys]
     parts, rest = budgets(row, keep)
-    mixed: dict[int, dict[int, float]] = {token: {token: 1.0} for token in row[1][:rest]}
-    for tile, count in zip(row[0], parts, strict=True):
-        if count == len(tile):
+    adapts = count == "outliers" and keep < sum(map(len, row[0])) + len(row[1])
+    found = second.outliers(row[0], scores, spread > 0) if adapts else []
+    mixed: dict[int, dict[int, float]] = {}
+    if not adapts:
+        mixed |= {token: {token: 1.0} for token in row[1][:rest]}
+    for number, (tile, part) in enumerate(zip(row[0], parts, strict=True)):
+        order = ranked(tile, scores)
+        even = int((part - 1) * spread)
+        kept = order[: max(0, part - 1 - even)]
+        chosen = found[number][0] + found[number][1] if adapts else []
+        fewer = adapts and len(chosen) + 1 < part
+        part = len(chosen) + 1 if fewer else part
+        if part == len(tile):
             mixed |= {token: {token: 1.0} for token in tile}
             continue
-        if count == 0:
+        if part == 0:
             continue
-        order = ranked(tile, scores)
-        even = int((count - 1) * spread)
-        kept = order[: count - 1 - even]
         others = sorted(set(tile) - set(kept))
-        if even:  # of n tokens and m steps, those at which the rounded number of steps goes on
+        if fewer:
+            kept = chosen
+        elif even:  # of n tokens and m steps, those at which the rounded number of steps goes on
             steps = [(place * even + len(others) // 2) // len(others) for place in
                      range(len(others) + 1)]  # fmt: skip
             kept = kept + [
                 own for own, a, b in zip(others, steps, steps[1:], strict=False) if b > a
             ]
-        assert len(kept) == count - 1
+        assert len(kept) == part - 1
         dropped = [token for token in order if token not in kept]
         for token in kept:
             likeness = {
@@ -242,20 +253,27 @@ def test_vispruner(case: Any, important: float) -> None:
         assert kept[number].nonzero()[:, 0].tolist() == expected
 
 
-@given(case=cases(), neighbours=st.sampled_from([0, 3]), spread=st.sampled_from([0.0, 0.5, 1.0]))
-def test_prumerge(case: Any, neighbours: int, spread: float) -> None:
+@given(
+    case=cases(),
+    neighbours=st.sampled_from([0, 3]),
+    spread=st.sampled_from([0.0, 0.5, 1.0]),
+    count=st.sampled_from(["schedule", "outliers"]),
+)
+def test_prumerge(case: Any, neighbours: int, spread: float, count: str) -> None:
     rows, width, keep, seed = case
     attention, keys = signals(rows, width, seed)
-    attention = attention[:, :1]
+    attention = attention[:, :1] ** 9  # some are far from the rest
     counts = [sum(map(len, tiles)) + len(newlines) for tiles, newlines in rows]
     most = max(map(min, counts, keep))
     seen = view_of(rows, attention.float(), keys, most)
-    strategy = tp.build_strategy("prumerge", neighbours=neighbours, spread=spread)
+    fields = {"neighbours": neighbours, "spread": spread, "count": count}
+    strategy = tp.build_strategy("prumerge", **fields)
     selection = strategy.select(seen, torch.tensor(keep))
     assert selection.weights.shape == (len(rows), most, width)
     for number, row in enumerate(rows):
         scores = attention[number, 0].float().tolist()
-        mixed = prumerge(row, scores, keys[number].tolist(), keep[number], neighbours, spread)
+        own = keys[number].tolist()
+        mixed = prumerge(row, scores, own, keep[number], neighbours, spread, count)
         seats = selection.kept[number].nonzero()[:, 0].tolist()
         assert seats == sorted(mixed)
         for place, seat in enumerate(seats):
@@ -304,7 +322,6 @@ def test_visionzip_as_published_has_its_shares() -> None:
 def test_prumerge_plus_is_prumerge_with_even_distances() -> None:
     plus = tp.build_strategy("prumerge_plus")
     assert plus.spread == 0.5
-    assert tp.published("prumerge_plus", 32)[1].stages[0].keep == 0.25
     rows = [row_of([20], 0, list(range(20)))]
     attention, keys = signals(rows, 20, 0)
     seen = view_of(rows, attention[:, :1].float(), keys, 8)
@@ -312,9 +329,31 @@ def test_prumerge_plus_is_prumerge_with_even_distances() -> None:
     assert torch.equal(plus.select(seen, torch.tensor([8])).weights, theirs.weights)
 
 
+def test_outliers_say_how_many_of_576_survive() -> None:
+    """As released: int(N rho) and one; and of PruMerge+ every 6th place besides, if rho is 5 %."""
+    rows = [row_of([576], 0, list(range(576)))]
+    attention, keys = signals(rows, 576, 0)
+    attention = attention[:, :1].float() * 0.1
+    attention[0, 0, 100:130] = 1 + torch.arange(30) / 100
+    seen = view_of(rows, attention, keys, 575)
+    for name, expected in (("prumerge", 31), ("prumerge_plus", 30 + 96 - 5 + 1)):
+        strategy, schedule, _ = tp.published(name, 32)
+        assert not strategy.keeps_exactly
+        keep = schedule.count(0, 576)
+        kept = strategy.select(dataclasses.replace(seen, max_keep=keep), torch.tensor([keep])).kept
+        assert int(kept.sum()) == expected
+        assert kept[0, 100:130].all()
+        # The schedule is an upper bound, and what may keep all keeps all.
+        for bound, left in ((20, 20), (576, 576)):
+            own = dataclasses.replace(seen, max_keep=bound)
+            assert int(strategy.select(own, torch.tensor([bound])).kept.sum()) == left
+
+
 def test_prumerge_refuses_what_is_no_part() -> None:
     with pytest.raises(ValueError, match=r"PruMerge.spread: expected a fraction in \[0, 1\]"):
         tp.build_strategy("prumerge", spread=2)
+    with pytest.raises(ValueError, match=r"PruMerge.count: expected one of \['outliers', 'sched"):
+        tp.build_strategy("prumerge", count="image")
     with pytest.raises(ValueError, match=r"PruMerge.neighbours: expected .* got -1"):
         tp.build_strategy("prumerge", neighbours=-1)
 
@@ -430,7 +469,7 @@ def test_prumerge_on_a_model() -> None:
     """From the tower's own projections, for an image."""
     model = build("llava", "eager")
     inputs = batch(model, [ROWS[0]])
-    strategy = tp.build_strategy("prumerge", neighbours=4, spread=0.5)
+    strategy = tp.build_strategy("prumerge", neighbours=4, spread=0.5, count="schedule")
     attention = model.model.vision_tower.encoder.layers[-1].self_attn
     heard: dict[str, Tensor] = {}
     hooks = [

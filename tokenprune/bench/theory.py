@@ -18,6 +18,8 @@ class Theory:
         load: What the model is given.
         logits: Of which positions training makes logits: `all`, `supervised` or `full`.
         bytes_per_value: Of the key-value cache.
+        counted: Visual tokens that each layer was seen to process, where the image decides how many
+            stay and the schedule says only how many at most.
     """
 
     shape: cost.DecoderShape
@@ -25,9 +27,12 @@ class Theory:
     load: Load
     logits: str
     bytes_per_value: int
+    counted: tuple[int, ...] | None = None
 
     def lengths(self) -> list[int]:
         """Visual tokens that each layer of the pruned model processes."""
+        if self.counted is not None:
+            return list(self.counted)
         return self.schedule.lengths(self.shape.num_layers, self.load.num_visual)
 
     def flops(self, measure: str, pruned: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,11 @@ class Bench:
         self.labels = torch.full((rows, load.length), -100, device=self.device)
         vocabulary = self.shape.vocab_size
         self.labels[:, -load.num_labels :] = torch.randint(vocabulary, (rows, load.num_labels))
+        if not pruning.strategy.keeps_exactly:
+            with self.pruned(marked=False) as trace:
+                self.prefill()
+                longest = trace.visual_lengths.amax(1)  # a batch is as long as its longest row
+            self.theory = replace(self.theory, counted=tuple(longest.tolist()))
 
     # -- contexts --------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         print(breakdown.to_csv(workload, schedule), end="")
     else:
         breakdown.show(workload, schedule, title)
+        if strategy is not None and not strategy.keeps_exactly:
+            print(f"at most   how many stay, {name} decides: no more than these")
         if pruning is not None and pruning.solution is not None:
             print("\n".join(breakdown.solved(pruning.solution)))
     if args.output is not None:

@@ -1,6 +1,7 @@
 """PruMerge+: Shang et al., 2024, arXiv 2403.15388 (LLaVA-PruMerge), with tokens at even distances.
 
-PruMerge, half of whose budget goes to tokens at even distances; the rest of `prumerge.py` holds.
+PruMerge with tokens at even distances beside the outliers, or for half of a schedule's budget; the
+rest of `prumerge.py` holds.
 """
 
 from __future__ import annotations
@@ -20,5 +21,5 @@ class PruMergePlus(PruMerge):
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
-        # The paper's 144 of LLaVA-1.5's 576 tokens, before the decoder.
-        return Published("one_shot", {"layer": 0, "keep": 0.25}, positions="renumbered")
+        # Before the decoder: 144 of LLaVA-1.5's 576 tokens on average, all but one at most.
+        return Published("one_shot", {"layer": 0, "keep": 0.9983}, positions="renumbered")

@@ -110,7 +110,8 @@ class SparseVLM(PruningStrategy):
         # The usual tolerance of each row's own matrix, whatever it is filled up to.
         tolerance_B = longest_B * torch.finfo(paid_BSV.dtype).eps
         rank_B = torch.linalg.matrix_rank(paid_BSV, rtol=tolerance_B)
-        return (self.scale * rank_B.double() + self.bias).long()
+        most_B: Tensor = (self.scale * rank_B.double() + self.bias).long()
+        return most_B
 
     def _bias(self, view: TokenView) -> Tensor:
         """What rotary positions alone make of a query and a key of ones, (B, S, V)."""

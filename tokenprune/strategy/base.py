@@ -180,6 +180,7 @@ class PerStage(PruningStrategy):
                 "Write PerStage((first, second))."
             )
         object.__setattr__(self, "strategies", tuple(given))
+        object.__setattr__(self, "keeps_exactly", all(own.keeps_exactly for own in given))
 
     def needs(self) -> tuple[Need, ...]:
         return tuple(dict.fromkeys(need for own in self.strategies for need in own.needs()))
