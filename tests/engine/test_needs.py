@@ -33,6 +33,7 @@ class Asking(tp.ScoreStrategy):
             tp.Normed(): lambda: view.normed,
             tp.Entered(): lambda: view.entered,
             tp.Text(): lambda: view.text,
+            tp.Question(): lambda: view.question,
         }
         self.seen.append({need: found[need]() for need in self.own})
         return -view.positions.float()
@@ -104,6 +105,35 @@ def test_text_and_image_are_counted_alike(side):
         ours = answers[tp.Text()].positions[row, : len(text)]
         assert torch.equal(ours, text - starts[row])
         assert torch.equal(view.positions[row, : len(visual)], visual - starts[row])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_question_is_what_follows_the_last_image(side):
+    """Its ids, at each cut; all of the text of a row without an image, and no answer."""
+    model = build("llava")
+    inputs = batch(model, ROWS, side)
+    expected = []
+    for ids, (text, visual) in zip(inputs["input_ids"], columns(model, inputs), strict=True):
+        last = int(visual[-1]) if len(visual) else -1
+        expected.append(tuple(ids[text[text > last]].tolist()))
+    assert [len(own) for own in expected] == [5, 9, 7, 12]
+    for _, answers in shown(model, inputs, tp.Question()):
+        assert answers[tp.Question()] == tuple(expected)
+    answered = batch(model, [ROWS[0]], side)
+    answered["labels"] = answered["input_ids"].clone()
+    answered["labels"][:, :-2] = -100
+    (_, answers), _ = shown(model, answered, tp.Question())
+    assert answers[tp.Question()] == (expected[0][:-2],)
+
+
+def test_a_question_without_ids_is_refused():
+    model = build("llama")
+    inputs = batch(model, [ROWS[0]])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    call = {"inputs_embeds": embeds, "visual_mask": inputs["visual_mask"]}
+    call["attention_mask"] = inputs["attention_mask"]
+    with pytest.raises(ValueError, match="Asking: expected input_ids, for a strategy that reads"):
+        shown(model, call, tp.Question())
 
 
 def test_the_most_that_a_row_keeps_is_known_beforehand():

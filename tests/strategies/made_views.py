@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.strategy import Need
+from tokenprune.strategy import HasPatches, Need
 
 HEADS, WIDTH = 16, 6
 
@@ -89,6 +89,15 @@ def made(seed: int, longest: int = 40) -> Made:
             amounts(rows, width, 2, 4) - 0.5, amounts(rows, length, 2, 4) - 0.5
         ),
         tp.Normed(): tp.TokensAndText(values(rows, width, WIDTH), values(rows, length, WIDTH)),
+    }
+    # As a tower's: fewer numbers than the decoder's, and tokens that are no patch.
+    has_patch = valid & (torch.rand(rows, width, generator=own) < 0.9)
+    answers |= {
+        tp.VisionStates(-2, "hidden"): torch.randn(rows, width, WIDTH, generator=own),
+        tp.Question(): tuple(
+            tuple(torch.randint(0, 40, (count,), generator=own).tolist()) for count in following
+        ),
+        HasPatches(): has_patch,
     }
     share = draw.choice([0.0, 0.2, 0.5, 0.8, 1.0, 1.2, draw.random()])
     keep = torch.tensor([round(count * share) for count in counts])

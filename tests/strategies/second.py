@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from made_views import Made
 
 import tokenprune as tp
+from tokenprune.strategy import HasPatches
 
 #: Survivors of a row, and of each, in their order, how it is mixed; None where none is.
 Row = tuple[list[int], "list[dict[int, Fraction]] | None"]
@@ -61,10 +63,39 @@ def cdpruner(made: Made, row: int) -> Row:
     words = rows(made, text.embeddings)[row]
     asks = text.follows[row] if text.follows[row].any() else text.valid[row]
     words = [word for word, asked in zip(words, asks.tolist(), strict=True) if asked]
-    number = len(tokens)
     mean = [sum(cosine(token, word) for word in words) / max(1, len(words)) for token in tokens]
-    low, high = (min(mean), max(mean)) if number else (0.0, 0.0)
-    relevance = [(m - low + 1e-6) / max(high - low, 1e-6) for m in mean]
+    return determinants(made, row, scaled(mean))
+
+
+def cdpruner_clip(made: Made, row: int, clip: Any, pieces: list[np.ndarray]) -> Row:
+    """By CLIP: its own norm and projection of the tower's states, and a question's pieces."""
+    norm = clip.vision_model.post_layernorm
+    weight, bias, project = (
+        part.detach().double().numpy()
+        for part in (norm.weight, norm.bias, clip.visual_projection.weight)
+    )
+    states = rows(made, made.answers[tp.VisionStates(-2, "hidden")])[row][: made.counts[row]]
+    has_patch = made.answers[HasPatches()][row].tolist()  # type: ignore[index]
+    like = []
+    for state, exists in zip(states, has_patch, strict=False):
+        apart = state - state.mean()
+        patch = project @ (apart / math.sqrt(float((apart**2).mean()) + norm.eps) * weight + bias)
+        if exists:
+            like.append(-sum(cosine(patch, piece) for piece in pieces) / len(pieces))
+    known = iter(scaled(like))
+    relevance = [next(known) if has_patch[i] else 1e-6 for i in range(len(states))]
+    return determinants(made, row, relevance)
+
+
+def scaled(like: list[float]) -> list[float]:
+    low, high = (min(like), max(like)) if like else (0.0, 0.0)
+    return [(own - low + 1e-6) / max(high - low, 1e-6) for own in like]
+
+
+def determinants(made: Made, row: int, relevance: list[float]) -> Row:
+    """Greedily what adds most to the determinant of the kernel of those picked."""
+    tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
+    number = len(tokens)
     picked: list[int] = []
     for _ in range(min(int(made.keep[row]), number)):
         # What the span of those picked leaves of a token, by least squares.

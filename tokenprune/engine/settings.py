@@ -26,6 +26,7 @@ from tokenprune.strategy import (
     PerStage,
     Projected,
     PruningStrategy,
+    Question,
     RandomNumbers,
     Text,
     VisionNeed,
@@ -121,7 +122,7 @@ class Settings:
     def reads_text(self) -> bool:
         """Whether a strategy asks for the prompt's text, or what it attends to."""
         return any(
-            isinstance(need, (Text, DecoderKeys, Normed))
+            isinstance(need, (Text, Question, DecoderKeys, Normed))
             or (isinstance(need, DecoderRows) and need.queries == "text")
             for need in self.needs
         )
@@ -184,7 +185,7 @@ class Settings:
                 f"got {type(self.anatomy.decoder).__name__} in {name}. Choose another strategy."
             )
         known = (
-            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, RandomNumbers, Text),
+            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, Question, RandomNumbers, Text),
             *(VisionNeed, BeforeProjector),
         )
         for need in self.needs:

@@ -23,6 +23,8 @@ from tokenprune.strategy import (
     Need,
     Normed,
     Projected,
+    PruningStrategy,
+    Question,
     RandomNumbers,
     Text,
     TextView,
@@ -86,6 +88,8 @@ def make_view(
             return known
         if isinstance(need, DecoderKeys):
             return TokensAndText(*heard[need])
+        if isinstance(need, Question):
+            return _question(run, strategy)
         if isinstance(need, Normed):
             return _normed(run, number, content("hidden states"))
         makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
@@ -207,6 +211,23 @@ def _text(run: Pass, number: int, device: torch.device) -> TextView:
         follows=valid_BS & (order_S >= plan.num_prompt - plan.num_follow),
         positions=_positions(run, plan.prompt),
     )
+
+
+def _question(run: Pass, strategy: PruningStrategy) -> tuple[tuple[int, ...], ...]:
+    """Of each row the ids of the prompt's text after the last image, or all of them."""
+    rows = run.rows
+    assert rows.prompt is not None
+    if rows.ids is None:
+        raise ValueError(
+            f"{type(strategy).__name__}: expected input_ids, for a strategy that reads the "
+            "question's words, got inputs_embeds alone. Pass input_ids beside them, or choose "
+            "another strategy."
+        )
+    asked = []
+    for ids, prompt, count in zip(rows.ids, rows.prompt, rows.num_follow, strict=True):
+        words = ids[prompt].tolist()
+        asked.append(tuple(words[len(words) - count :] if count else words))
+    return tuple(asked)
 
 
 def _positions(run: Pass, columns: Tensor) -> Tensor:

@@ -4,13 +4,18 @@ Tokens that are unlike each other and like the question: of the kernel relevance
 relevance_j, greedily the token that adds most to the determinant of those picked (Chen et al.,
 2018, arXiv 1709.05135).
 
-Departures. Relevance is the mean cosine to the question's own embeddings in the decoder; the
-released code asks CLIP's text tower, which few models have, and turns the sign, because CLIP's
-patches answer to a text by being unlike it. All tokens of a row are one pool, where the released
-code picks crop by crop and scales relevance over all of them. The question is the text after the
-last image, or all of it if there is none. With more tokens asked than the embeddings have
-dimensions the released code divides by nothing: here a token that is no more than 1e-5 its own
-counts as explained, adds nothing, and is picked when no other is left, the lower index first.
+Relevance is the mean cosine to the question's own embeddings in the decoder, or, as released
+(`relevance="clip"`), that to the question in the common space of the CLIP model whose vision tower
+the model has, with the sign turned, because CLIP's patches answer to a text by being unlike it. The
+user names that CLIP, and the model's own tokenizer, which gives the question's words back.
+
+Departures. The first is the default, since few models have CLIP's tower. All tokens of a row are
+one pool, where the released code picks crop by crop and scales relevance over all of them. The
+question is the text after the last image, what a chat template puts there included, or all of it if
+there is none. Tokens that are no patch (newlines) are as irrelevant to CLIP as can be. With more
+tokens asked than the embeddings have dimensions the released code divides by nothing: here a token
+that is no more than 1e-5 its own counts as explained, adds nothing, and is picked when no other is
+left, the lower index first.
 """
 
 from __future__ import annotations
@@ -23,16 +28,20 @@ from tokenprune.strategy import (
     Projected,
     PruningStrategy,
     Published,
+    Question,
     Selection,
     Text,
     TextView,
     TokenView,
+    VisionStates,
+    check_choice,
     register,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RELEVANCES = ("embeddings", "clip")
 _EXPLAINED = 1e-5  # float32 knows the residual of a unit vector to about 1e-6
 _LEAST = 1e-6  # as in the released code: relevance of the least relevant token
 
@@ -40,11 +49,34 @@ _LEAST = 1e-6  # as in the released code: relevance of the least relevant token
 @register("cdpruner")
 @dataclass(frozen=True)
 class CDPruner(PruningStrategy):
-    """Keeps tokens that are unlike each other and like the question, by their embeddings."""
+    """Keeps tokens that are unlike each other and like the question, by their embeddings.
+
+    Args:
+        relevance: What is like the question: by the decoder's `"embeddings"`, or by `"clip"`.
+        clip: Hub id or folder of the CLIP model whose vision tower the model has.
+        tokenizer: Hub id or folder of the model's own tokenizer.
+        layer: Layer of the tower whose output CLIP projects.
+    """
 
     keeps_exactly: ClassVar[bool] = True
 
+    relevance: str = "embeddings"
+    clip: str | None = None
+    tokenizer: str | None = None
+    layer: int = -2
+
+    def __post_init__(self) -> None:
+        check_choice("CDPruner.relevance", self.relevance, RELEVANCES)
+        if self.relevance == "clip" and not (self.clip and self.tokenizer):
+            raise ValueError(
+                'CDPruner.clip, tokenizer: expected hub ids or folders, with relevance="clip", got '
+                f"{self.clip!r} and {self.tokenizer!r}. Name the CLIP model whose vision tower the "
+                "model has, and the model's own tokenizer."
+            )
+
     def needs(self) -> tuple[Need, ...]:
+        if self.relevance == "clip":
+            return (Projected(), Question(), VisionStates(self.layer, "hidden"))
         return (Projected(), Text())
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
@@ -54,7 +86,7 @@ class CDPruner(PruningStrategy):
 
         valid_BV = view.valid
         unit_BVD = _unit(view.projected)
-        weight_BV = _relevance(unit_BVD, view.text, valid_BV) ** 2
+        weight_BV = self._relevance(view, unit_BVD) ** 2
         likeness_BVV = unit_BVD @ unit_BVD.mT
         # Of each token what the picked ones do not explain: its gain, but for its relevance.
         own_BV = unit_BVD.any(-1).float()
@@ -76,6 +108,19 @@ class CDPruner(PruningStrategy):
             own_BV = own_BV.masked_fill(own_BV < _EXPLAINED, 0)
         return Selection(kept=mark(picks, keep, valid_BV))
 
+    def _relevance(self, view: TokenView, unit_BVD: Tensor) -> Tensor:
+        """How like the question each token is, from nearly 0 to 1 in each row, (B, V)."""
+        if self.relevance == "embeddings":
+            return _scaled(_to_words(unit_BVD, view.text), view.valid)
+        assert self.clip is not None
+        assert self.tokenizer is not None
+        from tokenprune.strategies._clip import likeness
+
+        states_BVC = view.vision_states(self.layer, "hidden")
+        like_BV = -likeness(states_BVC, view.question, self.clip, self.tokenizer)
+        is_patch_BV = view.valid & view.has_patches
+        return _scaled(like_BV, is_patch_BV).where(is_patch_BV, _LEAST)
+
     @classmethod
     def published(cls, num_layers: int) -> Published:
         # 64 of 576 tokens, before the decoder: what is left is a shorter prompt.
@@ -90,14 +135,20 @@ def _unit(embeddings: Tensor) -> Tensor:
     return torch.nn.functional.normalize(numbers, dim=-1)
 
 
-def _relevance(unit_BVD: Tensor, text: TextView, valid_BV: Tensor) -> Tensor:
-    """Mean cosine to the question's tokens, scaled to [0, 1] over the row, (B, V)."""
+def _to_words(unit_BVD: Tensor, text: TextView) -> Tensor:
+    """Mean cosine to the question's tokens, (B, V)."""
     import torch
 
     asks_BS = torch.where(text.follows.any(1, keepdim=True), text.follows, text.valid)
     words_BSD = _unit(text.embeddings) * asks_BS[..., None]
     mean_BD1 = (words_BSD.sum(1) / asks_BS.sum(1, keepdim=True).clamp_min(1))[..., None]
-    cosine_BV = (unit_BVD @ mean_BD1)[..., 0]
-    low_B1 = cosine_BV.masked_fill(~valid_BV, torch.inf).amin(1, keepdim=True)
-    high_B1 = cosine_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True)
-    return (cosine_BV - low_B1 + _LEAST) / (high_B1 - low_B1).clamp_min(_LEAST)
+    return (unit_BVD @ mean_BD1)[..., 0]
+
+
+def _scaled(like_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Scaled to [0, 1] over the row."""
+    import torch
+
+    low_B1 = like_BV.masked_fill(~valid_BV, torch.inf).amin(1, keepdim=True)
+    high_B1 = like_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True)
+    return (like_BV - low_B1 + _LEAST) / (high_B1 - low_B1).clamp_min(_LEAST)

@@ -77,6 +77,11 @@ class Text(Need):
 
 
 @dataclass(frozen=True)
+class Question(Need):
+    """The ids of what the prompt says after its last image, for strategies that read its words."""
+
+
+@dataclass(frozen=True)
 class RandomNumbers(Need):
     """Numbers by chance, which a row gets alone and in a batch alike.
 

@@ -17,6 +17,7 @@ from tokenprune.strategy.needs import (
     Need,
     Normed,
     Projected,
+    Question,
     RandomNumbers,
     Text,
     Tiles,
@@ -161,6 +162,15 @@ class TokenView:
     def text(self) -> TextView:
         """The prompt's text as it entered the decoder; `Text` in `needs`."""
         signal: TextView = self._signal(Text())
+        return signal
+
+    @property
+    def question(self) -> tuple[tuple[int, ...], ...]:
+        """Of each row the ids of the prompt's text after its last image; `Question` in `needs`.
+
+        All of the prompt's text where no image is followed by any. They are on the host.
+        """
+        signal: tuple[tuple[int, ...], ...] = self._signal(Question())
         return signal
 
     def vision_rows(self, layer: int = -2, queries: str = "class", heads: str = "own") -> Tensor:
