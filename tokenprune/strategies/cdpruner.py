@@ -86,7 +86,7 @@ class CDPruner(PruningStrategy):
 
         valid_BV = view.valid
         unit_BVD = _unit(view.projected)
-        weight_BV = self._relevance(view, unit_BVD) ** 2
+        weight_BV = self._relevance(view, unit_BVD, valid_BV) ** 2
         likeness_BVV = unit_BVD @ unit_BVD.mT
         # Of each token what the picked ones do not explain: its gain, but for its relevance.
         own_BV = unit_BVD.any(-1).float()
@@ -108,17 +108,17 @@ class CDPruner(PruningStrategy):
             own_BV = own_BV.masked_fill(own_BV < _EXPLAINED, 0)
         return Selection(kept=mark(picks, keep, valid_BV))
 
-    def _relevance(self, view: TokenView, unit_BVD: Tensor) -> Tensor:
+    def _relevance(self, view: TokenView, unit_BVD: Tensor, valid_BV: Tensor) -> Tensor:
         """How like the question each token is, from nearly 0 to 1 in each row, (B, V)."""
         if self.relevance == "embeddings":
-            return _scaled(_to_words(unit_BVD, view.text), view.valid)
+            return _scaled(_to_words(unit_BVD, view.text), valid_BV)
         assert self.clip is not None
         assert self.tokenizer is not None
         from tokenprune.strategies._clip import likeness
 
         states_BVC = view.vision_states(self.layer, "hidden")
         like_BV = -likeness(states_BVC, view.question, self.clip, self.tokenizer)
-        is_patch_BV = view.valid & view.has_patches
+        is_patch_BV = valid_BV & view.has_patches
         return _scaled(like_BV, is_patch_BV).where(is_patch_BV, _LEAST)
 
     @classmethod
