@@ -13,6 +13,7 @@ from oracles import EVERY
 from transformers import PreTrainedModel
 from zoo import ZOO, Prompt, Specimen
 from zoo.specimen import NUM_LAYERS
+from zoo.tower import CLASS_TOKENS
 
 import tokenprune as tp
 from tokenprune.families.adapter import adapter_of
@@ -23,8 +24,6 @@ WAYS = ("forward", "forward", "labels", "train", "greedy", "beams", "lookup", "s
 #: Types that flash's stand-in can run, whose masks are plain.
 FLASH = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl", "llava_onevision",
          "idefics3", "mistral3", "got_ocr2", "vipllava", "glm4v")  # fmt: skip
-#: Types whose tower has a class token.
-CLASS_TOKEN = ("llava", "llava_next", "internvl")
 STRATEGIES = (
     *EVERY,
     tp.build_strategy("fastv", queries="all", source="next"),
@@ -96,8 +95,6 @@ def draw_beast(seed: str, types: Sequence[str] = TYPES) -> Beast:
     pick = rng.choice
     model_type = pick(types)
     layers = sorted(rng.sample(range(NUM_LAYERS), pick([1, 2, 2, 3])))
-    if rng.random() < 0.5:  # some add features to visual tokens in their first layers
-        layers = sorted({max(layer, ZOO[model_type].cuts[0]) for layer in layers})
     keeps = sorted((pick([0.0, 0.2, 0.4, 0.5, 0.7, 0.9, 1.0]) for _ in layers), reverse=True)
     way = pick(WAYS)
     num_rows = 1 if way == "lookup" else pick([1, 2, 2, 3])
@@ -139,7 +136,7 @@ def _draw_strategy(rng: random.Random, model_type: str, layers: list[int]) -> tp
     unable = (layers[0] == 0 and _source(own) == "previous") or (
         vision_needs(own) and adapter_of(model_type).tower is None
     )
-    unable = unable or (model_type not in CLASS_TOKEN and _asks_class(own))
+    unable = unable or (model_type not in CLASS_TOKENS and _asks_class(own))
     if unable and rng.random() < 0.95:
         return _draw_strategy(rng, model_type, layers)
     return own

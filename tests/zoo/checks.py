@@ -7,6 +7,7 @@ model whose layers are given masks that hide what the trace says was dropped.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,10 +119,32 @@ def masked(
 
         return before
 
+    def mix_features(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Visual features that are added after a cut, as the tokens were mixed there."""
+        marked = kwargs.get("visual_pos_masks", kwargs.get("vision_mask"))
+        late = kwargs.get("deepstack_visual_embeds", kwargs.get("deepstack_features"))
+        if late is None or marked is None:
+            return None
+        marked = marked.reshape(marked.shape[:2])
+        rank = marked.flatten().cumsum(0).view_as(marked) - 1
+        by_layer = late if isinstance(late, dict) else {i + 1: own for i, own in enumerate(late)}
+        by_layer = {layer: own.clone() for layer, own in by_layer.items()}
+        for cut, layer in itertools.product(sorted(mixed), by_layer):
+            if layer <= cut:
+                continue
+            for row, places in enumerate(rank):
+                before, after, weights = mixed[cut][row // (len(rank) // num_rows)]
+                own = by_layer[layer]
+                own[places[after]] = (weights @ own[places[before]].float()).to(own.dtype)
+        name = "deepstack_features" if isinstance(late, dict) else "deepstack_visual_embeds"
+        given = by_layer if isinstance(late, dict) else [by_layer[i + 1] for i in range(len(late))]
+        return args, kwargs | {name: given}
+
     hooks = [
         layer.register_forward_pre_hook(hook(i, layer), with_kwargs=True)
         for i, layer in enumerate(anatomy.layers)
     ]
+    hooks.append(anatomy.decoder.register_forward_pre_hook(mix_features, with_kwargs=True))
     # Masks of other implementations say less than the reference needs.
     name = anatomy.attention if anatomy.attention in ("eager", "sdpa") else "eager"
     try:
