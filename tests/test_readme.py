@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,21 +73,74 @@ def test_links_lead_somewhere(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-def test_documented_strategy_works() -> None:
-    """The example of docs/add_a_strategy.md, as it stands there."""
-    text = (ROOT / "docs" / "add_a_strategy.md").read_text()
-    (code,) = re.findall(r"```python\n(# tokenprune/strategies/norm.py.*?)```", text, re.DOTALL)
-    namespace = {"__name__": "norm_example"}
-    sys.modules["norm_example"] = type(sys)("norm_example")
+EXAMPLES = re.findall(
+    r"```python\n(# tokenprune/strategies/(\w+).py\n.*?)```",
+    (ROOT / "docs" / "add_a_strategy.md").read_text(),
+    re.DOTALL,
+)
+
+
+def example(name: str) -> tp.PruningStrategy:
+    """A strategy of docs/add_a_strategy.md, as it stands there, but for its place."""
+    (code,) = [code for code, own in EXAMPLES if own == name]
+    module = f"{name}_example"
+    namespace: dict[str, Any] = {"__name__": module}
+    sys.modules[module] = type(sys)(module)
     try:
-        exec(compile(code.replace('@register("norm")\n', ""), "norm.py", "exec"), namespace)
+        exec(compile(code.replace(f'@register("{name}")\n', ""), f"{name}.py", "exec"), namespace)
     finally:
-        del sys.modules["norm_example"]
-    model = build("llava")
+        del sys.modules[module]
+    (kind,) = [own for own in namespace.values()
+               if isinstance(own, type) and own.__module__ == module]  # fmt: skip
+    return kind()
+
+
+def run_example(name: str) -> tuple[Any, dict[str, torch.Tensor], tp.Trace]:
+    model = build("llava", "eager")
+    inputs = batch(model, ROWS)
     schedule = tp.Schedule.pyramid(layers=[1, 3], lam=0.5)
-    with torch.no_grad(), tp.prune(model, namespace["Norm"](), schedule) as trace:
-        model(**batch(model, ROWS))
+    with torch.no_grad(), tp.prune(model, example(name), schedule) as trace:
+        model(**inputs)
+    return model, inputs, trace
+
+
+def test_the_documented_strategies_are_three_short_ones() -> None:
+    assert [name for _, name in EXAMPLES] == ["norm", "looked_at", "folded"]
+    for code, name in EXAMPLES:
+        assert len(code.splitlines()) < 40
+        published = type(example(name)).published(32)
+        assert published.schedule == "one_shot"
+
+
+def test_the_documented_one_that_scores() -> None:
+    _, _, trace = run_example("norm")
     assert [len(kept) for kept in trace.stages[0].kept] == [8, 0, 16, 8]
+
+
+def test_the_documented_one_that_reads_the_tower() -> None:
+    model, inputs, trace = run_example("looked_at")
+    with torch.no_grad():
+        tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True)
+    received = tower.attentions[-2][:, :, 1:, 1:].mean((1, 2)).view(-1)  # four images of 16
+    of_rows = received.split([16, 32, 16])
+    for scores, expected in zip(
+        [trace.stages[0].scores[row] for row in (0, 2, 3)], of_rows, strict=True
+    ):
+        torch.testing.assert_close(scores, expected)
+    assert [len(kept) for kept in trace.stages[1].kept] == [4, 0, 8, 4]
+
+
+def test_the_documented_one_that_merges() -> None:
+    _, _, trace = run_example("folded")
+    _, _, unmerged = run_example("norm")
+    first = trace.stages[0]
+    for kept, weights, alone in zip(
+        first.kept, first.weights, unmerged.stages[0].kept, strict=True
+    ):
+        assert torch.equal(kept, alone)
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(kept)))  # means
+        assert ((weights > 0).sum(0) == 1).all()  # of every token, once
+        assert (weights[torch.arange(len(kept)), kept] > 0).all()  # each with itself
 
 
 if __name__ == "__main__":
