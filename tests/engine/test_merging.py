@@ -11,6 +11,7 @@ from models import FAMILIES, ROWS, batch, build, labelled
 from oracles import DROPPING, MERGING, all_visual, assert_close, generate, runnable
 
 import tokenprune as tp
+from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.tensors import causal
 
 
@@ -374,3 +375,27 @@ def test_positions_of_a_merged_row_go_on_from_its_length():
             whole = generate(model, inputs, use_cache=False)
         for ours, theirs in zip(cached.logits, whole.logits, strict=True):
             assert_close(ours, theirs, 3e-5)
+
+
+def test_the_trace_says_which_token_went_into_which() -> None:
+    """By the largest share; through two cuts, in the sample's own numbers, for pictures."""
+    weights = torch.zeros(3, 6)
+    weights[0, 0], weights[0, 1], weights[1, 2] = 0.5, 0.5, 1.0
+    weights[2, 1], weights[2, 4], weights[2, 5] = 0.2, -0.7, 1.0
+    kept = [torch.tensor([0, 2, 5]), torch.tensor([2])]
+    then = torch.tensor([[0.4, 0.6, 0.0]])
+    stages = [tp.TracedStage(0, [kept[0]], None, [weights]),
+              tp.TracedStage(3, [kept[1]], None, [then]),
+              tp.TracedStage(4, [kept[1]], None)]  # fmt: skip
+    assert stages[0].into[0].tolist() == [0, 0, 1, -1, 2, 2]
+    assert stages[1].into[0].tolist() == [0, 0, -1]
+    assert stages[2].into is None
+    trace = tp.Trace(stages=stages)
+    entries = kept_tokens(trace, 0, 6)["stages"]
+    assert [entry["into"] for entry in entries] == [
+        [0, 0, 2, -1, 5, 5],
+        [2, 2, 2, -1, -1, -1],
+        [2, 2, 2, -1, -1, -1],
+    ]
+    alone = tp.Trace(stages=[tp.TracedStage(2, [kept[0]], None)])
+    assert kept_tokens(alone, 0, 6)["stages"] == [{"layer": 2, "kept": [0, 2, 5]}]

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from html_page import Reader
 from PIL import Image
@@ -193,6 +194,31 @@ def test_single_run(tmp_path: Path) -> None:
     assert len(reader.drawings()) == 4  # two figures for wide and for narrow screens
     assert "No unpruned run" in reader.text
     assert (run / "figures" / "kept_1.png").is_file()
+
+
+def test_pictures_of_a_method_that_merges_are_coloured(tmp_path: Path) -> None:
+    """Every dropped token went into the first one kept: its patch's colour covers most of them."""
+
+    def merge(records: list[dict[str, Any]]) -> None:
+        for stage in records[0]["stages"]:
+            alive = set(stage["kept"])
+            first = min(alive)
+            stage["into"] = [n if n in alive else first for n in range(records[0]["num_visual"])]
+
+    shares = []
+    for merges in (False, True):
+        folder = tmp_path / str(merges)
+        settings = plan("pool", "one_shot", [2], [0.25], num_stages=2, seed=0)
+        write_run(folder, settings, num_pictures=1)
+        (path,) = folder.glob("*/kept.json")
+        if merges:
+            rewrite(path, merge)
+        page = build(path.parent).read_text(encoding="utf-8")
+        assert "patches of one colour are in the token whose patch is framed in it" in page
+        with Image.open(path.parent / "figures" / "kept_1.png") as picture:
+            red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=int), 2, 0)
+        shares.append(float(((red > green + 30) & (green > blue + 30)).mean()))
+    assert shares[0] < 0.01 < 0.05 < shares[1]
 
 
 def test_unpruned_run_alone(tmp_path: Path) -> None:

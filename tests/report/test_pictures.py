@@ -72,6 +72,35 @@ def test_strip_has_a_panel_per_stage() -> None:
     assert strip.height > 100
 
 
+def test_patches_of_one_colour_are_in_the_token_framed_in_it() -> None:
+    """Two tokens take in others, one stays alone, one is dropped; then one goes into the other."""
+    image = Image.new("RGB", (60, 40), (10, 20, 200))
+    places = [(0, 0, row, column) for row in range(2) for column in range(3)]
+    cuts = [(0, [0, 2, 5]), (4, [2])]
+    into = [[0, 0, 2, -1, 2, 5], [2, 2, 2, -1, 2, -1]]
+    _, first, second = pictures.panels(image, [(2, 3)], places, cuts, 60, into)
+    faded = pictures.ghost(image).getpixel((0, 0))
+    (one,), (two,) = (panel.images for panel in (first, second))
+
+    def colour(picture: Image.Image, cell: int, corner: bool = False) -> object:
+        left, top, right, bottom = pictures.box(picture.size, (2, 3), *divmod(cell, 3))
+        middle = ((left + right) // 2, (top + bottom) // 2)
+        return picture.getpixel((left, top) if corner else middle)
+
+    def tinted(number: int) -> object:
+        pair = zip(faded, pictures.TINTS[number], strict=True)
+        return tuple(int(a + pictures.TINT * (b - a)) for a, b in pair)
+
+    assert [colour(one, cell) for cell in (0, 2, 5)] == [(10, 20, 200)] * 3
+    assert [colour(one, cell, True) for cell in (0, 2)] == list(pictures.TINTS[:2])
+    assert colour(one, 5, True) == (10, 20, 200)  # it took in none
+    assert [colour(one, cell) for cell in (1, 4, 3)] == [tinted(0), tinted(1), faded]
+    assert [colour(two, cell) for cell in (0, 1, 4, 3)] == [tinted(0)] * 3 + [faded]
+    assert (colour(two, 2, True), colour(two, 2)) == (pictures.TINTS[0], (10, 20, 200))
+    plain = pictures.panels(image, [(2, 3)], places, cuts, 60)[1].images[0]
+    assert colour(plain, 1) == faded
+
+
 @pytest.mark.parametrize(
     ("places", "kept", "message"),
     [

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     kept = kept_tokens(trace, 0, num_visual)
     cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
     if kept["grids"]:
-        picture = pictures.stages(image, kept["grids"], kept["places"], cuts)
+        into = [stage.get("into") for stage in kept["stages"]]
+        picture = pictures.stages(image, kept["grids"], kept["places"], cuts, into=into)
         results.write_image(output, picture, form)
         print(f"picture         {output}")
     else:

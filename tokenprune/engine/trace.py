@@ -33,6 +33,25 @@ class TracedStage:
     scores: list[Tensor] | None
     weights: list[Tensor] | None = None
 
+    @property
+    def into(self) -> list[Tensor] | None:
+        """Which survivor took each token in; None where survivors stay as they were.
+
+        Per row, int64 (V,) of the tokens alive before the cut: the number in `kept` of the survivor
+        in which it has the largest share; -1 for one that is in none. A survivor is in itself.
+        """
+        if self.weights is None:
+            return None
+        found = []
+        for weights in self.weights:
+            shares = weights.abs()
+            if not len(shares):
+                found.append(torch.full((shares.shape[1],), -1))
+                continue
+            most = shares.max(0)
+            found.append(most.indices.masked_fill(most.values == 0, -1))
+        return found
+
 
 class Trace:
     """What a run did.

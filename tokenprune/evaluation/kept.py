@@ -8,7 +8,11 @@ import tokenprune as tp
 
 
 def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, Any]:
-    """Kept tokens of one sample, for kept.json."""
+    """Kept tokens of one sample, for kept.json.
+
+    Where survivors were mixed, a stage's `into` says of each of the sample's tokens in which
+    survivor it is from there on, -1 for those in none.
+    """
     places = trace.places[row].tolist() if trace is not None and trace.places else []
     sizes: dict[tuple[int, int], list[int]] = {}
     for image, grid, grid_row, column in places:
@@ -16,9 +20,23 @@ def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, 
             size = sizes.setdefault((image, grid), [0, 0])
             size[:] = [max(size[0], grid_row + 1), max(size[1], column + 1)]
     stages = trace.stages if trace is not None else []
+    entries = []
+    seat, mixed = list(range(num_visual)), False  # of each token, where it is now
+    alive = seat
+    for stage in stages:
+        kept = stage.kept[row].tolist()
+        into = None if stage.into is None else stage.into[row].tolist()
+        mixed |= into is not None
+        if into is None:
+            moved = {token: token for token in kept}
+        else:
+            moved = {token: kept[i] for token, i in zip(alive, into, strict=True) if i >= 0}
+            moved |= {token: token for token in kept}
+        seat, alive = [moved.get(own, -1) for own in seat], kept
+        entries.append({"layer": stage.layer, "kept": kept} | ({"into": seat} if mixed else {}))
     return {
         "grids": list(sizes.values()),
         "places": places,
         "num_visual": num_visual,
-        "stages": [{"layer": stage.layer, "kept": stage.kept[row].tolist()} for stage in stages],
+        "stages": entries,
     }

@@ -33,8 +33,8 @@ def draw(folder: Path, pictured: Pictured, notes: list[str]) -> tuple[list[Sampl
     return samples, (
         f"Schedule: {budget_words(pictured.first)}. "
         "The first question of each kind comes first; none is chosen by outcome. "
-        "Faded patches are dropped: from the named layer on, the decoder no longer sees them; a "
-        "method that merges has averaged some of them into those that stay."
+        "Faded patches are dropped: from the named layer on, the decoder no longer sees them. Of a "
+        "method that merges, patches of one colour are in the token whose patch is framed in it."
     )
 
 

@@ -123,8 +123,10 @@ class Pictured:
         whole_panel: pictures.Panel | None = None
         for group, records in self.members:
             own = next(r for r in records if r["id"] == record["id"])
-            cuts = [(int(stage["layer"]), stage["kept"]) for stage in own["stages"]][stages]
-            panels = pictures.panels(image, own["grids"], own["places"], cuts, PANEL_PIXELS)
+            shown = own["stages"][stages]
+            cuts = [(int(stage["layer"]), stage["kept"]) for stage in shown]
+            into = [stage.get("into") for stage in shown]
+            panels = pictures.panels(image, own["grids"], own["places"], cuts, PANEL_PIXELS, into)
             whole_panel = whole_panel or panels[0]
             drawn.append(panels[1:])
             answer = self.answer(group, record)

@@ -7,7 +7,7 @@ A place is (image, grid, row, column), as `trace.places` has it; a token without
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -17,6 +17,12 @@ GHOST = 0.16
 LIGHT, DARK = 242, 26
 GAP = 8  # pixels between panels and between the grids of a panel
 INK, PAPER = (32, 32, 30), (255, 255, 255)
+#: Of tokens that were mixed; people who see few colours can tell them apart (Okabe and Ito, 2008).
+TINTS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178))
+TINT = 0.55  # share of the colour in a patch that went into another
+
+Cell = tuple[int, int]
+Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,31 @@ def overlay(
     return picture
 
 
+def tint(
+    picture: Image.Image,
+    grid: Sequence[int],
+    joined: Mapping[Cell, Colour],
+    framed: Mapping[Cell, Colour],
+) -> None:
+    """Colours patches that went into others, and frames those that took them in.
+
+    Args:
+        picture: From `overlay`; changed in place.
+        grid: Number of rows and columns.
+        joined: Cells that are coloured, and how.
+        framed: Cells that are framed, and how.
+    """
+    for cell, colour in joined.items():
+        place = box(picture.size, grid, *cell)
+        own = picture.crop(place)
+        picture.paste(Image.blend(own, Image.new("RGB", own.size, colour), TINT), place)
+    draw = ImageDraw.Draw(picture)
+    for cell, colour in framed.items():
+        left, top, right, bottom = box(picture.size, grid, *cell)
+        line = max(1, min(right - left, bottom - top) // 6)
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=line)
+
+
 def ghost(image: Image.Image) -> Image.Image:
     """A colourless trace of `image`: light where the image is dark and the other way round.
 
@@ -102,8 +133,11 @@ def panels(
     places: Sequence[Sequence[int]],
     stages: Sequence[tuple[int, Iterable[int]]],
     size: int = 256,
+    into: Sequence[Sequence[int] | None] = (),
 ) -> list[Panel]:
     """The whole image, then one panel per stage with the dropped patches faded.
+
+    Where tokens were mixed, patches of one colour are in the token whose patch is framed in it.
 
     Args:
         image: The sample's image, as it was given to the processor.
@@ -111,6 +145,8 @@ def panels(
         places: (image, grid, row, column) of each visual token; -1 where unknown.
         stages: (layer, kept indices into `places`) of each cut.
         size: Width of a panel in pixels.
+        into: Of each stage, of each visual token, the token that it is in; -1 for none. None, or
+            left out, where no tokens were mixed.
 
     Raises:
         ValueError: If no token has a known place, or a kept index lies outside `places`.
@@ -131,7 +167,7 @@ def panels(
     view = view.resize((size, max(1, round(view.height * scale))), Image.Resampling.LANCZOS)
 
     result = [Panel(f"all {len(places)}", (view,))]
-    for layer, kept in stages:
+    for number, (layer, kept) in enumerate(stages):
         indices = list(kept)
         cells: list[set[tuple[int, int]]] = [set() for _ in grids]
         for index in indices:
@@ -144,8 +180,30 @@ def panels(
             if place is not None and place[0] < len(grids):
                 cells[place[0]].add((place[1], place[2]))
         drawn = tuple(overlay(view, grid, alive) for grid, alive in zip(grids, cells, strict=True))
+        mixed = into[number] if number < len(into) else None
+        if mixed is not None:
+            joined, framed = _colours(drawable, mixed, len(grids))
+            for picture, grid, *own in zip(drawn, grids, joined, framed, strict=True):
+                tint(picture, grid, *own)
         result.append(Panel(f"layer {layer}: {len(indices)}", drawn))
     return result
+
+
+def _colours(
+    drawable: Sequence[tuple[int, int, int] | None], into: Sequence[int], num_grids: int
+) -> tuple[list[dict[Cell, Colour]], list[dict[Cell, Colour]]]:
+    """Of each grid, colours of cells that went into other tokens, and of those that took some."""
+    joined: list[dict[Cell, Colour]] = [{} for _ in range(num_grids)]
+    framed: list[dict[Cell, Colour]] = [{} for _ in range(num_grids)]
+    takes = sorted({seat for token, seat in enumerate(into) if seat not in (-1, token)})
+    colours = {seat: TINTS[number % len(TINTS)] for number, seat in enumerate(takes)}
+    for token, seat in enumerate(into):
+        place = drawable[token] if token < len(drawable) else None
+        if place is None or place[0] >= num_grids or seat not in colours:
+            continue
+        cells = framed if seat == token else joined
+        cells[place[0]][place[1], place[2]] = colours[seat]
+    return joined, framed
 
 
 def stages(
@@ -154,12 +212,13 @@ def stages(
     places: Sequence[Sequence[int]],
     stages: Sequence[tuple[int, Iterable[int]]],
     size: int = 256,
+    into: Sequence[Sequence[int] | None] = (),
 ) -> Image.Image:
     """A strip of titled panels: "all N", then "layer k: n" with the n tokens alive from k on.
 
     Several grids are drawn below each other. Arguments and errors as `panels`.
     """
-    drawn = panels(image, grids, places, stages, size)
+    drawn = panels(image, grids, places, stages, size, into)
     columns = [stack(panel.images) for panel in drawn]
     bar = max(20, size // 10)
     width = len(drawn) * (size + GAP) + GAP
