@@ -120,8 +120,18 @@ def all_visual(model, inputs) -> Tensor:
 
 
 @contextmanager
-def masked(model, padding: Tensor, visual: Tensor, trace: tp.Trace, extra: int = STEPS + 1):
-    """The unmodified model whose layers are given masks that hide what the trace dropped."""
+def masked(
+    model,
+    padding: Tensor,
+    visual: Tensor,
+    trace: tp.Trace,
+    extra: int = STEPS + 1,
+    apart: Tensor | None = None,
+):
+    """The unmodified model whose layers are given masks that hide what the trace dropped.
+
+    `apart`, bool (B, T, T), says who sees whom where rows hold several sequences.
+    """
     decoder = model.get_decoder()
     num_rows, prompt = visual.shape
     hidden_BLK = torch.zeros(num_rows, NUM_LAYERS, prompt + extra, dtype=torch.bool)
@@ -143,6 +153,7 @@ def masked(model, padding: Tensor, visual: Tensor, trace: tp.Trace, extra: int =
             real = torch.nn.functional.pad(padding.bool(), (0, extra), value=True)[:, :total]
             causal = torch.arange(total) <= torch.arange(offset, total)[:, None]
             allowed = causal & (real & ~hidden_BLK[:, index, :total])[:, None, None]
+            allowed = allowed if apart is None else allowed & apart[:, None]
             allowed = allowed | torch.eye(total, dtype=torch.bool)[offset:]
             low = torch.finfo(args[0].dtype).min
             mask = torch.zeros(allowed.shape, dtype=args[0].dtype)

@@ -161,7 +161,8 @@ def test_a3_pads_by_a_mask_over_pairs(side, policy, form, pads) -> None:
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("by", ["bool", "float", "position_ids"])
-def test_a4_several_sequences_in_a_row_are_refused(by, labels) -> None:
+def test_a4_each_of_several_sequences_in_a_row_is_pruned_as_alone(by, labels) -> None:
+    """tests/engine/test_packed.py sees it of every strategy."""
     model = build("llava")
     samples = [batch(model, [ROWS[0]]), batch(model, [ROWS[3]])]
     ids = torch.cat([sample["input_ids"] for sample in samples], 1)
@@ -175,12 +176,24 @@ def test_a4_several_sequences_in_a_row_are_refused(by, labels) -> None:
     else:
         call["attention_mask"] = torch.zeros(block.shape).masked_fill(~block, -1e9)
     if labels:
-        call["labels"] = torch.where(torch.arange(ids.shape[1]) % 9 > 6, ids, -100)
-    with (
-        pytest.raises(ValueError, match=r"expected one sequence a row, got .* packed into one"),
-        tp.prune(model, PDROP, SCHEDULE),
-    ):
-        model(**call)
+        for sample in samples:
+            sample["labels"] = torch.full_like(sample["input_ids"], -100)
+            sample["labels"][0, -3:] = sample["input_ids"][0, -3:]
+        call["labels"] = torch.cat([sample["labels"] for sample in samples], 1)
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        got = model(**call, use_cache=False)
+        kept = [[own.tolist() for own in stage.kept] for stage in trace.stages]
+        assert [list(map(len, stage)) for stage in kept] == [[9, 9], [5, 5], [3, 3]]
+        losses, start = [], 0
+        for number, sample in enumerate(samples):
+            alone = model(**sample)
+            losses.append(alone.loss)
+            assert [stage[number] for stage in kept] == [s.kept[0].tolist() for s in trace.stages]
+            own = got.logits[0, start : start + alone.logits.shape[1]]
+            torch.testing.assert_close(own, alone.logits[0], **CLOSE)
+            start += len(own)
+    if labels:
+        torch.testing.assert_close(got.loss, sum(losses) / 2)  # as many labels in each
 
 
 # --------------------------------------------------------------------------------------- (b) caches

@@ -446,12 +446,12 @@ def test_bad_requests() -> None:
     assert state_of(model) == state_of(build("llava"))
 
 
-def test_packed_positions_are_refused() -> None:
+def test_positions_that_start_anew_beside_a_mask_are_refused() -> None:
     model = build("llava")
     inputs = batch(model, ROWS[:1])
     packed = torch.arange(inputs["input_ids"].shape[1])[None] % 12
     with (
-        pytest.raises(ValueError, match="several sequences packed into one"),
+        pytest.raises(ValueError, match="got position_ids that start anew within one, beside"),
         tp.prune(model, PDROP, SCHEDULE),
     ):
         model(**inputs, position_ids=packed)

@@ -387,8 +387,48 @@ def training(specimen: Specimen, model: PreTrainedModel) -> None:
         torch.testing.assert_close(a, b)
 
 
+def packed(specimen: Specimen, model: PreTrainedModel) -> str | None:
+    """Sequences end to end in a row, kept apart by positions: each gives what it gives alone."""
+    prompts = [prompt for prompt in PROMPTS if "image" in prompt]
+    alone = [specimen.batch(model, [prompt]) for prompt in prompts]
+    given: list[Tensor | None] = []
+    hook = examine(model).decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    expected = [forward(model, one).logits[0] for one in alone]
+    hook.remove()
+    whole = specimen.batch(model, prompts, "right")
+    real = whole.pop("attention_mask").bool()
+    call = {k: v[real][None] if v.shape == real.shape else v for k, v in whole.items()}
+    own = zip(given, (one["input_ids"].shape[1] for one in alone), strict=True)
+    call["position_ids"] = torch.cat([_with_text(axes, length) for axes, length in own], -1)
+    try:
+        apart = torch.allclose(forward(model, call).logits[0], torch.cat(expected), **CLOSE)
+    except (IndexError, RuntimeError):
+        apart = False
+    if not apart:
+        return "impossible unpruned: a sequence of a row does not give what it gives alone"
+    for name in ("pyramiddrop", "uniform"):
+        with tp.prune(model, tp.build_strategy(name), schedule(specimen)):
+            together, end = forward(model, call).logits[0], 0
+            for one in alone:
+                logits = forward(model, one).logits[0]
+                start, end = end, end + len(logits)
+                torch.testing.assert_close(together[start:end], logits, **CLOSE)
+        assert end == len(together)
+    return None
+
+
+def _with_text(positions: Tensor | None, length: int) -> Tensor:
+    """Positions of a sequence; those of several axes with the text's before them."""
+    line = torch.arange(length)[None]
+    if positions is None:
+        return line
+    return torch.cat([line[None], positions.long()]) if len(positions) == 3 else positions
+
+
 _ALL = (
-    *(every_layer, identity, scores, drop_is_mask, batch_is_alone, renumbered),
+    *(every_layer, identity, scores, drop_is_mask, batch_is_alone, renumbered, packed),
     *(greedy, sampling, beams, prompt_lookup, static_cache, no_cache, later_turn, training),
 )
 #: What it returns is its outcome, if there is more to say than that it is exact.

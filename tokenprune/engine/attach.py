@@ -296,18 +296,20 @@ class Handle:
                 device = device_of(module, hidden)
                 hidden = to_device(hidden, device)
             if run.positions is None and not run.idle:
+                side.check_packed(run, named)
                 side.note_positions(run, named, device)
             if run.late is not None:
                 hidden = late.add(run, run.late, number - int(cuts_here), index, hidden)
             if enters and run.prunes and run.open:
-                run.embeddings = hidden.detach()
+                run.embeddings = run.apart(hidden.detach(), 0)
             if cuts_here:
                 if len(run.levels) == number:
                     cut(run, number, module, hidden, named)
                 here = run.at(number, device)
                 if here.index is not None or here.weights is not None:
                     before = run.at(number - 1, device)
-                    hidden = here.enter(hidden, before, run.plan_on(device))
+                    own = run.apart(hidden, number - 1)
+                    hidden = run.together(here.enter(own, before, run.plan_on(device)), number)
             given = dict(named) if ahead else named
             side.follow(run, number, module, hidden, named)
             if ahead and run.prunes and len(run.levels) == number + 1:

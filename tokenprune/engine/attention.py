@@ -78,8 +78,8 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
                                   projected.softcap)[:, :, 0]  # fmt: skip
             return take(part, seats_BV, dim=2)
         rows_BQ = rows if isinstance(rows, Tensor) else _last(level.length, run, device)
-        allowed_of = allowed_keys(run, number, holding, asked.mask, device)
-        known = known_keys(run, number, holding, device)
+        allowed_of = allowed_keys(run, level, holding, asked.mask, device)
+        known = known_keys(run, level, holding, device)
         total: Tensor | None = None
         num_rows, num_heads = projected.queries.shape[:2]
         chunk = max(1, CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))

@@ -64,7 +64,8 @@ def cut(run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[s
         if late:
             listen(run, number - 1, module, hidden, named, late, layer, layer)
         heard = {need: to_device(run.heard.pop((layer, need)), device) for need in requests}
-    _cut(run, number, device, device, hidden, heard)
+    own = run.apart(hidden.detach(), number - 1)
+    _cut(run, number, device, device, own, heard)
 
 
 def _cut(
@@ -82,7 +83,7 @@ def _cut(
         number: The cut's, from 1.
         device: Where it is chosen.
         home: Where its trace is.
-        hidden: (B, N, D), what would enter the layer; None ahead of it.
+        hidden: (B, N, D), what would enter the layer, sequences apart; None ahead of it.
         heard: What layers answered to each request of the strategy.
     """
     layer, strategy = run.settings.cuts[number - 1], run.settings.strategies[number - 1]
@@ -132,7 +133,9 @@ def listen(
     """Computes what a cut's strategy asks of a layer that runs on level `number`."""
     own = dict(named)
     side.follow(run, number, module, hidden, own)
-    asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
+    asked = side.asked_apart(
+        run, number, Asked(layer, module, hidden, own, named.get("attention_mask"))
+    )
     for request in requests:
         run.heard[cut_layer, request] = hear(run, number, asked, request)
 

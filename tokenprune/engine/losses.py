@@ -38,25 +38,34 @@ def promise_labels(
 
 def finish(run: Pass, output: Any) -> Any:
     """What the decoder gives its head, with the labels for it: the promise of `promise_labels`."""
-    settings, level = run.settings, run.levels[-1]
-    if settings.full and level.columns is not None:
-        output.last_hidden_state = _at_full_length(run, output.last_hidden_state)
+    settings, last = run.settings, len(run.levels) - 1
+    cut = run.levels[last].columns is not None
+    if settings.full and cut:
+        own = run.apart(output.last_hidden_state, last)
+        output.last_hidden_state = run.together(_at_full_length(run, own), 0)
     if not run.call.late_labels:
         return output
     hidden = output.last_hidden_state
+    if settings.supervised:
+        hidden = run.apart(hidden, last)
     if settings.supervised and run.rows.targets is not None and run.plan is not None:
         output.last_hidden_state, learned = _learned(run, hidden)
         _keep_promise(run, learned, learned)
         return output
     labels, shifted = _labels(run, hidden.device)
-    if level.columns is not None and not settings.full:
+    if cut and not settings.full:
         labels, shifted = _of_survivors(run, labels, shifted)
+    stand = 0 if settings.full else last
+    if run.rows.packing is not None:
+        labels, shifted = _within(run, stand, labels, shifted)
     if settings.supervised:
         chosen = (shifted != IGNORED).flatten().nonzero()[:, 0]
         if len(chosen) == 0:  # the loss of nothing is the model's own affair
             chosen = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         output.last_hidden_state = hidden.flatten(0, 1)[chosen][None]
         labels = shifted = shifted.flatten()[chosen][None]
+    else:
+        labels, shifted = (run.together(each, stand, pad=IGNORED) for each in (labels, shifted))
     _keep_promise(run, labels, shifted)
     return output
 
@@ -78,18 +87,19 @@ def _learned(run: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
     assert plan.learned is not None
     rows_B1 = torch.arange(len(plan.targets), device=device)[:, None]
     before_BL = level.find(plan.targets) - 1 + rows_B1 * level.length
-    labels_BL = take(run.call.inputs["labels"].to(device), plan.targets)
+    labels_BL = take(run.apart(run.call.inputs["labels"].to(device), 0), plan.targets)
     chosen = before_BL.flatten()[plan.learned]
     return hidden.flatten(0, 1)[chosen][None], labels_BL.flatten()[plan.learned][None]
 
 
 def _labels(run: Pass, device: torch.device) -> tuple[Tensor, Tensor]:
     """Labels (B, T), and shifted to where they are predicted; what no survivor predicts is none."""
-    labels = run.call.inputs["labels"].to(device)
+    labels = run.apart(run.call.inputs["labels"].to(device), 0, pad=IGNORED)
     shifted = run.call.inputs.get("shift_labels")
     if shifted is None:
         shifted = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    shifted = shifted.to(device)
+    else:
+        shifted = run.apart(shifted.to(device), 0, pad=IGNORED)
     if run.settings.full and run.levels[-1].columns is not None:
         alive = torch.zeros_like(labels, dtype=torch.bool).scatter(1, _known(run, device), True)
         predicted = alive & (alive.cumsum(1) > 1)  # nothing stands before a row's first survivor
@@ -97,6 +107,15 @@ def _labels(run: Pass, device: torch.device) -> tuple[Tensor, Tensor]:
         followed = nn.functional.pad(predicted, (0, 1), value=True)[:, 1:]
         shifted = shifted.masked_fill(~followed, IGNORED)
     return labels, shifted
+
+
+def _within(run: Pass, number: int, labels: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of sequences on a level, (G, n), without what would be predicted across their ends."""
+    real = run.at(number, labels.device).real
+    real = torch.ones_like(labels, dtype=torch.bool) if real is None else real
+    preceded = real & nn.functional.pad(real, (1, 0))[:, :-1]
+    inside = nn.functional.pad(real[:, :-1], (0, 1))  # they end in the last column
+    return labels.masked_fill(~preceded, IGNORED), shifted.masked_fill(~inside, IGNORED)
 
 
 def _known(run: Pass, device: torch.device) -> Tensor:

@@ -20,8 +20,9 @@ def padding(mask: Any) -> Tensor | None:
 def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     """What a mask over pairs says of the tokens of a call, as bits, int64 (B, T).
 
-    Bit 0: a token sees itself; bit 1: it sees an earlier one; bit 2: a later one sees it. Rows that
-    see everything, the future too, are pads that a kernel wants open, and see nothing here.
+    Bit 0: a token sees itself; bit 1: it sees an earlier one; bit 2: a later one sees it; from bit
+    3: the first column of the call that it sees. Rows that see everything, the future too, are pads
+    that a kernel wants open, and see nothing here.
 
     Args:
         mask: Bool, additive or a flex mask, or one per kind of layer; None without one.
@@ -42,7 +43,8 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     earlier = own.tril(-1) & ~open_BT1
     sees = earlier.any(2) | (allowed[:, :, :offset] & ~open_BT1).any(2)
     itself = own.diagonal(dim1=1, dim2=2) & ~open_BT1[..., 0]
-    return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long()
+    first = own.to(torch.uint8).argmax(2)
+    return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long() + 8 * first
 
 
 def _of_full_attention(mask: Any) -> Any:

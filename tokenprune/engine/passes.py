@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tokenprune.engine import chance
 from tokenprune.engine import record as records
 from tokenprune.engine.levels import Level, Plan
-from tokenprune.engine.rows import Ints, Rows, columns, counts, packed, read_rows
+from tokenprune.engine.packing import Layout, check_cache, packed, regroup
+from tokenprune.engine.rows import Ints, Rows, columns, counts, read_rows
+from tokenprune.engine.sequences import not_apart
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
@@ -118,7 +120,8 @@ class Pass:
         rotations: What the rotary modules gave.
         stages: Makes the trace of each cut done.
         open: Whether its layers run; if not, they are computed anew.
-        copies: Levels and plans on other devices than where they were made, and the places.
+        copies: Levels and plans on other devices than where they were made, places, and what is
+            known of packed rows.
     """
 
     settings: Settings
@@ -140,7 +143,7 @@ class Pass:
     rotations: list[Rotation] = field(default_factory=list)
     stages: list[Callable[[], Any]] = field(default_factory=list)
     open: bool = True
-    copies: dict[tuple[int | str, torch.device], Any] = field(default_factory=dict)
+    copies: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
 
     @cached_property
     def attention(self) -> str:
@@ -184,6 +187,66 @@ class Pass:
             self.plan, *self.levels = bring([self.plan, *made], device)
         else:
             self.levels[first:] = bring(made, device)
+
+    def layout(self, level: int, device: torch.device) -> Layout:
+        """Where the tokens of packed rows stand at a level."""
+        packing, made = self.rows.packing, self.levels[level]
+        assert packing is not None
+        if (("layout", level), device) not in self.copies:
+            left = None if made.columns is None else made.num_real
+            self.copies[("layout", level), device] = packing.layout(left, device)
+        return self.copies[("layout", level), device]  # type: ignore[no-any-return]
+
+    def apart(
+        self, values: Tensor, level: int, *, batch: int = 0, dim: int = 1, pad: int | None = None
+    ) -> Tensor:
+        """Of tokens in the layers' rows, (B, N, ...), those of each sequence, (G, n, ...).
+
+        Args:
+            values: Rows along dimension `batch`, their tokens along `dim`.
+            level: On which they stand.
+            batch: Dimension of the rows.
+            dim: Dimension of the tokens.
+            pad: What pads hold; None for anything.
+        """
+        if self.rows.packing is None:
+            return values
+        seats = self.layout(level, values.device).seats
+        found = regroup(values, seats, self.rows.shape[0], batch, dim)
+        real = self.at(level, values.device).real
+        return found if pad is None or real is None else found.masked_fill(~real, pad)
+
+    def together(self, values: Tensor, level: int, *, pad: int | None = None) -> Tensor:
+        """Of tokens of each sequence, (G, n, ...), the layers' rows, (B, N, ...)."""
+        if self.rows.packing is None:
+            return values
+        layout = self.layout(level, values.device)
+        found = regroup(values, layout.places, len(values))
+        return found if pad is None or layout.real is None else found.masked_fill(~layout.real, pad)
+
+    def laid(self, level: int, device: torch.device) -> Level:
+        """A level as its layers run it: with the sequences of a row together."""
+        made = self.at(level, device)
+        if self.rows.packing is None:
+            return made
+        if (("laid", level), device) not in self.copies:
+            layout = self.layout(level, device)
+            columns, moved = made.columns, made.moved
+            self.copies[("laid", level), device] = Level(
+                length=layout.places.shape[1],
+                num_real=layout.num_real,
+                num_visual=[],
+                columns=None
+                if columns is None
+                else self.together(columns + layout.first, level, pad=0),
+                real=None if columns is None else layout.real,
+                index=None,
+                visual=None,
+                counts=None,
+                pads_left=False,
+                moved=None if moved is None else self.together(moved, level),
+            )
+        return self.copies[("laid", level), device]  # type: ignore[no-any-return]
 
     def plan_on(self, device: torch.device) -> Plan:
         """The plan on the device of the layer that runs."""
@@ -245,9 +308,10 @@ def plan_pass(
     rows = read_rows(
         settings, inputs, tokens, offset, max(0, int(to_keep or 0) - 1) if tries else 0
     )
+    check_cache(rows.packing, past)
     sees = any(rows.num_visual)
     prunes = sees and bool(settings.cuts)
-    _check_window(settings, record, prunes, offset + length)
+    _check_window(settings, record, prunes, offset + rows.real.shape[1])
     if sees and record is not None and (rows.visual[:, 0] & record.ends_visual).any():
         raise ValueError(
             "prune: expected an image in one call, got one whose tokens go on in the next: its "
@@ -382,7 +446,8 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             "end in them: which column is a row's last is not the same for all. Pad the batch on "
             "the left, or on the right."
         )
-    if settings.asks_router(inputs) and rows.padded and rows.labelled:
+    padded = rows.padded if rows.packing is None else rows.packing.padded
+    if settings.asks_router(inputs) and padded and rows.labelled:
         raise ValueError(
             "prune: expected a batch without padding for a loss with router terms, got a "
             "padded one. Use batches of one, or output_router_logits=False."
@@ -407,7 +472,13 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             f'{position_ids.shape[0]}-dimensional ones. Use positions="original".'
         )
     if rows.goes_back:
-        raise packed("position_ids that start anew within one")
+        raise not_apart(settings, inputs)
+    ends = inputs.get("cu_seq_lens_q")
+    if rows.packing is None and ends is not None and len(ends) > 2:
+        raise packed(
+            f"cu_seq_lens_q of {len(ends) - 1} and no position_ids that start anew with each",
+            "Pass these, too; where positions have several axes, the text's before them.",
+        )
 
 
 def _place_finder(settings: Settings, rows: Rows) -> Callable[[], list[Tensor]]:

@@ -19,6 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.engine import masks
+from tokenprune.engine.packing import Packing
+from tokenprune.engine.sequences import (
+    begin_by_positions,
+    begin_by_sight,
+    check_mask,
+    find,
+    on_a_line,
+)
 from tokenprune.engine.settings import Settings
 from tokenprune.families.inputs import facts, shows_images
 
@@ -30,7 +38,7 @@ _FEW = 2**10  # sizes of hundreds of images, and no mask of their pixels
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Tokens of a call, on the host.
+    """Tokens of a call, on the host. Of packed rows each sequence is a row here.
 
     Attributes:
         real: Bool (B, T), no pads.
@@ -45,6 +53,7 @@ class Rows:
         goes_back: Whether given positions fall between two neighbours of a row with an image.
         guesses: Tokens at the end that assisted decoding tries out; they choose nothing.
         facts: What the call says of its images; the few numbers among it on the host.
+        packing: Where the sequences stand in the rows of the call, or None if each has one.
     """
 
     real: Bools
@@ -58,6 +67,12 @@ class Rows:
     goes_back: bool = False
     guesses: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    packing: Packing | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the call."""
+        return self.real.shape if self.packing is None else self.packing.shape
 
     @cached_property
     def num_real(self) -> list[int]:
@@ -169,7 +184,7 @@ def read_rows(
         sights = masks.sights(inputs.get("attention_mask"), num_rows, length, offset)
     shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
     _check_lengths(inputs, length, by_ids)
-    positions = inputs.get("position_ids")
+    positions = on_a_line(inputs.get("position_ids"), padding)
     told = facts(inputs)
     few = {name: value for name, value in told.items() if _is_small(value)}
     fetched = fetch(
@@ -184,16 +199,29 @@ def read_rows(
         },
         tokens.device,
     )
-    real = fetched["real"] != 0 if "real" in fetched else ~nothing
+    real = fetched.get("real", ~nothing) != 0
+    begins = first = None
     if "sights" in fetched:
-        real = _by_sight(fetched["sights"])
-    ids = fetched.get("ids")
+        first = fetched["sights"] >> 3
+        real, begins = begin_by_sight(fetched.pop("sights"))
+    elif "positions" in fetched and inputs.get("attention_mask") is None:
+        begins = begin_by_positions(settings, inputs, fetched["positions"], num_rows)
     visual = nothing
     if by_ids:
         visual = np.isin(fetched["ids"], settings.anatomy.visual_ids) & real
     elif marks is not None:
         times = num_rows // marks.shape[0]
-        visual = (fetched["visual"] != 0).repeat(times, 0) & real
+        visual = (fetched.pop("visual") != 0).repeat(times, 0) & real
+    packing = None
+    if settings.cuts and visual.any():
+        check_mask(fetched.get("real", real))
+        packing = None if begins is None else find(begins, real, visual, first)
+    if packing is not None:
+        visual, real = packing.apart(visual, False), packing.real
+        tables = fetched.keys() & {"ids", "labels", "positions"}
+        fetched |= {name: packing.apart(fetched[name], IGNORED) for name in tables}
+        nothing = np.zeros_like(real)
+    ids = fetched.get("ids")
     labelled: Bools | None = None
     followed: Bools | None = None
     if "labels" in fetched:
@@ -201,6 +229,7 @@ def read_rows(
         if shifted is None:
             labelled, followed = given, np.pad(given, ((0, 0), (0, 1)))[:, 1:]
         else:  # then these are what the loss reads
+            given[:, -1] &= packing is None  # which no token of the same sequence follows
             labelled, followed = np.pad(given, ((0, 0), (1, 0)))[:, :-1], given
     asking = _asking(real, labelled, followed, guesses) if visual.any() else nothing
     mute = followed is not None and followed.any(1) & visual.any(1) & ~asking.any(1)
@@ -219,6 +248,7 @@ def read_rows(
         and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
         guesses=guesses,
         facts=told | {name: torch.from_numpy(fetched[f"told {name}"]) for name in few},
+        packing=packing,
     )
 
 
@@ -316,40 +346,6 @@ def _targets(real: Bools, visual: Bools, labelled: Bools | None) -> Bools | None
     targets: Bools = labelled & real & (real.cumsum(1) > 1)
     sure = (targets <= (text & (text.cumsum(1) > 1))).all()
     return targets if sure and targets.any() else None
-
-
-def _by_sight(sights: Ints) -> Bools:
-    """Which tokens are real, by who sees whom (see `masks.sights`).
-
-    Pads on the left are seen by nobody. At the end of a row nobody sees the last token either: what
-    follows it there is a pad, whether it sees the row or only itself.
-
-    Raises:
-        ValueError: If a token that sees nothing but itself follows others: a row packs several.
-    """
-    itself, sees, seen = (sights & bit != 0 for bit in (1, 2, 4))
-    real: Bools = seen.copy()
-    for row in range(len(sights)):
-        ends = np.flatnonzero(seen[row])
-        end = int(ends[-1]) + 1 if len(ends) else 0
-        starts = itself[row, :end] & ~sees[row, :end]
-        starts[: int(ends[0]) + 1 if len(ends) else 0] = False
-        if starts.any():
-            raise packed("an attention_mask under which a token sees nothing before it")
-        # Of several that nobody sees all are pads that see the row; a row of tokens that see only
-        # themselves is any of them.
-        last = end + np.flatnonzero(itself[row, end:] & (sees[row, end:] | (end == 0)))
-        if end == 0 or len(last) == 1:
-            real[row, last] = True
-    return real
-
-
-def packed(what: str) -> ValueError:
-    """The error for rows that hold several sequences."""
-    return ValueError(
-        f"prune: expected one sequence a row, got {what}: several sequences packed into one, whose "
-        "images would share a budget. Pass them as rows of a batch (padding instead of packing)."
-    )
 
 
 def _of_length(values: Tensor | None, length: int) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.utils.weak import TensorWeakRef
 
 from tokenprune.engine import masks
 from tokenprune.engine.levels import Level
-from tokenprune.engine.passes import Pass, Rotation
+from tokenprune.engine.packing import check_cache, packed
+from tokenprune.engine.passes import Asked, Pass, Rotation
 from tokenprune.engine.record import is_fixed
 from tokenprune.tensors import causal, hide_pads, take, to_device
 
@@ -27,18 +29,43 @@ _KNOWN = {
     *("attention_mask", "position_embeddings", "position_ids", "hidden_states"),
     *("past_key_values", "use_cache", "output_attentions", "output_router_logits"),
 }
+#: What tells the flash kernels' wrapper where sequences end.
+_ENDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device) -> None:
     """Notes the model's positions, as the first hooked layer shows them."""
     given = named.get("position_ids")
-    num_rows, length = run.rows.real.shape
+    num_rows, length = run.rows.shape
     if given is None:
         given = torch.arange(run.offset, run.offset + length, device=device)[None]
     given = given[0] if given.dim() > 2 else given
     given = given.expand(num_rows, -1)
     # A view would keep alive the tensor by which a recomputed layer finds its pass.
-    run.positions = given if "position_embeddings" in named else given.clone()
+    run.positions = run.apart(given if "position_embeddings" in named else given.clone(), 0)
+
+
+def check_packed(run: Pass, named: Mapping[str, Any]) -> None:
+    """Refuses rows of several sequences that layers cache, or do not keep apart.
+
+    Positions say so to the decoder, if it hands them on to its layers; those then get a mask that
+    is made of them, or read them themselves (flash).
+    """
+    packing = run.rows.packing
+    if packing is None:
+        return
+    check_cache(packing, named.get("past_key_values"))
+    shown = named.get("position_ids") is not None or not packing.by_positions
+    if run.attention.startswith("flash"):
+        apart = packing.by_positions
+    else:
+        apart = named.get("attention_mask") is not None
+    if not (shown and apart):
+        raise packed(
+            f"several that {type(run.settings.anatomy.decoder).__name__} does not keep apart",
+            "Pass position_ids that start anew (before them, where they have several axes, those "
+            "of the text) and no attention_mask; or sequences as rows of a batch, with padding.",
+        )
 
 
 def renumber(run: Pass, number: int, device: torch.device) -> None:
@@ -64,7 +91,7 @@ def follow(
     """Puts a layer's other arguments in place of those of tokens that are gone."""
     if run.settings.renumbers:
         renumber(run, number, hidden.device)
-    level = run.at(number, hidden.device)
+    level = run.laid(number, hidden.device)
     pair = named.get("position_embeddings")
     first = pair[0] if isinstance(pair, tuple) else pair
     given = (named.get("attention_mask"), first, named.get("position_ids"))
@@ -75,7 +102,7 @@ def follow(
 
 def _own(run: Pass, number: int, hidden: Tensor, named: Mapping[str, Any]) -> dict[str, Any]:
     """What a layer of a level gets for mask, rotary embeddings and positions, as far as others."""
-    level, made = run.at(number, hidden.device), {}
+    level, made = run.laid(number, hidden.device), {}
     cut, pair = level.columns is not None, named.get("position_embeddings")
     if cut or (run.record is not None and run.record.differs(number)):
         made["attention_mask"] = _mask(run, number, named.get("attention_mask"), hidden)
@@ -89,6 +116,8 @@ def _own(run: Pass, number: int, hidden: Tensor, named: Mapping[str, Any]) -> di
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
         gaps = run.attention.startswith("flash") and pair is not None
         made["position_ids"] = None if gaps else _positions(run, level, named["position_ids"])
+    if cut and run.attention.startswith("flash"):
+        made |= _ends(run, number, named, hidden.device)
     return made
 
 
@@ -109,7 +138,7 @@ def _once(run: Pass, level: Level, given: tuple[Any, ...], make: Callable[[], An
 
 def _take_others(run: Pass, level: Level, module: nn.Module, named: dict[str, Any]) -> None:
     """Takes those of a layer's other arguments that have an entry per token."""
-    known, length = run.settings.anatomy.adapter.token_arguments, run.levels[0].length
+    known, length = run.settings.anatomy.adapter.token_arguments, run.rows.shape[1]
     kind: Any = type(module)
     for name in _parameters(kind):  # others pass through unread
         value = named.get(name)
@@ -126,6 +155,42 @@ def _take_others(run: Pass, level: Level, module: nn.Module, named: dict[str, An
             value = to_device(value, level.columns.device)
             index = partial(take, value, level.columns, dim=dim)
             named[name] = _once(run, level, (name, value), index)
+
+
+def _ends(run: Pass, number: int, named: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Where sequences end in a lone row, as the flash kernels' wrapper takes it."""
+    if run.rows.packing is None:  # of one sequence it needs none
+        return {name: None for name in _ENDS if named.get(name) is not None}
+    layout = run.layout(number, device)
+    values = (layout.ends, layout.ends, layout.longest, layout.longest)
+    return dict(zip(_ENDS, values, strict=True))
+
+
+@torch.no_grad()
+def asked_apart(run: Pass, number: int, asked: Asked) -> Asked:
+    """A layer that is asked; of packed rows as if it ran on each sequence by itself."""
+    if run.rows.packing is None:
+        return asked
+    device, named = asked.hidden.device, dict(asked.named)
+
+    def apart(value: Tensor, batch: int, dim: int) -> Tensor:
+        return run.apart(to_device(value, device), number, batch=batch, dim=dim)
+
+    for name, dims in (("position_embeddings", 3), ("position_ids", 2)):  # axes may stand before
+        if (value := named.get(name)) is not None:
+            parts = value if isinstance(value, tuple) else (value,)
+            axes = [max(0, part.dim() - dims) for part in parts]
+            own = tuple(apart(*pair, pair[1] + 1) for pair in zip(parts, axes, strict=True))
+            named[name] = own if isinstance(value, tuple) else own[0]
+    for name, dim in run.settings.anatomy.adapter.token_arguments.items():
+        if isinstance(named.get(name), Tensor):
+            named[name] = apart(named[name], 0, dim)
+    mask = masks.dense(asked.mask, run.rows.shape[0])
+    if mask is not None:
+        mask = run.apart(to_device(mask, device), 0, dim=2)
+        mask = take(mask, run.layout(0, device).seats % run.rows.shape[1], dim=3)
+    hidden = apart(asked.hidden, 0, 1)
+    return replace(asked, hidden=hidden, named=named | {"attention_mask": None}, mask=mask)
 
 
 def _positions(run: Pass, level: Level, given: Tensor) -> Tensor:
@@ -147,9 +212,8 @@ def _parameters(kind: Any) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------- masks
 
 
-def known_keys(run: Pass, number: int, holding: int, device: torch.device) -> Tensor | None:
+def known_keys(run: Pass, level: Level, holding: int, device: torch.device) -> Tensor | None:
     """Which keys are real, bool (B, K): those held from before, then the level's; None if all."""
-    level = run.at(number, device)
     held = None if run.record is None else run.record.known(holding, device)
     if level.real is None and held is None:
         return None
@@ -161,29 +225,29 @@ def known_keys(run: Pass, number: int, holding: int, device: torch.device) -> Te
     return torch.cat(parts, 1)
 
 
-def _columns(level: Level, num_rows: int, device: torch.device) -> Tensor:
+def _columns(level: Level, device: torch.device) -> Tensor:
     """Columns of a level's tokens in the call, int64 (B, N)."""
     if level.columns is not None:
         return level.columns
-    return torch.arange(level.length, device=device).expand(num_rows, -1)
+    return torch.arange(level.length, device=device).expand(len(level.num_real), -1)
 
 
-def _key_columns(run: Pass, number: int, holding: int, device: torch.device) -> Tensor:
+def _key_columns(run: Pass, level: Level, holding: int, device: torch.device) -> Tensor:
     """Columns of a layer's keys in the conversation, int64 (B, K)."""
-    columns = _columns(run.at(number, device), len(run.rows.num_real), device)
+    columns = _columns(level, device)
     if run.record is None:
         return columns
     return torch.cat([run.record.columns(holding, device), columns + run.offset], 1)
 
 
 def allowed_keys(
-    run: Pass, number: int, holding: int, mask: Any, device: torch.device
+    run: Pass, level: Level, holding: int, mask: Any, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """Which keys rows of a level may attend to, as far as the layer's own mask tells.
 
     Args:
         run: The pass.
-        number: Level of the rows.
+        level: That of the rows.
         holding: Level of the layer's cache.
         mask: What the layer was given, for the whole conversation.
         device: The layer's.
@@ -192,13 +256,13 @@ def allowed_keys(
         Of rows, int64 (B, Q), positions at the level: bool or additive (B, 1, Q, K), over what
         the cache holds and then the level's tokens.
     """
-    level, num_rows, before = run.at(number, device), len(run.rows.num_real), run.held(holding)
+    num_rows, before = len(level.num_real), run.held(holding)
     given = to_device(masks.dense(mask, num_rows), device)
     if given is None:
         num_keys = before + level.length
         return lambda rows_BQ: causal(rows_BQ, num_keys, before).expand(num_rows, -1, -1, -1)
-    columns = _columns(level, num_rows, device)
-    keys = _key_columns(run, number, holding, device)
+    columns = _columns(level, device)
+    keys = _key_columns(run, level, holding, device)
 
     def allowed(rows_BQ: Tensor) -> Tensor:
         return take(take(given, take(columns, rows_BQ), dim=2), keys, dim=3)
@@ -209,8 +273,8 @@ def allowed_keys(
 def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     """The attention mask of a level, in the form that the attention implementation reads."""
     device, attention = hidden.device, run.attention
-    level, before = run.at(number, device), run.held(number)
-    known = known_keys(run, number, number, device)
+    level, before = run.laid(number, device), run.held(number)
+    known = known_keys(run, level, number, device)
     fixed = is_fixed(run.cache)
     if attention.startswith("flash"):
         if fixed and known is None:  # a mask's length says how much of the cache is filled
@@ -218,7 +282,7 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
             known = torch.ones(len(level.num_real), filled, dtype=torch.bool, device=device)
         if run.record is None or not (isinstance(mask, Tensor) and mask.dim() == 2):
             return known  # None keeps the fast kernel
-        shown = take(to_device(mask, device).bool(), _key_columns(run, number, number, device))
+        shown = take(to_device(mask, device).bool(), _key_columns(run, level, number, device))
         return shown if known is None else shown & known
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     # Without a mask, the kernel lets one token see all keys, and several see those before them.
@@ -227,7 +291,7 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
         return None  # keeps the fast kernel
     num_rows = len(level.num_real)
     every_BQ = torch.arange(level.length, device=device).expand(num_rows, -1)
-    allowed = allowed_keys(run, number, number, mask, device)(every_BQ)
+    allowed = allowed_keys(run, level, number, mask, device)(every_BQ)
     if known is not None:
         allowed = hide_pads(allowed, known, level.real)
     size = 0

@@ -54,7 +54,7 @@ class TracedStage:
 
 
 class Trace:
-    """What a run did.
+    """What a run did; where rows pack several sequences, a row here is a sequence.
 
     Attributes:
         stages: One entry per cut of the latest call that had visual tokens.

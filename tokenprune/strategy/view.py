@@ -65,6 +65,7 @@ class TokenView:
     """What a strategy may know of the visual tokens alive at a cut. Read-only.
 
     Rows of a batch may have different numbers of visual tokens: `valid` says which entries exist.
+    Where rows of the batch pack several sequences, a row here is a sequence.
 
     Attributes:
         layer: Layer before which the cut happens.
