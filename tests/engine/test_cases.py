@@ -7,6 +7,8 @@ full length, (d) numbers, (j) training libraries, (k) words.
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import warnings
 
 import pytest
@@ -529,6 +531,76 @@ def test_j1_labels_everywhere_are_told_of_once(logits) -> None:
     assert "completion_only_loss=True" in str(told[0].message)
     with torch.no_grad():
         torch.testing.assert_close(loss, model(**one, labels=one["input_ids"]).loss, **CLOSE)
+
+
+def test_j1_a_step_without_labels_is_told_of_once() -> None:
+    """Label smoothing and losses of a trainer's own keep them back: an answer's end would ask."""
+    model = build("llava").train()
+    inputs, labels, _ = answered(model, "left")
+    with warnings.catch_warnings(record=True) as told, tp.prune(model, PDROP, SCHEDULE):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(**inputs).logits.sum().backward()
+    assert ["the last token of its answer asks" in str(one.message) for one in told] == [True]
+    by_all = tp.build_strategy("pyramiddrop", queries="all")
+    for strategy, more in ((UNIFORM, {}), (by_all, {}), (PDROP, {"labels": labels})):
+        with tp.prune(model, strategy, SCHEDULE):
+            model(**inputs, **more)  # a warning would be an error
+    with tp.prune(model.eval(), PDROP, SCHEDULE):
+        model(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
+@pytest.mark.parametrize("logits", ["all", "supervised", "full"])
+@pytest.mark.parametrize("side", SIDES)
+def test_j2_prefix_tuning_is_exact(side, logits) -> None:
+    """A prefix is a cache from before the call, of tokens that no id stands for."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("llava"), config).eval()
+    inputs, labels, _ = answered(model, side)
+    with torch.no_grad():
+        with tp.prune(model, PDROP, SCHEDULE, logits=logits) as trace:
+            got = model(**inputs, labels=labels).loss
+        real, visual = pad(inputs["attention_mask"], (3, 0), value=1), all_visual(model, inputs)
+        with masked(model, real, pad(visual, (3, 0)), trace, extra=0):
+            expected = model(**inputs, labels=labels).loss
+    assert trace.visual_lengths[-1].tolist() == [3, 6, 0, 3]
+    torch.testing.assert_close(got, expected)
+    with (
+        pytest.raises(ValueError, match=r"for a prefix of peft's, make the first cut later"),
+        tp.prune(model, UNIFORM, FROM_0),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("logits", ["all", "supervised", "full"])
+def test_j3_a_head_of_a_trainers_own_reads_the_survivors_labels(logits, when) -> None:
+    """TRL puts a forward in place of the model's, which asks for hidden states and scores them."""
+    model = build("llava")
+    inputs, labels, _ = answered(model, "right")
+
+    @functools.wraps(type(model).forward)
+    def fused(self, *args, labels, shift_labels=None, **kwargs) -> Tensor:
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        if shift_labels is None:
+            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        logits = self.lm_head(hidden).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, shift_labels.flatten(), ignore_index=-100)
+
+    handle = tp.attach(model, PDROP, SCHEDULE, logits=logits) if when == "before" else None
+    model.forward = types.MethodType(fused, model)
+    handle = handle or tp.attach(model, PDROP, SCHEDULE, logits=logits)
+    with torch.no_grad():
+        got = model(**inputs, labels=labels)
+        handle.remove()
+        del model.forward
+        visual = all_visual(model, inputs)
+        with masked(model, inputs["attention_mask"], visual, handle.trace):
+            expected = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft

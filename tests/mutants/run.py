@@ -35,6 +35,7 @@ ENGINE = [
     "tests/engine/test_hunt.py",
     "tests/engine/test_corners.py",
     "tests/engine/test_cases.py",
+    "tests/engine/test_packed.py",
     "tests/engine/test_engine.py",
     "tests/engine/test_overhead.py",
     "tests/engine/test_launches.py",
@@ -47,17 +48,24 @@ ENGINE = [
     "tests/engine/test_oracles.py",
     "tests/families/test_adapters.py",
 ]
+PACKED = [
+    "tests/engine/test_packed.py",
+    "tests/engine/test_cases.py",
+    "tests/engine/test_engine.py",
+]
 CONCERNED = {
     "tokenprune/schedule.py": ["tests/test_schedule.py", "tests/engine/test_golden.py"],
     "tokenprune/tensors.py": ENGINE,
     "tokenprune/engine/*.py": ENGINE,
+    "tokenprune/engine/packing.py": PACKED,
+    "tokenprune/engine/sequences.py": PACKED,
     "tokenprune/engine/settings.py": [*ENGINE, "tests/families/test_positions.py"],
     "tokenprune/cost/*.py": ["tests/cost"],
 }
 #: Seconds for which a fault may wait for each second of its limit: a machine may be busy.
 PATIENCE = 8
 #: Files of many like tests, of which every so-manieth is run.
-THINNED = {"test_oracles.py": 11}
+THINNED = {"test_oracles.py": 11, "test_packed.py": 2}
 #: Modules that a worker imports before the first fault, and that know nothing of the package.
 KNOWN = (
     "hydra", "numpy", "pandas", "pytest", "torch",

@@ -259,17 +259,27 @@ class Handle:
         return (rest, named) if changed else None
 
     def _tell_of_labels(self, run: Pass) -> None:
-        """Says once that rows stay whole because their labels leave no token that asks."""
-        if self._told or not (run.prunes and run.rows.mute):
+        """Says once that labels, or that there are none, let no prompt choose the survivors."""
+        if self._told or not run.prunes:
+            return
+        trains = self._settings.anatomy.decoder.training and torch.is_grad_enabled()
+        if run.rows.mute:
+            told = (
+                "expected labels on answers alone, got rows in which no unlabelled token comes "
+                "just before a labelled one: nothing asks, so they stay unpruned. Label prompts "
+                "and images -100 (in TRL: completion_only_loss=True or assistant_only_loss=True)."
+            )
+        elif trains and self._settings.reads_labels and not run.rows.labelled:
+            told = (
+                "expected labels in a step of training, whose prompts choose the survivors, got "
+                "none: each row passes for a prompt as a whole, and the last token of its answer "
+                "asks. Pass them to the model (label smoothing and losses of a trainer's own keep "
+                "them back), or choose a strategy that does not read the prompt."
+            )
+        else:
             return
         self._told = True
-        warnings.warn(
-            "prune: expected labels on answers alone, got rows in which no unlabelled token comes "
-            "just before a labelled one: nothing asks, so they stay unpruned. Label prompts and "
-            "images -100 (in TRL: completion_only_loss=True or assistant_only_loss=True).",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(f"prune: {told}", UserWarning, stacklevel=2)
 
     # -- the layers ------------------------------------------------------------------------------
 

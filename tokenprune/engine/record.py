@@ -390,7 +390,8 @@ def _of_unpruned(held: list[int], policy: Policy, num_rows: int) -> Record:
         raise ValueError(
             f"prune: expected a cache that this engine filled, for a cut at layer 0, got one of "
             f"{held[0]} tokens without a record: whether an image was cut out of it cannot be "
-            "seen. Fill it under the same prune(...), and copy it with copy.deepcopy."
+            "seen. Fill it under the same prune(...), and copy it with copy.deepcopy; or, for a "
+            "prefix of peft's, make the first cut later."
         )
     everything = [Held(held[0], None, False, None)] * (len(policy.cuts) + 1)
     return Record(policy, held[0], [0] * num_rows, [False] * num_rows, -1, None, everything)

@@ -138,6 +138,12 @@ class Settings:
         kinds = (DecoderRows, RandomNumbers)
         return self.reads_text or any(isinstance(need, kinds) for need in self.needs)
 
+    @cached_property
+    def reads_labels(self) -> bool:
+        """Whether a choice depends on labels, which say what of a row is the prompt."""
+        rows = [need for need in self.needs if isinstance(need, DecoderRows)]
+        return self.reads_text or any(need.queries == "last" for need in rows)
+
     def asks_router(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's loss has terms of a mixture's router."""
         asked = inputs.get("output_router_logits")
