@@ -310,7 +310,7 @@ def in_call(cache: Any, begins: bool) -> None:
         return
     record.in_call = begins
     if begins:  # spares each layer the question
-        vars(cache)["update"] = super(PrunedCache, cache).update  # type: ignore[misc]
+        vars(cache)["update"] = super(PrunedCache, cache).update
     else:
         vars(cache).pop("update", None)
 

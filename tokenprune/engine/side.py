@@ -315,7 +315,7 @@ def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: 
     def again(hidden: Tensor, positions: Tensor) -> Any:
         filled = others | {n: hidden if floats else positions for n, floats in tensors.items()}
         named = {str(n): v for n, v in filled.items() if not isinstance(n, int)}
-        return module.forward(*[filled[n] for n in range(len(args))], **named)  # type: ignore[operator]
+        return module.forward(*[filled[n] for n in range(len(args))], **named)
 
     first = output[0] if isinstance(output, tuple) else output
     kind = str(getattr(module, "rope_type", ""))
