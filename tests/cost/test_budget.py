@@ -415,6 +415,7 @@ PRINTED = [
     ),
     ("pyramiddrop", "LLaVA-1.5-7B", 270, "avg_tokens", "schedule.lam=0.5"),
     ("pyramiddrop", "LLaVA-NeXT-7B", 1350, "avg_tokens", "schedule.lam=0.5"),
+    ("dart", "LLaVA-NeXT-7B", 324, "final_tokens", "schedule.keep=0.1125"),
     *(  # tile by tile: 128, 64 or 32 of each of five
         ("visionzip", "LLaVA-NeXT-7B", budget, "final_tokens", f"schedule.keep={keep}")
         for budget, keep in ((640, 0.2222), (320, 0.1111), (160, 0.0556))
