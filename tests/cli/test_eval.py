@@ -134,6 +134,7 @@ def test_difficulty_has_what_chooses_nothing_at_every_budget() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
+@pytest.mark.matrix
 def test_difficulty_on_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
     few = ["data.test.num_samples=25", "num_pictures=0", "trainer.callbacks=[]"]
     few += ["hydra.sweep.dir=few", "positions=original"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_merging import Mixing
+from mixing import Mixing
 from torch import Tensor
 from zoo import ZOO
 from zoo.checks import drop_is_mask, forward, greedy, identity, training
