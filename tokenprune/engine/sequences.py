@@ -22,7 +22,8 @@ from tokenprune.engine.settings import Settings
 def find(begins: Bools, real: Bools, visual: Bools, first: Ints | None) -> Packing | None:
     """The sequences of a call's rows; None if no row holds several.
 
-    Text at the end of a row that sees nothing but itself is padding.
+    Text at the end of a row that sees nothing but itself is padding; at its start it is no token,
+    by sight.
 
     Args:
         begins: Bool (B, T), tokens that see nothing before them.
