@@ -143,7 +143,8 @@ def asks_before(strategy: tp.PruningStrategy) -> bool:
 def reasons(case: Case) -> list[str]:
     """What may be refused in this case, as patterns of the error."""
     found = []
-    rows = [row for turn in case.turns for row in turn.rows if row]
+    calls = [call for turn in case.turns for call in turn.calls()]
+    rows = [row for call in calls for row in call if row]
     if any(turn.side == "mixed" for turn in case.turns):
         found.append("expected rows padded on one side")
     if any(row[-1].hidden or row[0].hidden for row in rows):
@@ -152,7 +153,6 @@ def reasons(case: Case) -> list[str]:
         cut == 0 and asks_before(own) for cut, own in zip(case.cuts, case.strategies, strict=True)
     ):
         found.append("expected cuts at layer 1 or later")
-    calls = [call for turn in case.turns for call in turn.calls()]
     exact = all(own.keeps_exactly for own in case.strategies)
     for call in calls:
         alone = all(token.visual or token.hidden for row in call for token in row)
