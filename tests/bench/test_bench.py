@@ -178,6 +178,7 @@ def test_help_names_the_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data:" not in printed
 
 
+@pytest.mark.matrix
 def test_the_gpu_experiment_runs_on_a_cpu_with_a_tiny_shape() -> None:
     """Every kind of run in it: prefill, decode, full and LoRA training, both kinds of logits."""
     pytest.importorskip("peft")

@@ -257,7 +257,7 @@ def test_f1_something_in_the_way_of_tensorboard(
 @pytest.mark.parametrize(
     ("logger", "size"),
     [
-        ("none", 1024),
+        pytest.param("none", 1024, marks=pytest.mark.matrix),
         ("none", 0),
         pytest.param("csv", 1024, marks=pytest.mark.matrix),
         pytest.param("tensorboard", 64, marks=pytest.mark.matrix),

@@ -113,6 +113,7 @@ def test_f3_a_folder_is_one_run_s_at_a_time(
     assert f"another run is at work (process {os.getpid()} on" in error
 
 
+@pytest.mark.matrix
 def test_f3_a_killed_run_leaves_its_folder_free(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

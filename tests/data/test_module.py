@@ -37,6 +37,7 @@ def test_the_module_gives_every_loop_its_batches():
     pickle.loads(pickle.dumps(data))
 
 
+@pytest.mark.matrix
 def test_workers_give_the_same_batches(tmp_path):
     scenes = SceneDataset("train", 9)
     processor = build_processor("llava", LLAVA)

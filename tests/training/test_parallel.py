@@ -146,7 +146,8 @@ def test_batches_without_images_do_not_train_the_projector(tmp_path):
     )
 
 
-@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_process_without_an_image_waits_for_no_other(tmp_path, how):
     some = frozenset(f"train-0-{index}" for index in range(24) if index % 4)
     _compare(tmp_path, how, "pyramiddrop", {"blind": some, "tuning": "projector"})

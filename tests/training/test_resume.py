@@ -171,7 +171,7 @@ def test_a_step_is_saved_whole(checkpoint: str, tmp_path: Path, whole: Any) -> N
         ("one", {"stop": "SIGTERM"}),
         # Ctrl-C, at whatever is running.
         pytest.param("one-workers", {"stop": "SIGINT", "to": "group"}, marks=matrix),
-        ("two", {"stop": "SIGTERM", "to": "parent"}),
+        pytest.param("two", {"stop": "SIGTERM", "to": "parent"}, marks=matrix),
         pytest.param("two-workers", {"stop": "SIGTERM", "to": "group"}, marks=matrix),
         pytest.param("two-workers", {"stop": "SIGINT", "to": "group"}, marks=matrix),
         pytest.param("two", {"stop": "SIGTERM", "rank": 1}, marks=matrix),
@@ -193,7 +193,8 @@ def test_a_signal_ends_it_with_a_checkpoint(
     check_same(tmp_path, whole(setting), 1 + two)
 
 
-@pytest.mark.parametrize("stop", ["raise", pytest.param("SIGKILL", marks=matrix)])
+@matrix
+@pytest.mark.parametrize("stop", ["raise", "SIGKILL"])
 def test_one_process_that_fails_ends_all(checkpoint: str, tmp_path: Path, stop: str) -> None:
     own = config(checkpoint, tmp_path, *SETTINGS["two"], stop=stop, at=3, rank=1)
     told = {"raise": "RuntimeError: out of memory", "SIGKILL": "terminated with signal SIGKILL"}

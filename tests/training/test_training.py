@@ -707,6 +707,7 @@ def test_patience_may_end_between_the_batches_of_a_step(tmp_path: Path, checkpoi
     assert summary(tmp_path)["steps"] == steps
 
 
+@pytest.mark.matrix
 def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):
     own = ["logger=csv", "trainer.log_every_n_steps=1", "checkpoint_every=2", "data.batch_size=2"]
     own += ["trainer.val_check_interval=3", "trainer.max_steps=8"]
