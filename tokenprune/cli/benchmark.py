@@ -7,10 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, names, quiet, tidy
+from tokenprune.cli.jobs import Job, names, quiet, tell, tidy
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
 from tokenprune.runs.tabulation import listed
@@ -72,11 +71,5 @@ def _task(config: DictConfig) -> float:
         changes = results.changes(folder, resolved, fingerprint(resolved))
         told = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
         metrics = benchmark(config, folder, told)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            number = HydraConfig.get().job.num
-            state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
-            state += f", again: {', '.join(changes)} changed" if changes else ""
-            print(f"[{number}] {folder.name}: {state}", flush=True)
-        else:
-            results.print_table([results.row(metrics, folder.name)], str(folder))
+        tell(folder, metrics, changes)
     return float(metrics["accuracy"])

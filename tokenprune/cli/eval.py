@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tokenprune.cli.jobs import Job, names, quiet, tidy
+from tokenprune.cli.jobs import Job, names, quiet, tell, tidy
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results
 from tokenprune.runs.compose import entries, plain
@@ -43,11 +42,5 @@ def _task(config: DictConfig) -> float:
         resolved = plain(config)
         changes = results.changes(folder, resolved, results.fingerprint(resolved))
         metrics = evaluate(config, folder, names(resolved))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            number = HydraConfig.get().job.num
-            state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
-            state += f", again: {', '.join(changes)} changed" if changes else ""
-            print(f"[{number}] {folder.name}: {state}", flush=True)
-        else:
-            results.print_table([results.row(metrics, folder.name)], str(folder))
+        tell(folder, metrics, changes)
     return float(metrics["accuracy"])

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
 from tokenprune.cli.configs import compose, composed_files, folders
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
+from tokenprune.runs import results
 from tokenprune.runs.folders import LOCK, occupied
 from tokenprune.runs.launchers import check_launch
 
@@ -94,6 +96,22 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         if set_here or (named[group] in ("hub", "folder") and config[group].get("path")):
             named[group] = str(config[group]["path"])
     return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
+
+
+def tell(folder: Path, metrics: Mapping[str, Any], changes: Sequence[str] | None) -> None:
+    """Prints what an evaluation came to: a line in a sweep, else its table.
+
+    Args:
+        folder: Of the run.
+        metrics: As in its metrics.json.
+        changes: What differed from the complete run that was there, see `results.changes`.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        results.print_table([results.row(metrics, folder.name)], str(folder))
+        return
+    state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
+    state += f", again: {', '.join(changes)} changed" if changes else ""
+    print(f"[{HydraConfig.get().job.num}] {folder.name}: {state}", flush=True)
 
 
 @contextlib.contextmanager
