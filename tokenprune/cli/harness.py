@@ -11,6 +11,7 @@ from tokenprune.evaluation.harness import ChatHarness, Harness
 from tokenprune.evaluation.loading import load_model
 from tokenprune.runs import results
 from tokenprune.runs.compose import called, fit_pruning
+from tokenprune.runs.devices import default_device
 
 
 class _Composed(Harness):
@@ -45,7 +46,9 @@ class _Composed(Harness):
         loaded = load_model(config)
         pruning = fit_pruning(config, loaded.model)
         scale = config.data.get("image_scale") or 1.0
-        super().__init__(loaded, pruning, int(batch_size), device or _device(), image_scale=scale)
+        super().__init__(
+            loaded, pruning, int(batch_size), device or default_device(), image_scale=scale
+        )
         self._summary = summary
 
     def _finish(self, num_words: int) -> dict[str, Any]:
@@ -69,9 +72,3 @@ class Simple(_Composed):
 
 class Chat(_Composed, ChatHarness):
     """For tasks of the chat kind."""
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,29 +25,14 @@ class Answers:
     Attributes:
         texts: One a row.
         seconds: From the start to the first token of all rows.
-        visual_BL: Visual tokens that each layer processed.
-        real_BL: All tokens that each layer processed, without pads.
-        original_B: Visual tokens of the prompts.
-        whole_B: The same for whole images, where these were made smaller.
+        costs: What each row cost, see `costs`.
         trace: What was pruned; None for the unpruned model.
     """
 
     texts: list[str]
     seconds: float
-    visual_BL: list[list[int]]
-    real_BL: list[list[int]]
-    original_B: list[int]
-    whole_B: list[int]
+    costs: list[dict[str, Any]]
     trace: tp.Trace | None
-
-    def cost(self, row: int) -> dict[str, Any]:
-        """What a row cost, as `summarise` reads it."""
-        return {
-            "num_visual": self.whole_B[row],
-            "given": self.original_B[row],
-            "visual": self.visual_BL[row],
-            "real": self.real_BL[row],
-        }
 
 
 def answer(
@@ -73,14 +58,39 @@ def answer(
         start = now(loaded.model.device)
         texts = generate(loaded, inputs, max_new_tokens, clock, **options)
     assert clock.time is not None
-    visual_BL, real_BL = lengths(loaded, inputs, trace)
-    original_B = whole_B = tp.visual_mask(loaded.model, inputs["input_ids"]).sum(1).tolist()
+    told = costs(loaded, inputs, trace, whole_ids)
+    return Answers(texts, clock.time - start, told, trace)
+
+
+def costs(
+    loaded: LoadedModel,
+    inputs: Mapping[str, Any],
+    trace: tp.Trace | None,
+    whole_ids: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """What each row of a batch cost, as `summarise` reads it.
+
+    Args:
+        loaded: Model and processor.
+        inputs: As the model was given them.
+        trace: What was pruned; None for the unpruned model.
+        whole_ids: As for `answer`.
+
+    Returns:
+        Of each row `num_visual`, the visual tokens of its prompt with whole images, `given`, those
+        that it had, and of every layer `visual` and `real`, the tokens processed without pads.
+    """
+    visual_BL, real_BL = _lengths(loaded, inputs, trace)
+    given_B = whole_B = tp.visual_mask(loaded.model, inputs["input_ids"]).sum(1).tolist()
     if whole_ids is not None:  # what a smaller image saves is told against a whole one
         whole_B = tp.visual_mask(loaded.model, whole_ids).sum(1).tolist()
-    return Answers(texts, clock.time - start, visual_BL, real_BL, original_B, whole_B, trace)
+    return [
+        {"num_visual": whole, "given": given, "visual": visual, "real": real}
+        for whole, given, visual, real in zip(whole_B, given_B, visual_BL, real_BL, strict=True)
+    ]
 
 
-def lengths(
+def _lengths(
     loaded: LoadedModel, inputs: Mapping[str, Any], trace: tp.Trace | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Visual and real tokens that each layer processed, (B, L) each."""

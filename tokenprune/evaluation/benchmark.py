@@ -19,6 +19,7 @@ from tokenprune.evaluation.run import run_names
 from tokenprune.evaluation.scores import interval, question_score, said, task_score
 from tokenprune.evaluation.summary import cost_of, kv_megabytes
 from tokenprune.runs import compose, results
+from tokenprune.runs.devices import default_device
 
 PACKAGE = "lmms-eval"
 #: What lmms-eval itself reports, in a run's folder; files that tasks write lie beside it.
@@ -62,7 +63,7 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         loaded,
         pruning,
         config.batch_size,
-        _device(config.device),
+        config.device or default_device(),
         config.num_pictures,
         config.data.image_scale,
     )
@@ -208,12 +209,6 @@ def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
     found = json.loads(json.dumps(kept, default=str))
     assert isinstance(found, dict)
     return found
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager

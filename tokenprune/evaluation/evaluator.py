@@ -117,11 +117,11 @@ class Evaluator(pl.LightningModule):
                 "prediction": text,
                 "score": score,
                 "correct": score >= 0.5,
-            } | answers.cost(index)
+            } | answers.costs[index]
             if self.metric in SUMMARIES:  # which may ask for what belongs to one image
                 record["picture"] = _digest(sample.images)
             if len(self.records) < self.num_pictures:
-                record["kept"] = kept_tokens(answers.trace, index, answers.original_B[index])
+                record["kept"] = kept_tokens(answers.trace, index, answers.costs[index]["given"])
                 record["image"] = sample.image
             self.records.append(record)
 

@@ -18,7 +18,7 @@ from loguru import logger
 import tokenprune as tp
 from tokenprune.data.collate import IGNORED, ConversationCollator, PromptCollator
 from tokenprune.data.sample import Sample, Turn
-from tokenprune.evaluation.answering import answer, lengths
+from tokenprune.evaluation.answering import answer, costs
 from tokenprune.evaluation.generation import pruned
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
@@ -110,7 +110,7 @@ class Harness(lmms):  # type: ignore[misc]
                 self.seconds.append(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
-                    self._note(asked[number], answers.cost(row), answers.trace, row)
+                    self._note(asked[number], answers.costs[row], answers.trace, row)
         self._finish(sum(len(text.split()) for text in texts.values()))
         return [texts[number] for number in range(len(asked))]
 
@@ -166,16 +166,11 @@ class Harness(lmms):  # type: ignore[misc]
         labels = inputs["labels"].masked_fill(torch.isin(inputs["labels"], special), IGNORED)
         with pruned(self.loaded, self.pruning, logits="full") as trace:
             logits = model(**dict(inputs) | {"labels": labels}).logits  # (B, T, vocabulary)
-        visual, real = lengths(self.loaded, inputs, trace)
-        given = tp.visual_mask(model, inputs["input_ids"]).sum(1).tolist()
-        original = given if whole_ids is None else tp.visual_mask(model, whole_ids).sum(1).tolist()
-        for row in range(len(labels)):
+        for row, cost in enumerate(costs(self.loaded, inputs, trace, whole_ids)):
             (places,) = (labels[row] != IGNORED).nonzero(as_tuple=True)
             said = labels[row, places]
             told = logits[row, places - 1].float().log_softmax(-1)
             loss = -told.gather(-1, said[:, None]).mean().item()
-            cost = {"num_visual": original[row], "given": given[row]}
-            cost |= {"visual": visual[row], "real": real[row]}
             yield loss, bool((told.argmax(-1) == said).all()), cost, trace
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

@@ -136,6 +136,13 @@ def check_evaluation(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def default_device() -> str:
+    """Where a model goes that no trainer moves: a GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # torch takes a second to load: it is asked only where its answer counts.
 def _num_gpus(trainer: Mapping[str, Any]) -> int:
     """GPUs that torch can use, where the trainer would take one."""
