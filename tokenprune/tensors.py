@@ -65,6 +65,16 @@ def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> T
     return values.gather(dim, index_BN.view(shape).expand(target))
 
 
+def first_alike(cosine_BVV: Tensor) -> Tensor:
+    """The first token of each one's direction, itself if there is none before it, (B, V).
+
+    Equal tokens, as newlines are, get numbers from a matrix product that differ in the last digit:
+    what is read at this index is equal again, and the lower index wins.
+    """
+    own_VV = torch.eye(cosine_BVV.shape[-1], dtype=torch.bool, device=cosine_BVV.device)
+    return ((cosine_BVV > 1 - 1e-5) | own_VV).to(torch.uint8).argmax(-1)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """A tensor, or a tuple of tensors, on another device; anything else as it is."""
     if isinstance(value, Tensor):

@@ -26,9 +26,9 @@ CUTS = len(SCHEDULE.stages)
 #: At most so many a cut, by rows of the batch: original positions, renumbered.
 PER_CUT = {
     # Those that pick one token after another launch more with more picks.
-    "cdpruner": {1: (434, 443), 8: (434, 443)},
+    "cdpruner": {1: (459, 468), 8: (459, 468)},
     "dart": {1: (193, 202), 8: (193, 202)},
-    "divprune": {1: (125, 134), 8: (125, 134)},
+    "divprune": {1: (132, 141), 8: (132, 141)},
     "fastervlm": {1: (73, 82), 8: (74, 83)},
     "fastv": {1: (38, 47), 8: (39, 48)},
     "pool": {1: (118, 127), 8: (118, 127)},

@@ -105,7 +105,7 @@ def determinants(made: Made, row: int, relevance: list[float]) -> Row:
             unit = tokens[i] / np.linalg.norm(tokens[i])
             own = unit - span @ np.linalg.lstsq(span, unit, rcond=1e-9)[0]
             left = float(own @ own)
-            gains.append(relevance[i] ** 2 * (left if left >= 1e-5 else 0.0))
+            gains.append(relevance[i] ** 2 * (left if left >= 2e-4 else 0.0))
         picked += best(
             [round(g, 15) for g in gains], [i for i in range(number) if i not in picked], 1
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -125,6 +126,24 @@ def test_duplicates_are_picked_again_by_the_released_divprune_alone() -> None:
     view = one_row({tp.Projected(): tokens}, 6, 5)
     assert kept(tp.build_strategy("divprune"), view, 5) == [0, 1, 2, 3, 4]
     assert kept(tp.build_strategy("divprune", exact_reference=True), view, 5) == [0, 3]
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "divprune"])
+def test_of_equal_tokens_the_first_is_picked(name: str) -> None:
+    """Newlines are equal; products that ought to be equal differ in the last digit."""
+    lasts = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(1, 37, 24, generator=generator)
+        equal = [7, 15, 23, 31, 36]
+        tokens[0, equal] = tokens[0, [7]]
+        embeddings = torch.randn(1, 2, 24, generator=generator)
+        words = dataclasses.replace(question(), embeddings=embeddings)
+        view = one_row({tp.Projected(): tokens, tp.Text(): words}, 37, 20)
+        picked = kept(tp.build_strategy(name), view, 20)
+        assert not set(picked) & set(equal[1:])
+        lasts += 7 in picked
+    assert lasts > 10
 
 
 def test_a_token_that_is_no_number_is_picked_last() -> None:

@@ -14,7 +14,7 @@ one pool, where the released code picks crop by crop and scales relevance over a
 question is the text after the last image, what a chat template puts there included, or all of it if
 there is none. Tokens that are no patch (newlines) are as irrelevant to CLIP as can be. With more
 tokens asked than the embeddings have dimensions the released code divides by nothing: here a token
-that is no more than 1e-5 its own counts as explained, adds nothing, and is picked when no other is
+that is no more than 2e-4 its own counts as explained, adds nothing, and is picked when no other is
 left, the lower index first.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RELEVANCES = ("embeddings", "clip")
-_EXPLAINED = 1e-5  # float32 knows the residual of a unit vector to about 1e-6
+_EXPLAINED = 2e-4  # what float32 leaves of a vector that is a sum of those picked: about 2e-5
 _LEAST = 1e-6  # as in the released code: relevance of the least relevant token
 
 
@@ -82,19 +82,20 @@ class CDPruner(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import mark, take
+        from tokenprune.tensors import first_alike, mark, take
 
         valid_BV = view.valid
         unit_BVD = _unit(view.projected)
-        weight_BV = self._relevance(view, unit_BVD, valid_BV) ** 2
         likeness_BVV = unit_BVD @ unit_BVD.mT
+        alike_BV = first_alike(likeness_BVV)
+        weight_BV = self._relevance(view, unit_BVD, alike_BV, valid_BV) ** 2
         # Of each token what the picked ones do not explain: its gain, but for its relevance.
         own_BV = unit_BVD.any(-1).float()
         shut_BV = ~valid_BV
         picks: list[Tensor] = []
         factors = likeness_BVV.new_zeros(len(valid_BV), view.max_keep, valid_BV.shape[1])
         for number in range(view.max_keep):
-            gain_BV = (weight_BV * own_BV).masked_fill(shut_BV, -torch.inf)
+            gain_BV = (weight_BV * own_BV.gather(1, alike_BV)).masked_fill(shut_BV, -torch.inf)
             pick_B1 = gain_BV.argmax(1, keepdim=True)  # the first of equal ones
             picks.append(pick_B1)
             shut_BV = shut_BV.scatter(1, pick_B1, True)
@@ -108,10 +109,12 @@ class CDPruner(PruningStrategy):
             own_BV = own_BV.masked_fill(own_BV < _EXPLAINED, 0)
         return Selection(kept=mark(picks, keep, valid_BV))
 
-    def _relevance(self, view: TokenView, unit_BVD: Tensor, valid_BV: Tensor) -> Tensor:
+    def _relevance(
+        self, view: TokenView, unit_BVD: Tensor, alike_BV: Tensor, valid_BV: Tensor
+    ) -> Tensor:
         """How like the question each token is, from nearly 0 to 1 in each row, (B, V)."""
         if self.relevance == "embeddings":
-            return _scaled(_to_words(unit_BVD, view.text), valid_BV)
+            return _scaled(_to_words(unit_BVD, view.text).gather(1, alike_BV), valid_BV)
         assert self.clip is not None
         assert self.tokenizer is not None
         from tokenprune.strategies._clip import likeness

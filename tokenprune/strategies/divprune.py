@@ -48,7 +48,7 @@ class DivPrune(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import mark, take
+        from tokenprune.tensors import first_alike, mark, take
 
         valid_BV, unit_BVD = (
             view.valid,
@@ -56,7 +56,9 @@ class DivPrune(PruningStrategy):
         )
         sound_BV = valid_BV & unit_BVD.isfinite().all(-1)  # the others come last
         unit_BVD = unit_BVD.masked_fill(~sound_BV[..., None], 0)
-        distance_BVV = (1 - unit_BVD @ unit_BVD.mT).clamp_min(0)
+        cosine_BVV = unit_BVD @ unit_BVD.mT
+        alike_BV = first_alike(cosine_BVV)
+        distance_BVV = (1 - take(take(cosine_BVV, alike_BV), alike_BV, dim=2)).clamp_min(0)
         # The second smallest entry of a token's row: the smallest is its own.
         own_VV = torch.eye(valid_BV.shape[1], dtype=torch.bool, device=keep.device)
         others_BVV = distance_BVV.masked_fill(~sound_BV[:, None] | own_VV, torch.inf)
