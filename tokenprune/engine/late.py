@@ -3,7 +3,8 @@
 The model adds them to all visual tokens of a call, by a mask over all of its columns. Those that
 come after the first cut are taken out of its hands before it begins.
 
-Shape suffixes: B batch rows, T columns of the call, N positions at a level, V visual tokens alive.
+Shape suffixes: B batch rows, T columns of the call, N positions at a level, V visual tokens alive;
+G rows of tables, a sequence each, which are the batch's if a row has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenprune.engine.passes import Late, Pass
@@ -40,16 +40,16 @@ def take_out(run: Pass, named: Mapping[str, Any]) -> tuple[dict[str, Any], Late 
             f"{len(anatomy.layers) - 1} at the latest, got some after it, with cuts at "
             f"{list(cuts)}. Move the first cut to layer {max(features)} or later."
         )
-    known = torch.from_numpy(run.rows.visual)
+    num_visual = int(run.rows.visual.sum())
     num_marked = {len(of_layer) for of_layer in features.values()}
-    if marked.shape != known.shape or num_marked != {int(known.sum())}:
+    if marked.shape != run.rows.shape or num_marked != {num_visual}:
         raise ValueError(
-            f"prune: expected {int(known.sum())} visual tokens in a model that adds features to "
+            f"prune: expected {num_visual} visual tokens in a model that adds features to "
             f"them between its layers, got features of {sorted(num_marked)}, with cuts at "
             f"{list(cuts)}. Leave visual_mask out, or move the first cut to layer "
             f"{max(features)} or later."
         )
-    return left, Late(marked, features)
+    return left, Late(run.apart(marked, 0, pad=0), features)
 
 
 def add(run: Pass, late: Late, number: int, layer: int, hidden: Tensor) -> Tensor:
@@ -67,10 +67,11 @@ def add(run: Pass, late: Late, number: int, layer: int, hidden: Tensor) -> Tenso
     device = hidden.device
     plan, first, level = run.plan_on(device), run.at(0, device), run.at(number, device)
     assert first.visual is not None
-    marked_BT = to_device(late.marked, device)
-    rank_BT = marked_BT.flatten().cumsum(0).view_as(marked_BT) - 1
-    rank_BV = take(rank_BT, first.visual).clamp_min(0)  # pads have that of some column
-    values = to_device(late.features[layer], device).to(hidden.dtype)[rank_BV]
+    marked_GT = to_device(late.marked, device)
+    rank_GT = marked_GT.flatten().cumsum(0).view_as(marked_GT) - 1
+    rank_GV = take(rank_GT, first.visual).clamp_min(0)  # pads have that of some column
+    values = to_device(late.features[layer], device).to(hidden.dtype)[rank_GV]
     for earlier in range(1, number + 1):
         values = run.at(earlier, device).follow(values)
-    return level.put(hidden, take(hidden, level.seats()) + values, plan)
+    own = run.apart(hidden, number)
+    return run.together(level.put(own, take(own, level.seats()) + values, plan), number)

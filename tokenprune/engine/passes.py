@@ -88,7 +88,7 @@ class Late:
     """Features that are added to what enters layers after the first cut.
 
     Attributes:
-        marked: Bool (B, T), the columns that they are of, row after row.
+        marked: Bool, the columns that they are of, row after row: (B, T), or by sequence, (G, n).
         features: (M, D) of all of them, by the layer that they enter.
     """
 
