@@ -48,10 +48,10 @@ test: $(STAMP)
 
 test-all: test test-matrix
 
-# But for some files: make test-matrix BUT="--ignore tests/engine/test_packed.py"
-BUT :=
+# Of it a share, each time another: make test-matrix DRAW=0.3
+DRAW := 1
 test-matrix: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix $(BUT)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix --draw $(DRAW)
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) tests/engine/test_golden.py tests/engine/test_oracles.py tests/engine/test_engine.py tests/families/test_adapters.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +89,34 @@ def pytest_configure() -> None:
     settings.register_profile("fixed", derandomize=True, **common)
     settings.register_profile("search", max_examples=500, print_blob=True, **common)
     settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--draw", type=float, default=1.0, help="share of the tests, by the seed of their order"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `share(n)` one case in n runs by default, the others by `make test-all`.
+
+    Which ones looks like chance and is the same everywhere, so that of each way some are tried.
+    `--draw` takes other tests every time.
+    """
+    if (share := config.getoption("draw")) < 1:
+        seed = config.getoption("randomly_seed", 0)
+        items.sort(key=lambda item: zlib.crc32(f"{seed} {item.nodeid}".encode()))
+        config.hook.pytest_deselected(items=items[(number := math.ceil(share * len(items))) :])
+        del items[number:]
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("share") and not item.get_closest_marker("matrix"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for own in cases.values():
+        own.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in own[math.ceil(len(own) / own[0].get_closest_marker("share").args[0]) :]:
+            item.add_marker(pytest.mark.matrix)
 
 
 @pytest.hookimpl(trylast=True)

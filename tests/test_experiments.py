@@ -39,6 +39,7 @@ def test_a_file_describes_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["inference", "one_cut"])
+@pytest.mark.share(2)
 def test_models_come_from_the_trainings(name: str) -> None:
     trained = {f"outputs/paper/training/{folder}/model" for folder in run_names(jobs("training"))}
     # The two overrides that name a model; the others are another test's.
@@ -76,6 +77,7 @@ def test_every_model_meets_every_schedule() -> None:
     assert {len(models) for models in met.values()} == {21}
 
 
+@pytest.mark.matrix
 def test_steps_are_timed_under_the_schedules_of_the_trainings() -> None:
     timed = {str(composed("steps", job).schedule) for job in jobs("steps")}
     trained = [composed("training", job) for job in jobs("training")]

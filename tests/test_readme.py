@@ -54,6 +54,7 @@ def test_whole_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
+@pytest.mark.matrix
 def test_sweep_over_strategies_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = re.findall(r"^tokenprune (.*glob.*?)  #", README.read_text(), re.MULTILINE)
     monkeypatch.chdir(tmp_path)

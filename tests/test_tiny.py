@@ -14,7 +14,7 @@ from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import SceneDataset
 from tokenprune.runs.models import TINY
 
-NUM_SCENES = 200
+NUM_SCENES = 120
 
 
 @pytest.fixture(scope="module")

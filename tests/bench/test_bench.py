@@ -24,6 +24,7 @@ from tokenprune.cli import main as cli
 
 
 @pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.share(2)
 def test_what_a_run_leaves(measure: str) -> None:
     found = bench.measure(config(f"measure={measure}", "batch_size=2"))
     assert found["status"] == "ok"
@@ -55,6 +56,7 @@ def test_what_a_run_leaves(measure: str) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
     ],
 )
+@pytest.mark.share(2)
 def test_a_model_too_large_is_a_result(
     error: RuntimeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
         (["speed=1"], "speed: expected a key of the config"),
     ],
 )
+@pytest.mark.share(3)
 def test_bad_input_is_told_in_a_line(
     overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ from PIL import Image
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.share(3)
 def test_values_out_of_range(
     overrides: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +80,7 @@ def damage(folder: Path, kind: str) -> None:
         ("text only", "expected a model that reads images and text into one decoder stream"),
     ],
 )
+@pytest.mark.share(3)
 def test_broken_checkpoints(
     kind: str,
     message: str,

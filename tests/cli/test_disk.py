@@ -113,6 +113,7 @@ FOLDERS = [
 @pytest.mark.parametrize(
     ("obstacle", "folder", "number"), FOLDERS, ids=["file", "below", "link", "long", "long below"]
 )
+@pytest.mark.share(3)
 def test_f1_a_run_s_folder_that_cannot_be_made(
     name: str,
     key: str,
@@ -159,6 +160,7 @@ WRITERS = [
 
 
 @pytest.mark.parametrize(("name", "path"), fair(WRITERS))
+@pytest.mark.share(3)
 def test_f1_something_in_the_way_of_a_file(
     name: str, path: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +195,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("name", "size", "path"), fair(SIZES))
+@pytest.mark.share(3)
 def test_f1_a_full_disk(
     name: str, size: int, path: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +220,7 @@ def test_f1_models_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("size", [16, 128, 1024])
+@pytest.mark.share(3)
 def test_f1_an_evaluation_that_does_not_fit_leaves_the_one_before(
     size: int, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

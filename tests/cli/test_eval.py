@@ -96,6 +96,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
     return configs
 
 
+@pytest.mark.matrix
 def test_the_ablation_is_one_command(seen: list[DictConfig]) -> None:
     assert cli.main(["eval", "-m", "experiment=ablation"]) == 0
     places = [pruning and pruning.positions for pruning in (build_pruning(c, 8) for c in seen)]

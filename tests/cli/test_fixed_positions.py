@@ -108,6 +108,7 @@ def test_bench_and_flops(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("command", ["eval", "verify", "show", "train", "bench"])
+@pytest.mark.share(3)
 def test_what_was_asked_for_and_cannot_be_is_refused(
     command: str, checkpoint: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_eval_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.share(2)
 def test_help_has_the_comments_of_the_chosen_files(
     choices: list[str], key: str, comment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_g1_what_leaves_nothing_works_anywhere(command: str, around: str) -> Non
 @pytest.mark.parametrize("command", ["eval", "train"])
 @pytest.mark.parametrize("more", [[], ["trainer=ddp"], ["trainer=fsdp"]], ids=" ".join)
 @pytest.mark.parametrize("value", [2, 0, "null2"])
+@pytest.mark.share(3)
 def test_g3_several_machines_are_refused_at_once(
     command: str, more: list[str], value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_g3_several_machines_are_refused_at_once(
 
 
 @pytest.mark.parametrize("around", ALONE, indirect=True)
+@pytest.mark.share(3)
 def test_g1_a_process_alone_runs(around: str, checkpoint: Path) -> None:
     own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
     assert cli.main(["eval", *own]) == 0
@@ -135,6 +137,7 @@ def test_g2_processes_of_a_run_meet_on_this_machine(
 
 
 @pytest.mark.parametrize("command", ["eval", "train trainer=ddp trainer.devices=2"])
+@pytest.mark.share(2)
 def test_g1_torchrun_itself(command: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = run([*launcher, "--no-python", *COMMAND, *command.split()], 1)

@@ -20,6 +20,7 @@ STOPPED = "tokenprune: stopped"
 @pytest.mark.parametrize(
     "module", ["difflib", "omegaconf", "hydra", "numpy", "torch._C", "torch", "transformers"]
 )
+@pytest.mark.share(4)
 def test_ctrl_c_while_it_imports(module: str) -> None:
     """The signal comes as soon as the module is there, in the middle of the next import."""
     code = COMMAND[-1]
@@ -85,6 +86,7 @@ def unread() -> Iterator[int]:
 @pytest.mark.parametrize(
     "command", ["", "--help", "--version", "list", "eval --cfg job", "eval --help", "flops --csv"]
 )
+@pytest.mark.share(4)
 def test_a_reader_that_goes_away_is_no_error(command: str, unbuffered: str, unread: int) -> None:
     own = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = run([*COMMAND, *command.split()], 0 if command else 2, env=own, stdout=unread)
@@ -101,6 +103,7 @@ def test_nor_is_one_that_was_never_there() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_without_its_reader(checkpoint: Path, unread: int) -> None:
     own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
     assert run([*COMMAND, "eval", *own], stdout=unread).stderr == ""

@@ -57,6 +57,7 @@ def own_configs(folder: Path) -> list[str]:
         ("choice(fastv,none)", ["fastv", "none"]),
     ],
 )
+@pytest.mark.share(3)
 def test_h5_a_pattern_is_all_that_fits(
     pattern: str, expected: list[str], seen: list[DictConfig]
 ) -> None:
@@ -87,6 +88,7 @@ def test_h5_patterns_know_further_folders(tmp_path: Path, seen: list[DictConfig]
         ),
     ],
 )
+@pytest.mark.share(4)
 def test_h5_patterns_of_any_group(
     overrides: list[str], number: int, seen: list[DictConfig]
 ) -> None:
@@ -113,6 +115,7 @@ def test_h5_patterns_of_the_benchmark(seen: list[DictConfig]) -> None:
         (["-m", "seed=interval(1,2)"], "seed: expected values separated by commas"),
     ],
 )
+@pytest.mark.share(3)
 def test_h5_patterns_that_fit_nothing(
     overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +123,7 @@ def test_h5_patterns_that_fit_nothing(
 
 
 @pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.share(2)
 def test_h5_a_pattern_runs(
     searched: bool, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +209,7 @@ def test_i4_another_s_sweeper_maximizes_accuracy_and_has_a_table(
 @pytest.mark.parametrize(
     ("monitor", "direction"), [("val_loss", "minimize"), ("val_accuracy", "maximize")]
 )
+@pytest.mark.share(2)
 def test_i4_a_search_over_trainings_follows_what_they_monitor(
     monitor: str, direction: str, search: list[str], checkpoint: Path
 ) -> None:

@@ -534,6 +534,7 @@ def test_document_is_current() -> None:
     PRINTED,
     ids=[f"{name}-{budget}" for name, _, budget, *_ in PRINTED],
 )
+@pytest.mark.share(3)
 def test_printed_budgets_are_met(name, model, budget, average, overrides) -> None:
     figures = printed_figures(name, model, overrides)
     got = getattr(figures, average) / (PRINTED_ON[model].num_visual if budget < 1 else 1)

@@ -55,6 +55,7 @@ def test_e3_texts_are_read_as_they_are_written(reader, tmp_path):
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("numbers", [["3", "4"], ["1.50", "2"], ["007", "08"], ["true", "false"]])
+@pytest.mark.share(3)
 def test_e3_a_missing_cell_changes_no_other(reader, numbers, tmp_path, capsys):
     rows = [ROW | {"answer": text} for text in (numbers[0], None, numbers[1], "  ", "")]
     with pytest.raises(ValueError, match=r"row 2: expected 'answer', got .*\. Fill it in"):
@@ -339,6 +340,7 @@ def _fits(reader: str, form: str) -> bool:
 @pytest.mark.parametrize(
     ("reader", "form"), [(own, form) for own in READERS for form in VIDEOS if _fits(own, form)]
 )
+@pytest.mark.share(6)
 def test_e5_videos_are_refused_by_name(reader, form, tmp_path):
     row = {"image": None} | VIDEOS[form]
     with pytest.raises(ValueError, match=r"row 1.*: expected .*(?i:video|audio)"):

@@ -61,6 +61,7 @@ def over_pairs(mask: Tensor, form: str, pads: str = "eye") -> Tensor:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.share(3)
 def test_a1_a_row_of_padding_alone_changes_no_other(family, side, policy, form) -> None:
     model = build(family)
     inputs, visual = split(batch(model, [ROWS[0], ROWS[2]], side))
@@ -139,6 +140,7 @@ def test_a2_pads_on_both_sides_are_refused(form) -> None:
 @pytest.mark.parametrize("form", ["bool", "float"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.share(3)
 def test_a3_pads_by_a_mask_over_pairs(side, policy, form, pads) -> None:
     if form == "bool" and pads == "row":
         pads = "eye"  # rows that see nothing are no numbers, unpruned too
@@ -247,6 +249,7 @@ def test_b2_a_cache_rebuilt_from_its_tensors_is_refused(policy, keep) -> None:
 @pytest.mark.parametrize("how", ["select", "reorder", "bool", "repeat", "crop", "copy"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+@pytest.mark.share(2)
 def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) -> None:
     model = build("llava")
     inputs = batch(model, [ROWS[0], ROWS[3], ROWS[2]])
@@ -368,6 +371,7 @@ def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ["pyramiddrop", "uniform"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.share(3)
 def test_c1_full_logits_stand_where_the_ids_stand(family, name, side, given) -> None:
     model = build(family)
     full, labels, predicts = answered(model, side)
@@ -469,6 +473,7 @@ def trained(model, samples: Samples, folder, **options) -> tuple[dict, dict]:
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.share(2)
 def test_c1_the_trainer_measures_what_the_masked_model_gives(side, smoothing, tmp_path) -> None:
     model, reference = build("llava"), build("llava")
     inputs, labels, _ = answered(model, side)
@@ -493,6 +498,7 @@ def test_c1_the_trainer_measures_what_the_masked_model_gives(side, smoothing, tm
 @pytest.mark.parametrize("source", ["next", "previous"])
 @pytest.mark.parametrize("queries", ["last", "all"])
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+@pytest.mark.share(3)
 def test_d1_scores_under_autocast_are_single(name, queries, source, family, policy) -> None:
     model = build(family)
     inputs, mask = split(batch(model, ROWS))

@@ -55,6 +55,7 @@ def survivors_loss(model, inputs, labels, trace, logits, side):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.share(3)
 def test_loss_is_over_survivors(family, train, attention, side) -> None:
     model = build(family, attention).train(train)
     inputs, labels = labelled(model, side)
@@ -122,6 +123,7 @@ def test_supervised_logits(family, schedule) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", tp.available())
+@pytest.mark.share(4)
 def test_gradient_checkpointing(name, reentrant) -> None:
     strategy = tiny(name)
     gradients = []
@@ -172,6 +174,7 @@ def converse(model, calls, cache=None, trace=None):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [strategy.name for strategy in DROPPING])
+@pytest.mark.share(3)
 def test_images_in_a_later_turn(name, attention) -> None:
     model = build("llava", attention)
     calls = turns(model)

@@ -34,6 +34,7 @@ def hunt(case: Any, check: Callable[[Any], str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(120))
+@pytest.mark.share(2)
 def test_hunt(number: int) -> None:
     hunt(draw.draw_case(f"0:{number}"), verdict.check)
 

@@ -45,6 +45,7 @@ def counted() -> Iterator[Counter[str]]:
     ids=repr,
 )
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["alone", "padded"])
+@pytest.mark.share(3)
 def test_a_call_waits_once_more_whatever_its_cuts(strategy, rows) -> None:
     """Counts of visual and real tokens come in one transfer; no layer waits for anything."""
     model = build("llava")

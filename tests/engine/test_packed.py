@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from far import Device, far
-from models import ROWS, Row, batch, build
+from models import ROWS, SEED, Row, batch, build
 from oracles import (
     DROPPING,
     EVERY,
@@ -21,6 +21,7 @@ from oracles import (
     assert_same_choice,
     masked,
     runnable,
+    seed_of,
     split,
 )
 from torch import Tensor, nn
@@ -63,11 +64,11 @@ class Packed:
     visual: Tensor
 
 
-def pack(model, packs: list[list[Row]], form: str) -> Packed:
+def pack(model, packs: list[list[Row]], form: str, seed: int = SEED) -> Packed:
     """Sequences of each row end to end."""
     rows = [row for packed in packs for row in packed]
-    alone = [batch(model, [row]) for row in rows]
-    whole = batch(model, rows, "right")  # its images are in the order of the sequences
+    alone = [batch(model, [row], seed=seed) for row in rows]
+    whole = batch(model, rows, "right", seed)  # its images are in the order of the sequences
     lengths = whole.pop("attention_mask").sum(1).tolist()
     numbers = iter(range(len(rows)))
     members = [[next(numbers) for _ in packed] for packed in packs]
@@ -139,9 +140,10 @@ def forms_of(strategy: tp.PruningStrategy, form: str) -> str:
 
 
 @mixed_fairly(runnable(FAMILIES, EVERY), attention=("sdpa", "eager"), form=FORMS, policy=POLICIES)
+@pytest.mark.share(2)
 def test_a_sequence_gives_what_it_gives_alone(family, strategy, attention, form, policy) -> None:
-    model = build(family, attention)
-    packed = pack(model, PACKS, forms_of(strategy, form))
+    model = build(family, attention, seed_of(strategy))
+    packed = pack(model, PACKS, forms_of(strategy, form), seed_of(strategy))
     call, mask = split(packed.call)
     with torch.no_grad():
         with tp.prune(model, strategy, SCHEDULE, policy, visual_mask=mask) as trace:
@@ -264,6 +266,7 @@ def checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
         ("uniform", "full", "mask", "labels"),
     ],
 )
+@pytest.mark.share(2)
 def test_a_step_is_that_of_the_sequences_as_rows(name, logits, form, way) -> None:
     model = build("llava").train()
     if way == "checkpointing":
@@ -380,6 +383,7 @@ CLASSLESS = [strategy for strategy in EVERY if not needs_a_class(strategy)]
     ],
     ids=lambda value: str(getattr(value, "name", value)),
 )
+@pytest.mark.share(3)
 def test_a_sequence_with_positions_of_several_axes(model_type, strategy, attention, form) -> None:
     specimen = AXES[model_type]
     model = specimen.build(attention)
@@ -393,6 +397,28 @@ def test_a_sequence_with_positions_of_several_axes(model_type, strategy, attenti
             expected = model(**one).logits[0]
             if trace.stages:
                 assert_same_choice(stages, trace.stages, [(number, 0)])
+            assert lengths[number] == len(expected)
+            assert_close(together[end : end + len(expected)], expected, ALONE)
+            end += len(expected)
+    assert end == len(together)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cuts", [(0,), (1, 4), (0, 2)])
+def test_features_that_come_after_the_first_cut_follow_their_sequences(cuts, form) -> None:
+    """Which the model adds between its first layers, by a mask over the columns of the call."""
+    specimen = AXES["qwen3_vl"]
+    model = specimen.build("sdpa")
+    call, alone = of_axes(specimen, model, form)
+    stages = tuple(tp.Stage(cut, 0.6 ** (number + 1)) for number, cut in enumerate(cuts))
+    end = 0
+    with torch.no_grad(), tp.prune(model, PDROP, tp.Schedule(stages)) as trace:
+        together = model(**call, use_cache=False).logits[0]
+        chosen, lengths = trace.stages, trace.lengths[-1].tolist()
+        for number, one in enumerate(alone):
+            expected = model(**one).logits[0]
+            if trace.stages:
+                assert_same_choice(chosen, trace.stages, [(number, 0)])
             assert lengths[number] == len(expected)
             assert_close(together[end : end + len(expected)], expected, ALONE)
             end += len(expected)

@@ -74,6 +74,7 @@ def prepared(model_type: str, attention: str = "sdpa") -> tuple[Specimen, Any, A
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(2)
 def test_signals_of_a_forward(model_type, attention, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type, attention)
     with tp.prune(model, strategy, schedule(specimen)):
@@ -111,6 +112,7 @@ def test_signals_at_a_later_cut(model_type, known) -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2},
                                      {"do_sample": True, "num_return_sequences": 2}])  # fmt: skip
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(4)
 def test_signals_of_a_generation(model_type, options, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type)
     if options and "beams" in specimen.unable:
@@ -161,6 +163,7 @@ def test_an_image_of_a_later_turn(model_type) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(3)
 def test_training(model_type, checkpointing, known) -> None:
     """Labels and gradient checkpointing: recomputed layers of the tower change nothing."""
     specimen, model, inputs, strategy = prepared(model_type)
@@ -259,6 +262,7 @@ def test_a_class_token_that_is_a_visual_token_has_no_patch(queries) -> None:
 
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.share(2)
 def test_tiles_that_are_partly_padding(model_type, attention) -> None:
     """Padding gets no attention and pays none; tiles of zeros make no tokens."""
     specimen = ZOO[model_type]

@@ -192,6 +192,7 @@ def test_a_smaller_picture_is_a_method_of_its_own(
     assert first["num_visual"] == len(first["places"]) == metrics["avg_tokens"]
 
 
+@pytest.mark.matrix
 def test_two_processes_count_every_sample_once(checkpoint: Path, tmp_path: Path) -> None:
     two = [*DDP, "trainer.callbacks=[{_target_:trainings.Apart}]"]
     samples = "data.test.num_samples=5"  # odd: a plain distributed sampler would repeat one

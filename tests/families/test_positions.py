@@ -79,6 +79,7 @@ def test_what_was_asked_for_is_not_changed_silently() -> None:
 
 
 @pytest.mark.parametrize("strategy", tp.available())
+@pytest.mark.share(3)
 def test_auto_is_the_published_policy_elsewhere(
     strategy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
+@pytest.mark.share(4)
 def test_every_choice_composes(group: str, choice: str) -> None:
     config = compose("eval", [f"{group}={choice}"])
     assert {"model", "data", "strategy", "schedule", "positions", "trainer"} <= set(config)
@@ -73,6 +74,7 @@ def test_strategies_and_files_are_the_same() -> None:
 
 @pytest.mark.parametrize("strategy", tp.available())
 @pytest.mark.parametrize("num_layers", [8, 32])
+@pytest.mark.share(4)
 def test_a_strategy_alone_is_the_method_as_published(strategy: str, num_layers: int) -> None:
     pruning = build_pruning(compose("eval", [f"strategy={strategy}"]), num_layers)
     assert pruning is not None
@@ -92,6 +94,7 @@ def test_none_is_the_unpruned_model() -> None:
 
 
 @pytest.mark.parametrize("strategy", sorted(set(tp.available()) - {"vscan"}))  # two at two cuts
+@pytest.mark.share(4)
 def test_every_strategy_takes_every_schedule(strategy: str) -> None:
     own = tp.published(strategy, num_layers=8)
     for schedule, expected in {

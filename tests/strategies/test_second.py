@@ -15,6 +15,7 @@ from torch import Tensor
 import tokenprune as tp
 
 CASES = 300
+FEW = 60
 METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
     "cdpruner": (tp.build_strategy("cdpruner"), second.cdpruner),
     "dart": (tp.build_strategy("dart"), second.dart),
@@ -39,9 +40,14 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [range(FEW), pytest.param(range(FEW, CASES), marks=pytest.mark.matrix)],
+    ids=["few", "many"],
+)
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_picks_and_the_same_mixes(name: str) -> None:
-    for seed in range(CASES):
+def test_the_same_picks_and_the_same_mixes(name: str, seeds: range) -> None:
+    for seed in seeds:
         compare(name, made(seed))
 
 

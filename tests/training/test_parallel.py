@@ -58,6 +58,7 @@ def assert_same(one, other, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("options", [{}, {"tuning": "lora"}], ids=["full", "lora"])
+@pytest.mark.share(2)
 def test_accumulated_ragged_batches_are_one_batch(tmp_path, options):
     one = six_steps(tmp_path / "one", "pyramiddrop", **options)
     parts = six_steps(tmp_path / "parts", "pyramiddrop", batch_size=2, batches=2, **options)
@@ -65,6 +66,7 @@ def test_accumulated_ragged_batches_are_one_batch(tmp_path, options):
 
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
 def test_two_processes_are_one(tmp_path, how):
     _compare(tmp_path, how, "pyramiddrop", {})
 
@@ -261,6 +263,7 @@ def group(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["peft", "ddp", "fsdp"])
 @pytest.mark.parametrize("strategy", SOME)
+@pytest.mark.share(3)
 def test_the_engine_sees_through_wrappers(group, strategy, wrapper):
     plain = models.build("llava")
     inputs = models.batch(plain, models.ROWS)

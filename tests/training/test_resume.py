@@ -202,6 +202,7 @@ def test_one_process_that_fails_ends_all(checkpoint: str, tmp_path: Path, stop: 
 
 
 @pytest.mark.parametrize("at", [2, 4, pytest.param(3, marks=matrix)])
+@pytest.mark.share(2)
 def test_it_validates_as_if_nothing_had_happened(
     checkpoint: str, tmp_path: Path, early: Path, at: int
 ) -> None:

@@ -93,6 +93,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("strategy", ["none", "pyramiddrop", "random"])
+@pytest.mark.share(3)
 def test_training_lowers_the_loss_and_its_model_loads(checkpoint, tmp_path, strategy):
     before = load(checkpoint)
     data = VQADataModule(validation=SceneDataset("validation", 10), processor=before.processor)
@@ -319,6 +320,7 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         ),
     ],
 )
+@pytest.mark.share(3)
 def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
     base = [item for item in overrides if item.startswith("data=")]
     own = configs.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
@@ -390,6 +392,7 @@ def test_bfloat16_is_for_the_arithmetic_not_for_the_weights(checkpoint, tmp_path
     assert summary(tmp_path)["validation"]["loss"] < 4
 
 
+@pytest.mark.matrix
 def test_a_sweep_of_trainings_goes_on(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["train", "-m", "model=hub", f"model.path={checkpoint}", "data.batch_size=4"]
