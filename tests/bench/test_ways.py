@@ -33,6 +33,7 @@ def answer(one: Bench, way: str | None) -> tuple[torch.Tensor, list[tp.TracedSta
 
 @pytest.mark.parametrize("strategy", ["pyramiddrop", "fastv"])
 @pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.share(3)
 def test_a_way_keeps_what_the_product_keeps(way: str, strategy: str) -> None:
     one = made(f"strategy={strategy}", *PREVIOUS, "batch_size=2")
     one.embeds *= 50  # embeddings of scale 1, so that attention is not flat

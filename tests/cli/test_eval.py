@@ -227,6 +227,7 @@ def test_keys_that_fit_the_swept_choices_only(seen: list[DictConfig]) -> None:
     assert [config.schedule.keep for config in seen] == [0.3, 0.4, 0.3, 0.4]
 
 
+@pytest.mark.matrix
 def test_a_signal_ends_an_evaluation(checkpoint: Path) -> None:
     own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:stops.Terminate}]"]
     run([*COMMAND, "eval", *own], -signal.SIGTERM)

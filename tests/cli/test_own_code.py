@@ -104,6 +104,7 @@ def test_i1_an_edited_strategy_runs_again(
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize("name", ["eval", "verify"])
+@pytest.mark.share(2)
 def test_i1_what_a_class_raises_is_one_line(
     name: str, own: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

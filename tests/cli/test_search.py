@@ -184,6 +184,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("given", "direction"),
     [([], "maximize"), (["hydra.sweeper.direction=minimize"], "minimize")],
 )
+@pytest.mark.share(2)
 def test_i4_another_s_sweeper_maximizes_accuracy_and_has_a_table(
     given: list[str],
     direction: str,

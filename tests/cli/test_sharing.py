@@ -47,6 +47,7 @@ def strategies() -> list[str]:
     ],
     ids=" ".join,
 )
+@pytest.mark.share(3)
 def test_f2_no_run_moves_elsewhere(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(own, capsys)
     assert "hydra.job.chdir: expected false, for relative paths mean the folder" in message

@@ -417,6 +417,7 @@ def check_counts(name: str, attention: str) -> tp.cost.DecoderShape:
         ("cohere2_vision", "eager"),  # some of its layers have no rotation, and are captured
     ],
 )
+@pytest.mark.share(2)
 def test_exact_is_what_a_forward_takes(name: str, attention: str) -> None:
     assert not check_counts(name, attention).unlike
 

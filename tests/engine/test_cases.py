@@ -206,6 +206,7 @@ def test_a4_each_of_several_sequences_in_a_row_is_pruned_as_alone(by, labels) ->
 @pytest.mark.parametrize("kind", ["dynamic", "static", "copied"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+@pytest.mark.share(3)
 def test_b1_generate_goes_on_from_its_own_cache(schedule, policy, kind) -> None:
     model = build("llava")
     one = batch(model, [ROWS[0]])
@@ -287,6 +288,7 @@ def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+@pytest.mark.share(2)
 def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
     model = build(family)
     config = model.config.get_text_config()

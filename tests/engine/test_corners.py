@@ -504,6 +504,7 @@ class Spread:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("policy", ["original", "renumbered"])
 @pytest.mark.parametrize("name", ["uniform", "pyramiddrop", "fastv"])
+@pytest.mark.share(3)
 def test_side_tensors_follow_the_layers_of_a_model_spread_over_devices(
     name, policy, attention, monkeypatch
 ) -> None:

@@ -244,6 +244,7 @@ def test_trace_survives_decoding_and_is_renewed_by_the_next_prompt() -> None:
     ],
     ids=lambda options: "-".join(options),
 )
+@pytest.mark.share(2)
 def test_ways_to_generate(options) -> None:
     model = build("llava")
     rows = ROWS[:1] if "prompt_lookup_num_tokens" in options else ROWS

@@ -115,6 +115,7 @@ def test_methods_that_merge_are_known():
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llama"])
+@pytest.mark.share(3)
 def test_a_merged_row_of_a_batch_is_the_row_alone(family, side, positions):
     model = build(family)
     schedule = tp.Schedule.pyramid(layers=[0, 2, 4], lam=0.6)

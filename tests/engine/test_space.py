@@ -76,6 +76,7 @@ def test_it_is_the_model_fed_projected_mixtures(name, attention) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.share(3)
 def test_a_row_of_a_batch_is_the_row_alone(name, family, side) -> None:
     model = build(family)
     inputs = batch(model, ROWS, side)

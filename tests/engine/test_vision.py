@@ -134,6 +134,7 @@ def test_signals_of_a_generation(model_type, options, known) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(3)
 def test_a_row_of_a_batch_is_shown_what_it_is_alone(model_type) -> None:
     specimen, model, inputs, strategy = prepared(model_type)
     with tp.prune(model, strategy, schedule(specimen)):
@@ -146,6 +147,7 @@ def test_a_row_of_a_batch_is_shown_what_it_is_alone(model_type) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(3)
 def test_an_image_of_a_later_turn(model_type) -> None:
     """Its own tower's signals, not those of the image before; none for a turn of text."""
     specimen, model, _, strategy = prepared(model_type)

@@ -37,6 +37,7 @@ def test_outcomes_are_those_of_the_table(model_type, attention) -> None:
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.share(3)
 def test_refusals_name_their_reason(model_type) -> None:
     if not hasattr(transformers, REFUSED[model_type].model_class):
         pytest.skip("not in this transformers")

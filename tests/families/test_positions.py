@@ -29,6 +29,7 @@ def _nothing_said_yet() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")  # models warn of much that is their own affair
 @pytest.mark.parametrize("model_type", ZOO)
+@pytest.mark.share(4)
 def test_the_table_says_which_models_take_renumbered_positions(model_type: str) -> None:
     if not exists(ZOO[model_type]):
         pytest.skip("not in this transformers")
