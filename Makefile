@@ -1,6 +1,6 @@
 # make demo: the ablation on the shipped model, from a bare machine. make test: the tests.
 # make test-all: and every model type, attention and mode. make test-oldest: the oldest transformers.
-# make test-harness: the benchmarks of lmms-eval.
+# make test-harness: the benchmarks of lmms-eval. make test-cluster: on a real Slurm (Debian, root).
 # make paper: the experiments that repeat the paper's tables and figures.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ HARNESS := .venv-harness
 # As many processes as there are cores, one thread each; in random order, whose seed is printed.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 16 --dist worksteal
 
-.PHONY: install demo paper test test-all test-matrix test-oldest test-harness check format wheel clean
+.PHONY: install demo paper test test-all test-matrix test-oldest test-harness test-cluster check format wheel clean
 
 install: $(STAMP)
 
@@ -70,6 +70,11 @@ $(HARNESS)/.installed: pyproject.toml constraints.txt tests/harness.txt
 	$(HARNESS)/bin/python -m pip install --quiet --editable ".[dev]" -r tests/harness.txt --constraint constraints.txt
 	$(HARNESS)/bin/python -m pip install --quiet --no-deps "lmms-eval==0.7.3"
 	touch $@
+
+# One after another: they share two nodes, both on this machine.
+test-cluster: $(STAMP)
+	command -v slurmctld >/dev/null || (apt-get update -qq && apt-get install -y -qq slurm-wlm munge)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
