@@ -48,10 +48,11 @@ WORDS = [
     ("--help", 0),
     ("--version", 0),
     ("evla", 2),
-    *((f"{name} --help", 0) for name in ("report", "list", "show", "verify", "flops")),
+    *((f"{name} --help", 0) for name in ("collect", "report", "list", "show", "verify", "flops")),
     ("show", 2),
 ]
 LISTS = [("list", 0)]
+COLLECTIONS = [("collect .", 2), ("collect nowhere", 2)]
 REPORTS = [("report .", 2), ("report nowhere", 2)]
 COMPOSED = [
     ("eval --cfg job", 0),
@@ -110,6 +111,7 @@ COSTS = [
     [
         (WORDS, []),
         (LISTS, ["omegaconf"]),
+        (COLLECTIONS, ["omegaconf"]),
         (REPORTS, ["jinja2", "omegaconf"]),
         (COMPOSED, ["hydra", "omegaconf"]),
         ([(command, 2) for command in MISTAKES[::5]], ["hydra", "omegaconf"]),
@@ -123,7 +125,10 @@ COSTS = [
             marks=pytest.mark.matrix,
         ),
     ],
-    ids=["words", "lists", "reports", "composed", *("mistakes", "all", "costs", "every")],
+    ids=[
+        *("words", "lists", "collections", "reports", "composed"),
+        *("mistakes", "all", "costs", "every"),
+    ],
 )
 def test_a_command_loads_what_it_needs(
     commands: Sequence[tuple[str, int]], expected: list[str]

@@ -15,13 +15,17 @@ from tokenprune.cli import process
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption, unknown
 
 #: Each has a file of its name here, whose `main` takes the arguments and returns the exit code.
-COMMANDS = ("eval", "benchmark", "train", "bench", "report", "list", "show", "verify", "flops")
+COMMANDS = (
+    *("eval", "benchmark", "train", "bench"),
+    *("collect", "report", "list", "show", "verify", "flops"),
+)
 USAGE = """\
 tokenprune: visual token pruning for vision-language models
 
   tokenprune eval [overrides]                      evaluate a model with its visual tokens pruned
   tokenprune eval -m experiment=ablation           sweep: one run after another, and a table
   tokenprune benchmark tasks=[pope,mme] [overrides] tasks of lmms-eval, pruned
+  tokenprune collect FOLDER                        a sweep's tables anew, from its runs
   tokenprune report FOLDER                         a sweep as a page: report.html
   tokenprune show IMAGE "QUESTION" [overrides]     one image, with and without pruning
   tokenprune verify [overrides]                    is pruning exact on this checkpoint?

@@ -316,6 +316,15 @@ def collect(folder: Path, runs: Sequence[str] | None = None) -> list[dict[str, A
     ]
 
 
+def order(folder: Path) -> list[str]:
+    """The runs that a folder's table has, in its order; none where there is no table to read."""
+    try:
+        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+            return [entry["run"] for entry in csv.DictReader(file) if entry.get("run")]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes results.csv: a row per run; what a run does not have is empty."""
     kinds = sorted({key for row in rows for key in row} - set(COLUMNS))

@@ -24,8 +24,10 @@ def listed(baseline: object) -> list[str]:
     return list(names)
 
 
-def finish_sweep(folder: Path, runs: Sequence[str] = (), baseline: object = None) -> None:
-    """Writes the tables of a sweep's folder and prints them, the comparisons in short.
+def finish_sweep(
+    folder: Path, runs: Sequence[str] = (), baseline: object = None
+) -> list[dict[str, Any]]:
+    """Writes the tables of a sweep's folder and prints them, the comparisons in short: the rows.
 
     Training leaves none.
 
@@ -62,7 +64,7 @@ def finish_sweep(folder: Path, runs: Sequence[str] = (), baseline: object = None
 
     rows = results.settle(collects, writes)
     if not rows:
-        return
+        return rows
     results.print_table(rows, f"{len(rows)} runs: {folder / results.TABLE}")
     there, compared = found
     if compared:
@@ -70,6 +72,7 @@ def finish_sweep(folder: Path, runs: Sequence[str] = (), baseline: object = None
     for note in notes:
         print(note)
     comparisons.check_baselines(there, baselines)
+    return rows
 
 
 def print_comparisons(rows: Sequence[Mapping[str, Any]], place: str) -> None:
