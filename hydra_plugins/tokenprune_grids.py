@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -25,12 +24,14 @@ class GridSweeper(Sweeper):
         self.grids = grids
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
+        self.work: TaskFunction | None = None
         self.loader: ConfigLoader | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.config = config
+        self.work = task_function
         self.loader = hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -46,18 +47,11 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
+        from tokenprune.cli.launching import run_all
         from tokenprune.runs.sweeps import expand, run_names
-        from tokenprune.runs.tabulation import finish_sweep
 
         assert self.config is not None
         assert self.launcher is not None
+        assert self.loader is not None
         jobs = expand(self.grids, arguments, self._choices)
-        names = run_names(jobs)
-        named = [
-            [*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)
-        ]
-        returned = self.launcher.launch(named, initial_job_idx=0)
-        for job in returned:
-            _ = job.return_value  # raises what the job raised
-        finish_sweep(Path(self.config.hydra.sweep.dir), names, self.config.get("baseline"))
-        return returned
+        return run_all(self.config, self.launcher, self.loader, self.work, jobs, run_names(jobs))

@@ -37,3 +37,19 @@ class Wait(pl.Callback):
     def on_predict_batch_end(self, *arguments: object) -> None:
         Path(self.path).touch()
         time.sleep(600)
+
+
+class Until(pl.Callback):
+    """Stays in an evaluation until there is a file `open` in a folder.
+
+    Args:
+        folder: Also gets a file for each run that has begun.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_predict_start(self, *arguments: object) -> None:
+        (self.folder / f"begun-{os.getpid()}-{time.monotonic_ns()}").touch()
+        while not (self.folder / "open").exists():
+            time.sleep(0.1)

@@ -20,9 +20,8 @@ _FORMS = ("chat", "simple")
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("benchmark", _task, _check, "tokenprune.evaluation.benchmark", _wanted).run(
-        arguments
-    )
+    needs = "tokenprune.evaluation.benchmark"
+    return Job("benchmark", _task, _check, needs, _wanted, _complete).run(arguments)
 
 
 def _check(config: DictConfig) -> None:
@@ -58,6 +57,14 @@ def _check(config: DictConfig) -> None:
 
 def _wanted(config: DictConfig) -> tuple[str, str]:
     return "accuracy", "maximize"
+
+
+def _complete(config: DictConfig, folder: Path) -> bool:
+    from tokenprune.evaluation.benchmark import fingerprint
+
+    load_imports(config)
+    resolved = plain(config)
+    return results.changes(folder, resolved, fingerprint(resolved)) == []
 
 
 def _task(config: DictConfig) -> float:

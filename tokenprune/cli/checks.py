@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ from tokenprune.runs.sweeps import check_baseline, expand, sweep_name, tabulates
 
 #: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
 _UNNAMED = "outputs/sweep"
+#: Where plugins are that are extras of ours, a module of theirs, and the extra's name.
+_EXTRAS = {
+    "hydra_plugins.hydra_joblib_launcher": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
+    "hydra_plugins.tokenprune_submitit": ("submitit", "launchers"),
+    "hydra_plugins.hydra_ray_launcher": ("hydra_plugins.hydra_ray_launcher", "ray"),
+}
 
 
 def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictConfig:
@@ -53,7 +60,7 @@ def check_jobs(
     args: argparse.Namespace,
     own: Callable[[DictConfig], None],
     wanted: Callable[[DictConfig], tuple[str, str]],
-) -> None:
+) -> bool:
     """Composes every run and checks it: mistakes show before any folder.
 
     Args:
@@ -62,17 +69,24 @@ def check_jobs(
         own: Checks that the command adds.
         wanted: Of a config, what sweepers that search look at, and whether to `maximize` or to
             `minimize` it.
+
+    Returns:
+        Whether this process does the runs itself.
     """
     # What decides whether and how to sweep; a key of the task may fit the swept choices only.
     leading = [
-        o for o in single(args.overrides) if re.match(r"[+~]*(hydra|experiment|baseline)\b", o)
+        o
+        for o in single(args.overrides)
+        if re.match(r"[+~]*(hydra|launcher|experiment|baseline)\b", o)
     ]
-    swept = [o for o in args.overrides if o.startswith("baseline=") and o not in leading]
-    if swept:  # it would run everything once for each
-        given = swept[0].partition("=")[2]
-        raise BadInput(
-            f"baseline: expected one or a list, got {given!r}. Write baseline=[{given}]."
-        )
+    for key in ("baseline", "launcher"):
+        swept = [o for o in args.overrides if o.startswith(f"{key}=") and o not in leading]
+        if swept:  # it would run everything once for each
+            given = swept[0].partition("=")[2]
+            more = f" or a list, got {given!r}. Write baseline=[{given}]."
+            raise BadInput(
+                f"{key}: expected one{more if key == 'baseline' else f', got {given!r}.'}"
+            )
     master = compose(command, leading, args.config_dir, hydra=True)
     moves = [o for o in args.overrides if o.lstrip("+~").startswith("hydra.job.chdir=")]
     if OmegaConf.select(master, "hydra.job.chdir") or set(moves) - set(leading):
@@ -83,9 +97,14 @@ def check_jobs(
     sweeps = args.multirun or OmegaConf.select(master, "hydra.mode") == RunMode.MULTIRUN
     if not sweeps:
         reject_sweep_values(args.overrides)
+        if (launcher := master.hydra.runtime.choices.get("launcher")) is not None:
+            raise BadInput(
+                f"launcher: expected a sweep, got launcher={launcher} with a single run. Add -m."
+            )
         check([compose(command, args.overrides, args.config_dir)], own)
-        return
+        return True
     _check_plugins(master)
+    alone = str(master.hydra.launcher._target_).endswith(".BasicLauncher")
     given = {override.split("=")[0].lstrip("+") for override in args.overrides}
     folder = OmegaConf.to_container(master.hydra.sweep)["dir"]  # type: ignore[call-overload,index]
     if "hydra.sweep.dir" not in given and folder == _UNNAMED:
@@ -95,7 +114,7 @@ def check_jobs(
     if not tabulates(master):  # another sweeper finds its own values
         fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
         args.overrides += _direction(fixed, given, *wanted(fixed))
-        return
+        return alone
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
     grids: Any = OmegaConf.to_container(master.hydra.sweeper.grids)
     known = partial(choices, overrides=args.overrides, extra_dir=args.config_dir)
@@ -106,13 +125,22 @@ def check_jobs(
     jobs = [[*places, *job] for job in jobs]
     _check_experiments(command, jobs, args.config_dir)
     check((compose(command, job, args.config_dir) for job in jobs), own)
+    return alone
 
 
 def _check_plugins(config: DictConfig) -> None:
-    """Refuses a sweeper or launcher that Hydra does not have."""
+    """Refuses a sweeper or launcher that Hydra does not have, or whose package is not installed."""
     plugins = Plugins.instance().class_name_to_class
     for part in ("sweeper", "launcher"):
-        if (target := config.hydra[part]._target_) not in plugins:
+        target = str(config.hydra[part]._target_)
+        for start, (module, extra) in _EXTRAS.items():
+            if target.startswith(f"{start}.") and find_spec(module) is None:
+                choice = config.hydra.runtime.choices.get(part) or target
+                raise BadInput(
+                    f"{part}: expected {module} to be installed for {choice!r}, got no such "
+                    f"package. Install it: pip install 'tokenprune-vlm[{extra}]'."
+                )
+        if target not in plugins:
             raise BadInput(
                 f"hydra.{part}._target_: expected a plugin of Hydra's package hydra_plugins, got "
                 f"{target!r}. Choose hydra/{part}=..., or install its package."

@@ -26,6 +26,27 @@ def main(arguments: Sequence[str]) -> int:
 
         folders([], args.config_dir)  # as for report
     folder: Path = args.folder
+    from tokenprune.runs import results
+
+    if not tabulate(folder, results.order(folder), args.baseline):
+        raise BadInput(
+            f"collect: expected a folder with complete runs, got none below {str(folder)!r}. Name "
+            "a sweep's folder, such as outputs/ablation."
+        )
+    return 0
+
+
+def tabulate(folder: Path, runs: Sequence[str] = (), baseline: object = None) -> bool:
+    """Writes and prints the tables of all evaluations and measurements below a folder.
+
+    Args:
+        folder: That of a sweep, or of several.
+        runs: Sub-folders of runs that come first.
+        baseline: As for `finish_sweep`.
+
+    Returns:
+        Whether there are any.
+    """
     from tokenprune.bench import table
     from tokenprune.runs import results, tabulation
 
@@ -34,10 +55,5 @@ def main(arguments: Sequence[str]) -> int:
         found += (rows := table.publish(folder))
         table.print_table(rows, str(folder / table.TABLE))
     if any(folder.rglob(f"*/{results.METRICS}")):
-        found += tabulation.finish_sweep(folder, results.order(folder), args.baseline)
-    if not found:
-        raise BadInput(
-            f"collect: expected a folder with complete runs, got none below {str(folder)!r}. Name "
-            "a sweep's folder, such as outputs/ablation."
-        )
-    return 0
+        found += tabulation.finish_sweep(folder, runs, baseline)
+    return bool(found)

@@ -19,7 +19,9 @@ from tokenprune.runs.targets import load_imports
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted).run(arguments)
+    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted, _complete).run(
+        arguments
+    )
 
 
 def _check(config: DictConfig) -> None:
@@ -30,6 +32,12 @@ def _check(config: DictConfig) -> None:
 
 def _wanted(config: DictConfig) -> tuple[str, str]:
     return "accuracy", "maximize"
+
+
+def _complete(config: DictConfig, folder: Path) -> bool:
+    load_imports(config)
+    resolved = plain(config)
+    return results.changes(folder, resolved, results.fingerprint(resolved)) == []
 
 
 def _task(config: DictConfig) -> float:

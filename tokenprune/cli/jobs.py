@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from tokenprune.cli import guide, hydra_start, process
 from tokenprune.cli.checks import check_jobs
 from tokenprune.cli.configs import compose, composed_files, folders
+from tokenprune.cli.launching import Work, here
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
 from tokenprune.runs import results
 from tokenprune.runs.folders import LOCK, occupied
@@ -41,6 +42,7 @@ class Job:
         needs: The module that does the work, which takes seconds to load.
         wanted: Of a config, the name of what the task returns, and whether sweepers that search are
             to `maximize` or to `minimize` it.
+        complete: See `Work`.
     """
 
     command: str
@@ -48,6 +50,7 @@ class Job:
     check: Callable[[DictConfig], None]
     needs: str
     wanted: Callable[[DictConfig], tuple[str, str]]
+    complete: Callable[[DictConfig, Path], bool] | None = None
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs the command, once or for every run of a sweep; the exit code."""
@@ -66,10 +69,10 @@ class Job:
             compose(self.command, args.overrides, args.config_dir)
         elif not (args.hydra_help or args.info or args.shell_completion):
             check_launch()
-            check_jobs(self.command, args, self.check, self.wanted)
-            importlib.import_module(self.needs)
+            if check_jobs(self.command, args, self.check, self.wanted):
+                importlib.import_module(self.needs)
         with process.Interruptible():
-            hydra_start.start(self.command, args, self.task)
+            hydra_start.start(self.command, args, Work(self.task, self.complete))
         return 0
 
 
@@ -119,7 +122,8 @@ def tidy(folder: Path) -> Iterator[None]:
     """Holds a run's folder, and on an error leaves none half-written; tells it as `told` does."""
     with told(folder):
         try:
-            with occupied(folder), _discarded(folder):
+            # Of two sweeps that have the same run to do, one does it, and the other waits.
+            with occupied(folder, waits=not here()), _discarded(folder):
                 yield
         except BaseException:  # an interruption, too
             _remove_empty(folder)
@@ -143,6 +147,8 @@ def told(folder: Path) -> Iterator[None]:
         message = explain(error, folder)
         if message is None or os.environ.get("HYDRA_FULL_ERROR"):
             raise
+        if not here():
+            raise BadInput(message) from None  # goes to the sweep, which tells it
         print(f"tokenprune: {message}", file=sys.stderr)
         # Not an exception: Hydra would tell it once more.
         raise SystemExit(2) from error

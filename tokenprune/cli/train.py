@@ -20,11 +20,19 @@ from tokenprune.training.check import MONITORS, check
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("train", _task, check, "tokenprune.training.run", _wanted).run(arguments)
+    return Job("train", _task, check, "tokenprune.training.run", _wanted, _complete).run(arguments)
 
 
 def _wanted(config: DictConfig) -> tuple[str, str]:
     return config.monitor, f"{MONITORS[config.monitor]}imize"
+
+
+def _complete(config: DictConfig, folder: Path) -> bool:
+    from tokenprune.training.summary import SUMMARY
+
+    load_imports(config)
+    resolved = plain(config)
+    return results.changes(folder, resolved, results.fingerprint(resolved), SUMMARY) == []
 
 
 def _task(config: DictConfig) -> float | None:

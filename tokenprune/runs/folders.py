@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,19 +19,24 @@ from tokenprune.runs import files
 
 #: Lies in a folder while a run is at work there.
 LOCK = ".running"
+_PAUSE = 0.5  # seconds between looks at a folder that is another run's
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path, waits: bool = False) -> Iterator[None]:
     """Holds a run's folder inside its `with`; makes it where it does not exist.
 
     Processes that the holder has started itself belong to its run.
 
+    Args:
+        folder: The run's folder.
+        waits: Waits for another run's end.
+
     Raises:
-        ValueError: Another run holds it.
+        ValueError: Another run holds it, and that is not waited for.
         OSError: It cannot be written.
     """
-    descriptor = _lock(folder)
+    descriptor = _lock(folder, waits)
     if descriptor is None:
         yield
         return
@@ -43,9 +49,9 @@ def occupied(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, waits: bool) -> int | None:
     """The open file that holds a folder; None where a process above this one has it."""
-    path = folder / LOCK
+    path, told = folder / LOCK, False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -58,6 +64,13 @@ def _lock(folder: Path) -> int | None:
                 if holder == _name(os.getppid()):
                     os.close(descriptor)
                     return None
+                if waits:
+                    if not told:
+                        print(f"{folder}: waits for {holder or 'another run'}", flush=True)
+                    told = True
+                    os.close(descriptor)
+                    time.sleep(_PAUSE)
+                    continue
                 raise ValueError(
                     f"hydra.run.dir: expected a folder of its own, got {str(folder)!r}, where "
                     f"another run is at work ({holder or 'just started'}). Wait for its end, or "

@@ -1,0 +1,133 @@
+"""The runs of a sweep: started by Hydra's launcher, tabulated, and told where they failed.
+
+In this process one run after another, until one fails. In other processes (`launcher=joblib`) only
+what is missing is started, all of it is waited for, and what failed is told in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tokenprune.cli.collect import tabulate
+from tokenprune.cli.mistakes import BadInput, explain, one_line
+from tokenprune.runs.folders import LOCK
+from tokenprune.runs.tabulation import finish_sweep
+
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What Hydra runs: a command's task.
+
+    Attributes:
+        task: Does one run.
+        complete: Whether a folder holds a config's run, complete; None where only the run can say.
+    """
+
+    task: Callable[[DictConfig], Any]
+    complete: Callable[[DictConfig, Path], bool] | None = None
+
+    def __call__(self, config: DictConfig) -> Any:
+        return self.task(config)
+
+
+def here(config: DictConfig | None = None) -> bool:
+    """Whether runs are this process's own, rather than of those that a launcher starts.
+
+    Args:
+        config: Has the node `hydra`; None for the run that is at work.
+    """
+    hydra = HydraConfig.get() if config is None else config.hydra
+    basic = str(hydra.launcher._target_).endswith(".BasicLauncher")
+    return basic or hydra.mode != RunMode.MULTIRUN
+
+
+def run_all(
+    config: DictConfig,
+    launcher: Launcher,
+    loader: ConfigLoader,
+    work: Any,
+    jobs: Sequence[Sequence[str]],
+    names: Sequence[str],
+) -> Sequence[JobReturn]:
+    """Runs the jobs of a sweep and writes its tables.
+
+    Args:
+        config: The sweep's, with the node `hydra`.
+        launcher: Set up.
+        loader: Composes the configs of runs.
+        work: What is run, of which Hydra need not know that it is `Work`.
+        jobs: Overrides of every run.
+        names: Their folders in that of the sweep.
+
+    Raises:
+        BadInput: Some did not run to their end in other processes.
+    """
+    folder, baseline = Path(config.hydra.sweep.dir), config.get("baseline")
+    calls = [[*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)]
+    if here(config):
+        returned = launcher.launch(calls, initial_job_idx=0)
+        for job in returned:
+            _ = job.return_value  # raises what the job raised
+        finish_sweep(folder, names, baseline)
+        return returned
+
+    def complete(number: int) -> bool:
+        known = getattr(work, "complete", None)
+        if known is None or not (folder / names[number]).is_dir():
+            return False
+        own = loader.load_sweep_config(config, calls[number])
+        HydraConfig.instance().set_config(own)
+        OmegaConf.set_struct(own, False)
+        del own["hydra"]
+        return bool(known(own, folder / names[number]))
+
+    missing = [number for number in range(len(jobs)) if not complete(number)]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} runs: complete already", flush=True)
+    HydraConfig.instance().set_config(config)
+    failed, returned = {}, []
+    try:
+        if missing:
+            returned = launcher.launch([calls[number] for number in missing], initial_job_idx=0)
+        for number, job in zip(missing, returned, strict=True):
+            if job.status == JobStatus.FAILED:
+                failed[number] = _reason(job._return_value)
+    except Exception as error:
+        if explain(error) is not None:
+            raise
+        why = _reason(error)
+        failed = {number: why for number in missing if (folder / names[number] / LOCK).exists()}
+        failed = failed or dict.fromkeys(missing, why)
+    failed = {number: why for number, why in failed.items() if not complete(number)}
+    tabulate(folder, names, baseline)
+    if failed:
+        told = [f"{names[number]}: {why}" for number, why in list(failed.items())[:_NUM_NAMED]]
+        more = f"; and {len(failed) - _NUM_NAMED} more" if len(failed) > _NUM_NAMED else ""
+        raise BadInput(
+            f"sweep: expected {len(jobs)} complete runs, got {len(failed)} that failed: "
+            f"{'; '.join(told)}{more}. The same command runs only what is missing."
+        )
+    return returned
+
+
+def _reason(error: Any) -> str:
+    """Why a run failed, in one line without a full stop."""
+    told = explain(error) if isinstance(error, BaseException) else None
+    if told is None:
+        text = str(error).strip()
+        kind = type(error).__name__
+        said = "took longer than hydra.launcher.timeout allows" if kind == "TimeoutError" else text
+        told = said if kind == "RuntimeError" and text.startswith("job ") else f"{kind}: {said}"
+    return one_line(told).rstrip(".")
