@@ -1,4 +1,7 @@
-"""Commands under launchers of several processes: refused, and whole where there is one."""
+"""Commands under launchers of several processes: joined, or refused, and whole where there is one.
+
+Trainings and evaluations of several: tests/training/test_launched.py, tests/evaluation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from processes import run
 
 from tokenprune.cli import main as cli
 from tokenprune.runs import launchers
-from tokenprune.runs.trainers import OwnProcesses, build_trainer
+from tokenprune.runs.trainers import Launched, OwnProcesses, build_trainer
 
 #: What launchers of two set for the second process, and what each of them is told as.
 SEVERAL = {
@@ -21,8 +24,12 @@ SEVERAL = {
                  "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
                  "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"},
     "srun": {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
-             "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0",
-             "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+             "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
+             "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+             "SLURM_STEP_NODELIST": "n[07-08],m3"},
+}  # fmt: skip
+#: What no run joins: processes that cannot find each other.
+LOST = {
     "srun, another node": {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_NODEID": "1"},
     "mpirun": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"},
     "mpirun, MPICH": {"PMI_RANK": "1", "PMI_SIZE": "2"},
@@ -46,23 +53,21 @@ ALONE = {
     "a cluster's habits": {"WORLD_SIZE": "8", "MASTER_ADDR": "n1", "MASTER_PORT": "1",
                            "NODE_RANK": "3", "RANK": ""},
 }  # fmt: skip
-#: Sentences of each launcher's name.
-GROUPS = {"trainer=cpu": [], "trainer=ddp": ["trainer.devices=2"], "trainer=fsdp": []}
 
 
 @pytest.fixture
 def around(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The environment of a process under the launcher of that name."""
     name = str(request.param)
-    for variable, value in (SEVERAL | ALONE)[name].items():
+    for variable, value in (SEVERAL | LOST | ALONE)[name].items():
         monkeypatch.setenv(variable, value)
     return name
 
 
 @pytest.mark.parametrize("rank", ["first", "second"])
-@pytest.mark.parametrize("around", SEVERAL, indirect=True)
+@pytest.mark.parametrize("around", LOST, indirect=True)
 @pytest.mark.parametrize("command", ["eval", "train", "bench", "eval -m seed=0,1"])
-def test_g1_one_of_several_processes_is_refused(
+def test_g1_one_of_several_processes_that_cannot_meet_is_refused(
     command: str,
     around: str,
     rank: str,
@@ -70,21 +75,72 @@ def test_g1_one_of_several_processes_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if rank == "first" and around != "srun, another node":  # a batch script has that number, too
-        for name in SEVERAL[around]:
+        for name in LOST[around]:
             if name.endswith(("RANK", "PROCID", "LOCALID")):
                 monkeypatch.setenv(name, "0")
     message = refused(command.split(), capsys)
-    assert message.startswith(f"tokenprune: {around.partition(',')[0]}: expected to be started")
+    assert message.startswith(f"tokenprune: {around.partition(',')[0]}: expected ")
+    assert "one of several processes" in message
     assert "Start the command by itself" in message
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("around", ["torchrun", "srun"], indirect=True)
-@pytest.mark.parametrize("command", ["eval", "train"])
-def test_g2_whatever_the_trainer(
-    command: str, around: str, group: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("around", SEVERAL, indirect=True)
+def test_g1_one_process_does_measure(around: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["bench"], capsys)
+    assert message.startswith(f"tokenprune: {around}: expected to be started once, got ")
+
+
+@pytest.mark.parametrize("around", SEVERAL, indirect=True)
+def test_g2_a_process_finds_its_place(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = launchers.launched()
+    assert launch is not None
+    assert (launch.launcher, launch.rank, launch.size) == (around, 1, 2)
+    own = Launched(launch)
+    assert (own.global_rank(), own.world_size()) == (1, 2)
+    assert own.creates_processes_externally
+    if around == "srun":
+        assert (own.local_rank(), own.node_rank(), launch.num_nodes) == (0, 1, 2)
+        assert (own.main_address, own.main_port, launch.keeps_store) == ("n07", 15070, False)
+        monkeypatch.setenv("SLURM_JOB_ID", "123456")
+        assert 15000 <= Launched(launchers.launched()).main_port < 30000
+        monkeypatch.setenv("MASTER_ADDR", "m3")
+        monkeypatch.setenv("MASTER_PORT", "2000")
+        assert Launched(launchers.launched()).main_address == "m3"
+        assert Launched(launchers.launched()).main_port == 2000
+        monkeypatch.setenv("SLURM_LOCALID", "1")
+        with pytest.raises(ValueError, match=r"^srun: expected 1 tasks on each machine, one mach"):
+            launchers.launched()
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+        with pytest.raises(ValueError, match=r"^srun: expected as many processes on each machine"):
+            launchers.launched()
+    else:
+        assert (own.local_rank(), own.node_rank(), launch.num_nodes) == (1, 0, 1)
+        assert (own.main_address, own.main_port) == ("127.0.0.1", 29500)
+        assert launch.keeps_store
+
+
+@pytest.mark.parametrize("around", SEVERAL, indirect=True)
+def test_g2_a_trainer_has_the_processes_that_there_are(
+    around: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "one of several processes" in refused([command, group, *GROUPS[group]], capsys)
+    launch = launchers.launched()
+    assert launch is not None
+    there = {"devices": launch.local_size, "num_nodes": launch.num_nodes}
+    for own in ({}, {"devices": "auto"}, {"devices": -1, "num_nodes": 1}, there):
+        assert launchers.fit_trainer(own, launch) == there
+    assert launchers.fit_trainer({"devices": 7}, None) == {}
+    with pytest.raises(ValueError, match=rf"^trainer.devices: expected .* {around} has .* got 3"):
+        launchers.fit_trainer({"devices": 3}, launch)
+    with pytest.raises(ValueError, match=r"^trainer.num_nodes: expected .*, got 3. Set"):
+        launchers.fit_trainer({"num_nodes": 3}, launch)
+    # What a trainer takes its process for would hold for all later ones of this process.
+    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)
+    options = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": "auto"}
+    options |= {"strategy": "ddp_spawn", "logger": False, "enable_checkpointing": False}
+    trainer = build_trainer(options)
+    assert (trainer.world_size, trainer.global_rank) == (2, 1)
+    assert trainer.num_nodes == launch.num_nodes
+    assert trainer.strategy.launcher.procs == []
 
 
 @pytest.mark.parametrize("command", ["list", "eval --help", "eval --cfg job", "flops model=tiny"])
@@ -97,11 +153,14 @@ def test_g1_what_leaves_nothing_works_anywhere(command: str, around: str) -> Non
 @pytest.mark.parametrize("more", [[], ["trainer=ddp"], ["trainer=fsdp"]], ids=" ".join)
 @pytest.mark.parametrize("value", [2, 0, "null2"])
 @pytest.mark.share(3)
-def test_g3_several_machines_are_refused_at_once(
+def test_g3_machines_that_nobody_has_started_are_refused_at_once(
     command: str, more: list[str], value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refused([command, *more, f"+trainer.num_nodes={value}"], capsys)
-    assert f"trainer.num_nodes: expected 1, this machine, got {value!r}" in message
+    message = refused([command, *more, f"trainer.num_nodes={value}"], capsys)
+    if value == 2:
+        assert "to say where 2 machines meet, got none for NODE_RANK, MASTER_ADDR" in message
+    else:
+        assert f"trainer.num_nodes: expected 1, this machine, got {value!r}" in message
 
 
 @pytest.mark.parametrize("around", ALONE, indirect=True)
@@ -131,18 +190,22 @@ def test_g2_processes_of_a_run_meet_on_this_machine(
     options |= {"strategy": "ddp_spawn", "logger": False, "enable_checkpointing": False}
     trainer = build_trainer(options)
     assert isinstance(trainer.strategy.cluster_environment, OwnProcesses)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(ValueError, match=r"^trainer.devices: expected 1 under torchrun, got 2"):
-        build_trainer(options)
 
 
-@pytest.mark.parametrize("command", ["eval", "train trainer=ddp trainer.devices=2"])
-@pytest.mark.share(2)
-def test_g1_torchrun_itself(command: str) -> None:
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "train trainer=ddp data.batch_size=0",
+        "eval trainer=cpu",
+        "eval trainer=ddp strategy=x",
+    ],
+)
+def test_g1_a_mistake_is_told_by_one_process(mistake: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = run([*launcher, "--no-python", *COMMAND, *command.split()], 1)
+    done = run([*launcher, "--no-python", *COMMAND, *mistake.split()], 1)
     said = re.findall(r"^tokenprune: .*", done.stderr, re.MULTILINE)
-    assert said
-    assert all("torchrun: expected to be started once" in line for line in said)
+    assert len(said) == 1, done.stderr
+    assert ": expected " in said[0]
     assert re.search(r"exitcode +: 2 ", done.stderr)
     assert list(Path().iterdir()) == []

@@ -99,7 +99,11 @@ def _trainer(batches: int, per_epoch: int, processes: int = 1) -> SimpleNamespac
     progress = SimpleNamespace(total=SimpleNamespace(processed=batches))
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     return SimpleNamespace(
-        fit_loop=loops, num_training_batches=per_epoch, world_size=processes, global_rank=0
+        fit_loop=loops,
+        num_training_batches=per_epoch,
+        world_size=processes,
+        global_rank=0,
+        accumulate_grad_batches=1,
     )
 
 
@@ -121,24 +125,57 @@ def test_the_order_does_not_change_in_the_middle_of_an_epoch():
     assert list(data.train_dataloader().sampler) == epoch[8:]
 
     for change, message in {
-        "batch_size": "data.batch_size: expected 4, as when .*, got 2. Set it back",
+        "batch_size": "data.batch_size: expected 4 samples a step, as when .*, got 2: 1 processes "
+        "with 1 batches of 2. Set trainer.accumulate_grad_batches=2, or ckpt_path=null",
         "seed": "data.seed: expected 3, as when .*, got 2. Set it back",
     }.items():
         data = module(6, 4, **{change: 2})
-        data.load_state_dict(middle)
         with pytest.raises(ValueError, match=message):
-            data.train_dataloader()
+            data.load_state_dict(middle)
     data = module(6, 4)
     data.trainer.world_size = 2
-    data.load_state_dict(middle)
-    with pytest.raises(ValueError, match=r"trainer.devices: expected 1, as when .*, got 2. Set"):
-        data.train_dataloader()
+    with pytest.raises(ValueError, match=r"expected 4 .*, got 8: 2 .* Set data.batch_size=2, or"):
+        data.load_state_dict(middle)
 
-    data = module(8 + 9, 7, batch_size=2)
+    data = module(14 + 2, 7, batch_size=2)
     data.load_state_dict(end)
+    assert data.resumed == (14, 7)
     assert list(data.train_dataloader().sampler) == _epoch(EpochShuffle(14, 2, seed=3), 2)
     again = data.state_dict()
-    assert (again["epoch"], again["batch"]) == (3, 2)
+    assert (again["epoch"], again["batch"]) == (2, 2)
+
+
+def test_other_processes_go_on_with_the_same_steps():
+    """Two processes with batches of 2 had begun; one goes on with 4, or with two batches of 2."""
+
+    def module(
+        batches: int, per_epoch: int, size: int, processes: int, steps: int
+    ) -> VQADataModule:
+        data = VQADataModule(
+            train=SceneDataset("train", 14),
+            processor=build_processor("llava", LLAVA),
+            batch_size=size,
+        )
+        data.trainer = _trainer(batches, per_epoch, processes)
+        data.trainer.accumulate_grad_batches = steps
+        return data
+
+    state = module(6, 4, 2, 2, 1).state_dict()
+    assert (state["epoch"], state["batch"]) == (1, 2)
+    epoch = _epoch(EpochShuffle(14, 4), 1)
+    for size, processes, accumulated, resumed in (
+        (4, 1, 1, (6, 2)),
+        (2, 1, 2, (7 + 4, 4)),
+        (1, 4, 1, (6, 2)),
+        (2, 2, 1, (6, 2)),
+    ):
+        data = module(0, 0, size, processes, accumulated)
+        data.load_state_dict(state)
+        assert data.resumed == resumed
+        assert list(data.train_dataloader().sampler) == epoch[8:][::processes]
+        data.trainer = _trainer(resumed[0] + 1, -(-14 // (size * processes)), processes)
+        again = data.state_dict()
+        assert (again["epoch"], again["batch"]) == (1, resumed[1] + 1)
 
 
 def test_validation_gives_each_sample_to_one_process():

@@ -6,6 +6,7 @@ what runs it loaded, and only then does Hydra start it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import logging
@@ -26,9 +27,9 @@ from tokenprune.cli.checks import check_jobs
 from tokenprune.cli.configs import compose, composed_files, folders
 from tokenprune.cli.launching import Work, here
 from tokenprune.cli.mistakes import BadInput, explain, is_interruption
-from tokenprune.runs import results
+from tokenprune.runs import launchers, results, team
+from tokenprune.runs.devices import num_gpus
 from tokenprune.runs.folders import LOCK, occupied
-from tokenprune.runs.launchers import check_launch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Job:
         wanted: Of a config, the name of what the task returns, and whether sweepers that search are
             to `maximize` or to `minimize` it.
         complete: See `Work`.
+        shared: Whether it may be one of several processes that torchrun or srun has started.
     """
 
     command: str
@@ -51,6 +53,7 @@ class Job:
     needs: str
     wanted: Callable[[DictConfig], tuple[str, str]]
     complete: Callable[[DictConfig, Path], bool] | None = None
+    shared: bool = True
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs the command, once or for every run of a sweep; the exit code."""
@@ -68,11 +71,47 @@ class Job:
         if args.cfg:
             compose(self.command, args.overrides, args.config_dir)
         elif not (args.hydra_help or args.info or args.shell_completion):
-            check_launch()
+            launch = self._launched(args.overrides, arguments)
+            if launch is not None:
+                return self._share(launch, args)
             if check_jobs(self.command, args, self.check, self.wanted):
                 importlib.import_module(self.needs)
+        self._start(args)
+        return 0
+
+    def _start(self, args: argparse.Namespace) -> None:
         with process.Interruptible():
             hydra_start.start(self.command, args, Work(self.task, self.complete))
+
+    def _launched(
+        self, overrides: Sequence[str], arguments: Sequence[str]
+    ) -> launchers.Launch | None:
+        """This process among those that a launcher has started, if it has started several.
+
+        Started once on each of several machines, the command becomes a torchrun there.
+        """
+        if not self.shared:
+            launchers.check_launch()
+            return None
+        launch = launchers.launched()
+        given = dict(item.lstrip("+").split("=", 1) for item in overrides if "=" in item)
+        nodes = given.get("trainer.num_nodes", "1")
+        if launch is None and nodes.isdecimal() and int(nodes) > 1:
+            asked = given.get("trainer.devices", "auto")
+            processes = int(asked) if asked.isdecimal() else max(1, num_gpus())
+            launchers.exec_torchrun(int(nodes), processes, [self.command, *arguments])
+        return launch
+
+    def _share(self, launch: launchers.Launch, args: argparse.Namespace) -> int:
+        """Leads the processes of a launcher, or follows; the exit code."""
+        if launch.rank > 0:
+            process.leave()
+            importlib.import_module(self.needs)
+            return team.follow(launch)
+        with team.led(launch):
+            check_jobs(self.command, args, self.check, self.wanted)
+            importlib.import_module(self.needs)
+            self._start(args)
         return 0
 
 
@@ -118,12 +157,18 @@ def tell(folder: Path, metrics: Mapping[str, Any], changes: Sequence[str] | None
 
 
 @contextlib.contextmanager
-def tidy(folder: Path) -> Iterator[None]:
-    """Holds a run's folder, and on an error leaves none half-written; tells it as `told` does."""
+def tidy(folder: Path, part: str = "") -> Iterator[None]:
+    """Holds a run's folder, and on an error leaves none half-written; tells it as `told` does.
+
+    Args:
+        folder: The run's.
+        part: What of it is held, where others work at other parts of it.
+    """
     with told(folder):
         try:
             # Of two sweeps that have the same run to do, one does it, and the other waits.
-            with occupied(folder, waits=not here()), _discarded(folder):
+            held = occupied(folder, part, waits=not here())
+            with held, contextlib.nullcontext() if part else _discarded(folder):
                 yield
         except BaseException:  # an interruption, too
             _remove_empty(folder)
@@ -156,12 +201,12 @@ def told(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _discarded(folder: Path) -> Iterator[None]:
-    """On an error removes what is new in a folder, unless a training can go on from that."""
+    """On an error removes what is new in a folder, unless a run can go on from that."""
     before = {*folder.iterdir(), folder / LOCK}
     try:
         yield
     except BaseException:
-        if not any(folder.glob("checkpoints/*")):
+        if not any((*folder.glob("checkpoints/*"), *folder.glob("parts/*"))):
             for path in set(folder.iterdir()) - before:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

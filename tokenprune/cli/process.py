@@ -63,6 +63,11 @@ def follow() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def leave() -> None:
+    """Of several processes of one command, all but the first end by Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _spare_bytecode() -> None:
     """Keeps Python from writing .pyc files where they may be cut off.
 

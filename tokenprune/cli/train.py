@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.cli.jobs import Job, quiet, tidy
-from tokenprune.runs import results
+from tokenprune.runs import results, team
 from tokenprune.runs.compose import plain
 from tokenprune.runs.targets import load_imports
 from tokenprune.training.check import MONITORS, check
@@ -41,7 +42,6 @@ def _task(config: DictConfig) -> float | None:
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     with tidy(folder), quiet():
         from tokenprune.training.checkpoints import LAST, Stopped
-        from tokenprune.training.run import train
         from tokenprune.training.summary import SUMMARY
 
         load_imports(config)
@@ -61,15 +61,26 @@ def _task(config: DictConfig) -> float | None:
             elif config.ckpt_path == "last":  # of a sweep that had not come so far
                 config.ckpt_path = None
         try:
-            train(config, folder)
+            team.together(_train, plain(config), folder)
         except Stopped as stop:
             again = f"the same command with ckpt_path=last hydra.run.dir={folder}"
             if sweeps:
                 again = "the same command once more"
-            hint = f" To go on: {again}" if (folder / LAST).is_file() else ""
+            hint = f" To go on: {again}" if (folder / LAST).exists() else ""
             print(f"tokenprune: training was stopped {stop}.{hint}", file=sys.stderr)
             raise SystemExit(128 + stop.signum) from None
         return _monitored(config, folder / SUMMARY)
+
+
+def _train(resolved: dict[str, Any], folder: Path) -> None:
+    """Trains, in each of the processes that do it."""
+    with quiet():
+        from tokenprune.training.run import train
+
+        load_imports(resolved)
+        config = OmegaConf.create(resolved)
+        assert isinstance(config, DictConfig)
+        train(config, folder)
 
 
 def _monitored(config: DictConfig, summary: Path) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class VQADataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._start = (0, 0)
         self._interrupted: dict[str, Any] | None = None
+        self.resumed: tuple[int, int] | None = None
 
     @classmethod
     def from_folder(
@@ -206,7 +208,6 @@ class VQADataModule(pl.LightningDataModule):
         data = self._data(self.train, "train")
         trainer: Any = self.trainer
         processes = self._processes(data, "train")
-        self._check_resumed(_length(data), processes)
         shuffle = EpochShuffle(
             _length(data),
             self.batch_size,
@@ -253,32 +254,59 @@ class VQADataModule(pl.LightningDataModule):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where `state_dict` stood."""
-        if state_dict:
-            self._start = (state_dict["epoch"], state_dict["batch"])
-            self._interrupted = state_dict
+        """Goes on where `state_dict` stood, with as many processes as there are now.
+
+        Raises:
+            ValueError: In the middle of an epoch, steps would have other samples than before.
+        """
+        if not state_dict or self.train is None:
+            return
+        trainer: Any = self.trainer
+        length, epoch, batch = _length(self.train), state_dict["epoch"], state_dict["batch"]
+        before, now = state_dict, self._order(length, trainer.world_size)
+        if batch > 0:
+            self._check_resumed(before, now)
+        sizes = [order["batch_size"] * order["processes"] for order in (before, now)]
+        batch = batch * sizes[0] // sizes[1]
+        batches = epoch * math.ceil(length / sizes[1]) + batch
+        self._start, self._interrupted = (epoch, batch), state_dict | {"batches": batches}
+        #: Batches until then, and those of an epoch at its end, as the trainer counts them now.
+        self.resumed = batches, batch or (math.ceil(length / sizes[1]) if epoch > 0 else 0)
 
     def _order(self, length: int, processes: int) -> dict[str, int]:
         """What the order of samples, and their place in batches, follows from."""
+        trainer: Any = self.trainer
         return {
             "num_samples": length,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "processes": processes,
+            "accumulated": trainer.accumulate_grad_batches,
         }
 
-    def _check_resumed(self, length: int, processes: int) -> None:
+    def _check_resumed(self, before: dict[str, int], now: dict[str, int]) -> None:
         """In the middle of an epoch, nothing that decides the order may have changed."""
-        if self._interrupted is None or self._start[1] == 0:
-            return
-        for name, own in self._order(length, processes).items():
-            if (before := self._interrupted[name]) != own:
-                key = {"processes": "trainer.devices", "num_samples": "the data"}
+        whole = "as when training was interrupted in the middle of an epoch"
+        for name, key in (("num_samples", "the data"), ("seed", "data.seed")):
+            if before[name] != now[name]:
                 raise ValueError(
-                    f"{key.get(name, f'data.{name}')}: expected {before}, as when training was "
-                    f"interrupted in the middle of an epoch, got {own}. Set it back, or "
+                    f"{key}: expected {before[name]}, {whole}, got {now[name]}. Set it back, or "
                     "ckpt_path=null to start anew."
                 )
+        parts = ("batch_size", "processes", "accumulated")
+        old, new = (math.prod(order.get(part, 1) for part in parts) for order in (before, now))
+        if old != new:
+            each = now["processes"] * now["batch_size"]
+            remedy = f"data.batch_size={before['batch_size']} with as many processes as before"
+            if old % each == 0:
+                remedy = f"trainer.accumulate_grad_batches={old // each}"
+            elif old % (now["processes"] * now["accumulated"]) == 0:
+                remedy = f"data.batch_size={old // (now['processes'] * now['accumulated'])}"
+            raise ValueError(
+                f"data.batch_size: expected {old} samples a step, {whole}, got {new}: "
+                f"{now['processes']} processes with {now['accumulated']} batches of "
+                f"{now['batch_size']}. Set {remedy}, or ckpt_path=null to start anew."
+            )
 
     def _loader(
         self,

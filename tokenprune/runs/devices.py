@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tokenprune.runs.launchers import fit_trainer, launched
+
 #: Precisions in which weights keep small updates.
 PRECISIONS = (None, "32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
 
@@ -16,19 +18,24 @@ _NOT_ON_CPU = (
 
 
 def check_nodes(trainer: Mapping[str, Any]) -> None:
-    """Refuses a trainer's config of several machines, which would wait for each other.
+    """Refuses a trainer's config of other processes than there are, which would wait for them.
 
     Args:
         trainer: Arguments of `pytorch_lightning.Trainer`.
 
     Raises:
-        ValueError: There are several.
+        ValueError: It asks for several machines where no launcher has started any, or for other
+            numbers than a launcher has.
     """
-    nodes = trainer.get("num_nodes")
-    if nodes not in (None, 1):
+    launch, nodes = launched(), trainer.get("num_nodes")
+    if launch is not None:
+        fit_trainer(trainer, launch)
+        return
+    if nodes not in (None, 1) or isinstance(nodes, bool):
         raise ValueError(
-            f"trainer.num_nodes: expected 1, this machine, got {nodes!r}. Leave it out; "
-            "trainer.devices says how many processes run here."
+            f"trainer.num_nodes: expected 1, this machine, got {nodes!r}. Leave it out, and "
+            "start the command by torchrun or srun on as many machines as there are "
+            "(docs/scale.md)."
         )
 
 
@@ -43,21 +50,28 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
             processes; or it asks for other machines.
     """
     check_nodes(trainer)
+    launch = launched()
+    trainer = dict(trainer) | fit_trainer(trainer, launch)
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
-    num_gpus = _num_gpus(trainer)
-    if accelerator in ("gpu", "cuda") and num_gpus == 0:
+    gpus = _num_gpus(trainer)
+    if accelerator in ("gpu", "cuda") and gpus == 0:
         raise ValueError(
             f"trainer.accelerator: expected a device of this machine, got {accelerator!r} without "
             "any GPU that torch can use. Set trainer=cpu, or install a CUDA build of torch."
         )
-    uses_gpus = accelerator in ("gpu", "cuda", "auto") and num_gpus > 0
-    if uses_gpus and (most := _num_devices(devices)) > num_gpus:
+    uses_gpus = accelerator in ("gpu", "cuda", "auto") and gpus > 0
+    if uses_gpus and (most := _num_devices(devices)) > gpus:
+        remedy = "Set trainer.devices=auto."
+        if launch is not None:
+            remedy = "Give each process all GPUs of its machine (srun: no --gpus-per-task)."
         raise ValueError(
-            f"trainer.devices: expected at most {num_gpus}, the GPUs of this machine, got "
-            f"{devices!r}: {most} processes. Set trainer.devices=auto."
+            f"trainer.devices: expected at most {gpus}, the GPUs of this machine, got "
+            f"{devices!r}: {most} processes. {remedy}"
         )
     cores = os.cpu_count() or 1
-    if not uses_gpus and _on_cpu(trainer) and (most := _num_devices(devices)) > cores:
+    # Who starts processes by a launcher has decided how many.
+    own = launch is None and not uses_gpus and _on_cpu(trainer)
+    if own and (most := _num_devices(devices)) > cores:
         raise ValueError(
             f"trainer.devices: expected at most {cores}, the cores of this CPU, got {devices!r}. "
             "Lower trainer.devices."
@@ -136,6 +150,23 @@ def check_evaluation(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def parse_shard(shard: object) -> tuple[int, int] | None:
+    """A shard's number and how many there are: (3, 8) of `3/8`; None where there are none.
+
+    Raises:
+        ValueError: It is no shard.
+    """
+    if shard is None:
+        return None
+    rank, _, size = str(shard).partition("/")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(
+            f"shard: expected null, or a number and how many there are, counted from 0, got "
+            f"{shard!r}. Set shard=0/8 to shard=7/8 for eight."
+        )
+    return int(rank), int(size)
+
+
 def default_device() -> str:
     """Where a model goes that no trainer moves: a GPU, if there is one."""
     import torch
@@ -144,13 +175,16 @@ def default_device() -> str:
 
 
 # torch takes a second to load: it is asked only where its answer counts.
-def _num_gpus(trainer: Mapping[str, Any]) -> int:
-    """GPUs that torch can use, where the trainer would take one."""
-    if trainer.get("accelerator", "auto") == "cpu":
-        return 0
+def num_gpus() -> int:
+    """GPUs that torch can use."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _num_gpus(trainer: Mapping[str, Any]) -> int:
+    """The same, where the trainer would take one."""
+    return 0 if trainer.get("accelerator", "auto") == "cpu" else num_gpus()
 
 
 def _lacks_bf16(trainer: Mapping[str, Any]) -> bool:

@@ -116,20 +116,39 @@ def locate(error: BaseException, path: Path, beside: Path) -> OSError | None:
 
 
 def clear(folder: Path) -> None:
-    """Removes drafts that killed processes have left in a folder, where no other one is at work."""
+    """Removes drafts that killed processes have left in a folder, where no other one is at work.
+
+    What was on its way out when its process was killed, with nothing in its place yet, comes back.
+    """
     for pattern in (f".*{DRAFT}", f"*/.*{DRAFT}"):
         for path in folder.glob(pattern):
-            _remove(path)
+            before = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{32}}{_OLD}", path.name)
+            if before and not path.with_name(before[1]).exists():
+                os.replace(path, path.with_name(before[1]))
+            else:
+                _remove(path)
+
+
+_OLD = f".old{DRAFT}"
 
 
 def _put(beside: Path, path: Path) -> None:
-    if not (beside.is_dir() and path.is_dir()):
+    if not path.exists() or not (beside.is_dir() or path.is_dir()):
         os.replace(beside, path)
         return
-    old = beside.with_name(f"{beside.name.removesuffix(DRAFT)}.old{DRAFT}")
+    old = beside.with_name(f"{beside.name.removesuffix(DRAFT)}{_OLD}")
     os.replace(path, old)  # a folder with files in it takes no other's place
     os.replace(beside, path)
     _remove(old)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all in it, if there is one.
+
+    Raises:
+        OSError: It stays.
+    """
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

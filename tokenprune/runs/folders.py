@@ -23,35 +23,38 @@ _PAUSE = 0.5  # seconds between looks at a folder that is another run's
 
 
 @contextmanager
-def occupied(folder: Path, waits: bool = False) -> Iterator[None]:
+def occupied(folder: Path, part: str = "", waits: bool = False) -> Iterator[None]:
     """Holds a run's folder inside its `with`; makes it where it does not exist.
 
     Processes that the holder has started itself belong to its run.
 
     Args:
         folder: The run's folder.
-        waits: Waits for another run's end.
+        part: What of it is held, where several work at parts of it at once.
+        waits: For the end of another run there, instead of refusing.
 
     Raises:
         ValueError: Another run holds it, and that is not waited for.
         OSError: It cannot be written.
     """
-    descriptor = _lock(folder, waits)
+    path = folder / f"{LOCK}{part}"
+    descriptor = _lock(path, waits)
     if descriptor is None:
         yield
         return
     try:
-        files.clear(folder)
+        if not part:
+            files.clear(folder)
         yield
     finally:
         # First, so that nobody who waits for the lock gets that of a file that is gone.
-        (folder / LOCK).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _lock(folder: Path, waits: bool) -> int | None:
+def _lock(path: Path, waits: bool) -> int | None:
     """The open file that holds a folder; None where a process above this one has it."""
-    path, told = folder / LOCK, False
+    folder, told = path.parent, False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import (
     LightningEnvironment,
     find_free_network_port,
 )
+from pytorch_lightning.strategies import DDPStrategy
 
 from tokenprune.runs import launchers, targets
 
@@ -36,23 +38,71 @@ def quiet(messages: Sequence[str] = ()) -> Iterator[None]:
 
 
 def build_trainer(config: Any, **arguments: Any) -> pl.Trainer:
-    """The trainer that a config names; it starts its processes itself, whatever is around it.
+    """The trainer that a config names.
+
+    It joins the processes that torchrun or srun has started; where there are none, it starts its
+    own, whatever is around it.
 
     Args:
         config: Its `_target_` and arguments.
         arguments: Further ones.
 
     Raises:
-        ValueError: It would start several under torchrun.
+        ValueError: It asks for other processes than there are.
     """
+    launch = launchers.launched()
     if config.get("plugins") is None:
-        arguments["plugins"] = [OwnProcesses()]
+        arguments["plugins"] = [OwnProcesses() if launch is None else Launched(launch)]
+    options = dict(config) | launchers.fit_trainer(config, launch)
     with quiet():
         # Partial: arguments are objects, which a config does not hold.
-        trainer = targets.build(config, "trainer", _partial_=True)(**arguments)
+        trainer = targets.build(options, "trainer", _partial_=True)(**arguments)
     assert isinstance(trainer, pl.Trainer)
-    launchers.check_torchrun(trainer.num_devices)
+    if launch is not None and isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._start_method = "popen"  # which starts none where all are there
+        trainer.strategy._configure_launcher()
     return trainer
+
+
+class Launched(ClusterEnvironment):
+    """Processes that a launcher has started, on any number of machines."""
+
+    def __init__(self, launch: launchers.Launch) -> None:
+        self.launch = launch
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @staticmethod
+    def detect() -> bool:
+        return launchers.launched() is not None
+
+    @property
+    def main_address(self) -> str:
+        return self.launch.address
+
+    @property
+    def main_port(self) -> int:
+        return self.launch.port
+
+    def world_size(self) -> int:
+        return self.launch.size
+
+    def set_world_size(self, size: int) -> None:
+        """They are as many as there are."""
+
+    def global_rank(self) -> int:
+        return self.launch.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is the launcher's."""
+
+    def local_rank(self) -> int:
+        return self.launch.local_rank
+
+    def node_rank(self) -> int:
+        return self.launch.node_rank
 
 
 class OwnProcesses(LightningEnvironment):

@@ -21,7 +21,7 @@ TUNINGS = ("full", "projector", "lora")
 MONITORS = {"val_loss": "min", "val_accuracy": "max"}
 
 
-_TRAINER = ("accelerator", "strategy", "precision", "max_steps", "max_epochs", "num_nodes")
+_TRAINER = ("accelerator", "strategy", "precision", "max_steps", "max_epochs")
 _RATES = ("learning_rate", "learning_rates", "weight_decay", "warmup", "schedule_warmup")
 _SAVING = ("checkpoint_every", "monitor", "keep", "patience")
 
@@ -35,7 +35,7 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: If one is.
     """
-    check_settings(entries(config.trainer, _TRAINER))
+    check_settings(entries(config.trainer, (*_TRAINER, "num_nodes", "devices")))
     own = entries(config.model, ("tuning", "lora")) | entries(config, ("parts", *_RATES, *_SAVING))
     check_tuning(own["tuning"], own["parts"])
     Lora(**own["lora"])

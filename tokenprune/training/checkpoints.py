@@ -7,12 +7,14 @@ follows from it.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader
 
 from tokenprune.runs.files import draft
+from tokenprune.training.sharding import Sharded
 
 #: Where an interrupted training goes on from, and the weights of the best validation.
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
@@ -130,6 +134,19 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._saved = -1
         self._stop = 0
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets the trainer count in batches of now: other processes may have others."""
+        own: Any = trainer
+        resumed = getattr(own.datamodule, "resumed", None)
+        if resumed is None:  # somebody else's data
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for name, count in zip(("total", "current"), resumed, strict=True):
+            ready = progress[name]["ready"]
+            progress[name] = {key: count + own - ready for key, own in progress[name].items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self._best}
 
@@ -216,8 +233,28 @@ def _save(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
 
     Lightning moves a file from the folder for temporary ones, which may be on another disk.
     """
-    with draft(path) as beside:
-        trainer.save_checkpoint(beside, weights_only=weights_only)
+    strategy = trainer.strategy
+    shards = isinstance(strategy, Sharded) and not weights_only
+    with strategy.in_shards() if isinstance(strategy, Sharded) and shards else nullcontext():
+        try:
+            if shards and not trainer.is_global_zero:
+                trainer.save_checkpoint(path)  # where the first process says
+                return
+            with draft(path) as beside:
+                trainer.save_checkpoint(beside, weights_only=weights_only)
+        except CheckpointException as error:
+            raise _first(error, path) from error
+
+
+def _first(error: CheckpointException, path: Path) -> BaseException:
+    """What one of the processes could not write, where that is the reason."""
+    for rank, (cause, _) in sorted(error.failures.items()):
+        if isinstance(cause, OSError):
+            told = f"{cause.strerror or cause} (process {rank})"
+            return OSError(cause.errno or errno.EIO, told, str(path))
+        if "inline_container" in str(cause):  # torch's writer does not say why
+            return OSError(errno.EIO, f"a file was not written whole (process {rank})", str(path))
+    return error
 
 
 def _is_over(trainer: pl.Trainer) -> bool:

@@ -22,7 +22,7 @@ from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
 from tokenprune.training.check import Lora, check_logits, check_rates
 from tokenprune.training.quiet import quiet_if_started
-from tokenprune.training.sharding import shard
+from tokenprune.training.sharding import WEIGHTS, shard
 from tokenprune.training.throughput import forward_flops
 from tokenprune.training.tuning import build_optimizer, cosine, parts_of, tune
 from tokenprune.training.validation import Tally, guesses
@@ -298,7 +298,9 @@ class FineTune(pl.LightningModule):
         trained = {name for name, value in self.named_parameters() if value.requires_grad}
         kept = trained | {name for name, _ in self.named_buffers()}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
+        own = {name: state[name] for name in state if name in kept}
+        checkpoint["state_dict"] = own
+        checkpoint[WEIGHTS] = {name: list(value.shape) for name, value in own.items()}
         checkpoint["unsupervised_batches"] = float(self.num_unsupervised)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

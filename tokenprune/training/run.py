@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 
 from tokenprune.runs import compose, files, results, targets
 from tokenprune.runs.devices import check_training
+from tokenprune.runs.launchers import is_alone, is_first
 from tokenprune.runs.loggers import build_logger, log_config
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.trainers import build_trainer
@@ -28,6 +29,7 @@ from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, St
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
+from tokenprune.training.sharding import Sharded
 from tokenprune.training.summary import SUMMARY, sentence, summarise
 from tokenprune.training.throughput import Throughput, length, size
 
@@ -55,31 +57,14 @@ def train(config: DictConfig, output_dir: Path) -> None:
     resolved = compose.plain(config)
     options = dict(resolved["trainer"])
     check_training(options)
+    first = is_first()
     start = resume.find_checkpoint(config.ckpt_path, output_dir)
     marks = results.fingerprint(resolved)
     changes = results.changes(output_dir, resolved, marks, LAST) if start is not None else None
-    if changes:
+    if changes and first:
         print(f"ckpt_path: goes on with another {', '.join(changes)} than before", flush=True)
-    # Not from the evaluation's memory: this model changes.
-    recipe = dict(resolved["model"])
-    tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
-    loaded = targets.build(recipe, "model", LoadedModel)
-    pruning = compose.fit_pruning(config, loaded.model)
-    torch.manual_seed(config.seed)  # adapters start at random
-    module = FineTune(
-        loaded,
-        pruning,
-        tuning=tuning,
-        parts=resolved["parts"],
-        lora=Lora(**lora),
-        learning_rate=config.learning_rate,
-        learning_rates=resolved["learning_rates"],
-        weight_decay=config.weight_decay,
-        warmup=config.warmup,
-        schedule_warmup=config.schedule_warmup,
-        gradient_checkpointing=config.gradient_checkpointing,
-        logits=config.logits,
-    )
+    module = _build_module(config)
+    loaded, pruning = module.loaded, module.pruning
     _check_precision(loaded.model, options)
     if start is not None:
         resume.check_weights(start, module)
@@ -106,7 +91,10 @@ def train(config: DictConfig, output_dir: Path) -> None:
         enable_model_summary=False,
     )
     signals.tell(trainer)
-    resume.cut_curves(trainer, start)
+    if start is not None:
+        resume.check_strategy(start, trainer.strategy)
+    if first:
+        resume.cut_curves(trainer, start)
     with quiet():
         try:
             with signals:
@@ -117,9 +105,19 @@ def train(config: DictConfig, output_dir: Path) -> None:
             raise
     if signals.received:  # as training ended by itself
         raise Stopped(signals.received)
-    if start is not None and (output_dir / SUMMARY).is_file():
-        print(f"nothing left to train: {output_dir}", flush=True)
+    if start is not None and not begin.begun and (output_dir / SUMMARY).is_file():
+        if first:
+            print(f"nothing left to train: {output_dir}", flush=True)
         return
+    if isinstance(trainer.strategy, Sharded) and not is_alone():
+        # The launcher's processes still hold shards: a plain module takes their place.
+        before, names = module, [n for n, p in module.named_parameters() if p.requires_grad]
+        whole = trainer.strategy.whole_weights(names)
+        module = _build_module(config)
+        module.load_state_dict(whole, strict=False)
+        module.num_unsupervised = before.num_unsupervised
+        loaded = module.loaded
+        del before
     counts = {
         "num_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "num_parameters": sum(p.numel() for p in module.parameters()),
@@ -133,7 +131,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
             module.adapters.save(folder)
     module.merge()
     if trainer.is_global_zero:
-        loaded.model.eval()
+        model: Any = loaded.model
+        model.eval()
         with files.draft(output_dir / "model") as folder:
             loaded.model.save_pretrained(folder)
             loaded.processor.save_pretrained(folder)
@@ -159,6 +158,31 @@ def train(config: DictConfig, output_dir: Path) -> None:
         print(sentence(summary, output_dir / "model"), flush=True)
 
 
+def _build_module(config: DictConfig) -> FineTune:
+    """Model and pruning as the config has them, to be trained."""
+    resolved = compose.plain(config)
+    # Not from the evaluation's memory: this model changes.
+    recipe = dict(resolved["model"])
+    tuning, lora = recipe.pop("tuning"), recipe.pop("lora")
+    loaded = targets.build(recipe, "model", LoadedModel)
+    pruning = compose.fit_pruning(config, loaded.model)
+    torch.manual_seed(config.seed)  # adapters start at random
+    return FineTune(
+        loaded,
+        pruning,
+        tuning=tuning,
+        parts=resolved["parts"],
+        lora=Lora(**lora),
+        learning_rate=config.learning_rate,
+        learning_rates=resolved["learning_rates"],
+        weight_decay=config.weight_decay,
+        warmup=config.warmup,
+        schedule_warmup=config.schedule_warmup,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logits=config.logits,
+    )
+
+
 def _check_precision(model: Any, options: Mapping[str, Any]) -> None:
     """Weights in half precision are frozen ones under adapters in float32: casts are needed."""
     precision = options.get("precision")
@@ -182,7 +206,7 @@ class _Begin(pl.Callback):
         self, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], anew: bool
     ) -> None:
         self.folder, self.config, self.marks, self.anew = folder, config, marks, anew
-        self._begun = False
+        self.begun = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         targets.load_imports(self.config)  # in each process
@@ -192,12 +216,12 @@ class _Begin(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._begun:
+        if self.begun:
             return
-        self._begun = True
+        self.begun = True
         if trainer.is_global_zero:
             for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
-                (self.folder / name).unlink(missing_ok=True)
+                files.remove(self.folder / name)
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             results.write_text(self.folder / results.CONFIG, text)
             results.write_versions(self.folder, self.marks)

@@ -1,4 +1,4 @@
-"""Sharded training: FSDP2 in processes that this one starts, on GPUs or CPUs.
+"""Sharded training: FSDP2, on GPUs or CPUs, in this machine's processes or those of a launcher.
 
 Lightning's `ModelParallelStrategy` would start the whole command again for every process, which a
 sweep cannot bear; here processes are spawned, as `ddp_spawn` does, and the whole weights come back.
@@ -6,6 +6,9 @@ sweep cannot bear; here processes are spawned, as `ddp_spawn` does, and the whol
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,7 +22,8 @@ from tokenprune.families.anatomy import examine
 class Sharded(ModelParallelStrategy):
     """Shards parameters, gradients and optimiser states over all processes.
 
-    Checkpoints are single files with whole weights, as those of other strategies.
+    A checkpoint to go on from is a folder, to which each process writes its own shards; any number
+    of processes can go on from it. Weights alone are a single file, as those of other strategies.
 
     Args:
         process_group_backend: None is nccl on GPUs, gloo on CPUs.
@@ -43,12 +47,52 @@ class Sharded(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally:
-            raise ValueError(
-                "trainer.strategy: expected to start the processes of a sharded training itself, "
-                f"got them from {type(self.cluster_environment).__name__}. Start the command once, "
-                "without torchrun or srun."
-            )
-        self._launcher = _Launcher(self, self._start_method)
+            super()._configure_launcher()  # which starts none
+        else:
+            self._launcher = _Launcher(self, self._start_method)
+
+    @contextmanager
+    def in_shards(self) -> Iterator[None]:
+        """Inside its `with`, checkpoints are folders of shards."""
+        self._save_distributed_checkpoint = True
+        try:
+            yield
+        finally:
+            self._save_distributed_checkpoint = False
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        from torch.distributed.checkpoint import state_dict as states
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        # Lightning would ask for what is frozen, too, which checkpoints leave out.
+        module: Any = self.model
+        saved = torch.load(path / META, map_location="cpu", weights_only=True)
+        own = states.get_model_state_dict(module)
+        state: dict[str, Any] = {"state_dict": {name: own[name] for name in saved[WEIGHTS]}}
+        load(state, checkpoint_id=path)
+        options = states.StateDictOptions(strict=False)
+        states.set_model_state_dict(module, state["state_dict"], options=options)
+        for number, optimizer in enumerate(self.optimizers):
+            key = f"optimizer_{number}"
+            state = {key: states.get_optimizer_state_dict(module, optimizer)}
+            load(state, checkpoint_id=path)
+            states.set_optimizer_state_dict(module, optimizer, state[key])
+        return saved
+
+    def whole_weights(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Weights as they are without sharding, in every process; all must ask."""
+        whole: dict[str, Any] = self.lightning_module_state_dict()  # empty in all but the first
+        found: dict[str, Any] = {name: self.broadcast(whole.get(name)) for name in sorted(names)}
+        return found
+
+
+#: In a checkpoint's folder, what is no tensor of a shard.
+META = "meta.pt"
+#: There, the shapes of the weights by their names.
+WEIGHTS = "shapes"
 
 
 class _Launcher(_MultiProcessingLauncher):
