@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.cli.jobs import Job, names, quiet, tell, tidy
 from tokenprune.evaluation.metrics import build_metric
-from tokenprune.runs import results
+from tokenprune.runs import results, team
 from tokenprune.runs.compose import entries, plain
-from tokenprune.runs.devices import check_nodes
+from tokenprune.runs.devices import check_nodes, parse_shard
 from tokenprune.runs.tabulation import listed
 from tokenprune.runs.targets import load_imports
 
@@ -27,7 +28,13 @@ def main(arguments: Sequence[str]) -> int:
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
     listed(config.baseline)
-    check_nodes(entries(config.trainer, ("num_nodes",)))
+    check_nodes(entries(config.trainer, ("num_nodes", "devices")))
+    parse_shard(config.get("shard"))
+    timeout = config.get("shard_timeout", 1)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise ValueError(
+            f"shard_timeout: expected seconds above 0, got {timeout!r}. Set shard_timeout=1800."
+        )
 
 
 def _wanted(config: DictConfig) -> tuple[str, str]:
@@ -40,15 +47,29 @@ def _complete(config: DictConfig, folder: Path) -> bool:
     return results.changes(folder, resolved, results.fingerprint(resolved)) == []
 
 
-def _task(config: DictConfig) -> float:
-    """Evaluates; returns the accuracy, for sweepers that search."""
+def _task(config: DictConfig) -> float | None:
+    """Evaluates; returns the accuracy, for sweepers that search; None where shards are to come."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with tidy(folder), quiet():
-        from tokenprune.evaluation.run import evaluate
-
+    shard = config.get("shard")
+    part = "" if shard is None else f"-{str(shard).replace('/', '-of-')}"
+    with tidy(folder, part), quiet():
         load_imports(config)
         resolved = plain(config)
         changes = results.changes(folder, resolved, results.fingerprint(resolved))
-        metrics = evaluate(config, folder, names(resolved))
+        metrics = team.together(_evaluate, resolved, folder, names(resolved))
+        if metrics is None:
+            print(f"shard {shard} is done, others are not: {folder}", flush=True)
+            return None
         tell(folder, metrics, changes)
     return float(metrics["accuracy"])
+
+
+def _evaluate(resolved: dict[str, Any], folder: Path, named: dict[str, str]) -> Any:
+    """Evaluates, in each of the processes that do it."""
+    with quiet():
+        from tokenprune.evaluation.run import evaluate
+
+        load_imports(resolved)
+        config = OmegaConf.create(resolved)
+        assert isinstance(config, DictConfig)
+        return evaluate(config, folder, named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import tokenprune as tp
 from tokenprune.evaluation.answering import answer
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.metrics import SUMMARIES, build_metric
+from tokenprune.evaluation.shares import Share
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
+from tokenprune.runs.folders import occupied
 from tokenprune.runs.loggers import CSVCurve, log_config
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.targets import load_imports
@@ -39,6 +42,8 @@ class Evaluator(pl.LightningModule):
         config: The run's resolved config.
         marks: Its `results.fingerprint`.
         names: Entries of metrics.json that name the run.
+        share: This process's part of the samples, where several share them; None for all.
+        patience: Seconds that the process which writes the run's files waits for another's answer.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
         metric: Scores an answer, see `tokenprune.evaluation.metrics`.
@@ -58,6 +63,8 @@ class Evaluator(pl.LightningModule):
         max_new_tokens: int,
         num_pictures: int,
         metric: str = "exact",
+        share: Share | None = None,
+        patience: float = 1800.0,
     ) -> None:
         super().__init__()
         self.score, self.metric = build_metric(metric), metric
@@ -69,11 +76,9 @@ class Evaluator(pl.LightningModule):
         self.names = dict(names)
         self.max_new_tokens = max_new_tokens
         self.num_pictures = num_pictures
+        self.share, self.patience = share, patience
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
-
-    def setup(self, stage: str) -> None:
-        log_config(self.trainer, self.config)
 
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
@@ -105,7 +110,8 @@ class Evaluator(pl.LightningModule):
             self.max_new_tokens,
             batch.get("whole_ids"),
         )
-        self.seconds.append(answers.seconds / len(samples))
+        seconds, records = answers.seconds / len(samples), []
+        start, share = len(self.records), self.share
         for index, (sample, text) in enumerate(zip(samples, answers.texts, strict=True)):
             turn = sample.turns[-1]
             score = self.score(text, turn.accepted or (turn.answer,))
@@ -120,27 +126,51 @@ class Evaluator(pl.LightningModule):
             } | answers.costs[index]
             if self.metric in SUMMARIES:  # which may ask for what belongs to one image
                 record["picture"] = _digest(sample.images)
-            if len(self.records) < self.num_pictures:
+            number = start + index if share is None else share.number(batch_idx, index)
+            if number < self.num_pictures:
                 record["kept"] = kept_tokens(answers.trace, index, answers.costs[index]["given"])
+            records.append(record)
+        if self.share is not None:
+            self.share.note(batch_idx, records, seconds)
+            return
+        for record, sample in zip(records, samples, strict=True):
+            if "kept" in record:
                 record["image"] = sample.image
-            self.records.append(record)
+        self.records += records
+        self.seconds.append(seconds)
 
     def on_predict_epoch_end(self) -> None:
-        """Gathers all processes' answers; the first process writes the run's files."""
-        parts: list[Any] = [(self.records, self.seconds)]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, (self.records, self.seconds))
-        if not self.trainer.is_global_zero:
+        """Writes the run's files: what one process has answered, or once all have."""
+        if self.share is None:
+            self._write(self.records, self.seconds)
             return
-        # Process r answered samples r, r + n, r + 2n, ...
-        numbered = [
-            (number * len(parts) + rank, record)
-            for rank, (records, _) in enumerate(parts)
-            for number, record in enumerate(records)
-        ]
-        records = [record for _, record in sorted(numbered, key=lambda pair: pair[0])]
-        seconds = [value for _, values in parts for value in values]
+        share, notes = self.share, self.share.notes
+        share.end()
+        rank, size = share.place()
+        if share.shard is None:
+            if rank > 0:
+                return
+            notes.wait(size, self.patience)
+        with self._alone() if share.shard is not None else nullcontext():
+            if len(notes.ended(size)) < size:  # or another shard has written
+                return
+            records, seconds = notes.answers()
+            for number in sorted(records)[: self.num_pictures]:
+                records[number]["image"] = share.sample(number).image
+            self._write([records[number] for number in sorted(records)], seconds)
+        notes.remove()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Inside its `with` no other shard looks whether it is the last."""
+        return occupied(self.folder, "-writes", waits=True)
+
+    def _write(self, records: list[dict[str, Any]], seconds: list[float]) -> None:
+        """Writes the run's files, and tells its loggers.
+
+        Args:
+            records: In the order of the samples.
+            seconds: One entry a batch.
+        """
         metrics = self.names | summarise(
             records, seconds, self.shape, self.loaded.model.dtype.itemsize
         )
@@ -153,6 +183,7 @@ class Evaluator(pl.LightningModule):
         if self.trainer.loggers:
             row = results.row(metrics, self.folder.name)
             numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            log_config(self.trainer, self.config)
             for logger in self.trainer.loggers:
                 if isinstance(logger, CSVCurve):
                     logger.begin()  # an earlier run may have left one

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from tokenprune.evaluation import loading
 from tokenprune.evaluation.evaluator import Evaluator
 from tokenprune.evaluation.generation import pruned
+from tokenprune.evaluation.shares import Notes, Share
 from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
-from tokenprune.runs.devices import check_evaluation
+from tokenprune.runs.devices import check_evaluation, parse_shard
+from tokenprune.runs.launchers import is_alone, is_first
 from tokenprune.runs.loggers import build_logger
 from tokenprune.runs.trainers import build_trainer, quiet
 
@@ -26,7 +28,7 @@ def _leave_signals() -> None:
     """Registers no handlers: a signal ends the process."""
 
 
-def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
+def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any] | None:
     """Runs one evaluation and writes its files, unless they are there already.
 
     Args:
@@ -35,7 +37,7 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
 
     Returns:
-        The metrics, as in metrics.json.
+        The metrics, as in metrics.json; None where other shards are still to come.
 
     Raises:
         ValueError: If something in the config cannot be honoured.
@@ -45,10 +47,16 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     check_evaluation(resolved["trainer"])
+    shard = parse_shard(config.get("shard"))
     logger = build_logger(config.get("logger"))
     trainer: Any = build_trainer(
-        config.trainer, logger=logger, enable_checkpointing=False, enable_model_summary=False
+        config.trainer,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # a share is taken by `Share`
     )
+    check_shard(shard, trainer.world_size)
     # Lightning's own handlers note a SIGTERM, and act on it in training only.
     trainer._signal_connector.register_signal_handlers = _leave_signals
     loaded = loading.load_model(config, marks)
@@ -57,26 +65,46 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         pass  # refuses here, before any data is read, what the model does not support
     source: dict[str, Any]
     model, data = (loading.key_of(config[part], marks) for part in ("model", "data"))
-    if trainer.world_size == 1:
+    notes, share = Notes.of(folder, resolved, marks), None
+    if trainer.world_size == 1 and shard is None and not notes.exist():
         source = {"dataloaders": loading.cached_batches(data, model)}
     else:
-        source = {"datamodule": loading.cached_data(data, model)}
+        share = Share(loading.cached_data(data, model), notes, shard)
+        source = {"datamodule": share}
+    if trainer.world_size > 1 and is_alone():
         del loaded  # the processes have their own
         loading.cached_model.cache_clear()
     evaluator = Evaluator(
         load=partial(loading.cached_model, model),
         pruning=pruning,
         folder=folder,
-        config=resolved,
+        config=resolved | {"shard": None},
         marks=marks,
         names=run_names(config, names, pruning) | {"metric": config.metric},
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,
         metric=config.metric,
+        share=share,
+        patience=config.get("shard_timeout", 1800.0),
     )
     with quiet(_HARMLESS):
         trainer.predict(evaluator, **source, return_predictions=False)
+    if not is_first() or not (folder / results.METRICS).is_file():
+        return None
     return results.read_metrics(folder)
+
+
+def check_shard(shard: tuple[int, int] | None, processes: int) -> None:
+    """Refuses a shard that several processes would share.
+
+    Raises:
+        ValueError: They would.
+    """
+    if shard is not None and processes > 1:
+        raise ValueError(
+            f"shard: expected one process for each shard, got {processes}. Leave shard out: "
+            "processes of one command share the samples by themselves."
+        )
 
 
 def run_names(

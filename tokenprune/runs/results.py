@@ -204,6 +204,10 @@ def _digest_files(files: tuple[tuple[str, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+#: What makes no other run, see `changes`.
+_ASIDE = {"ckpt_path", "logger", "imports", "baseline", "shard", "shard_timeout"}
+
+
 def changes(
     folder: Path, config: Mapping[str, Any], marks: Mapping[str, str], last: str = METRICS
 ) -> list[str] | None:
@@ -212,7 +216,8 @@ def changes(
     Args:
         folder: The run's folder.
         config: The resolved config; where a training goes on from, what it logs to, which modules
-            are imported and what a sweep is compared with are no part of it.
+            are imported, how an evaluation is shared out and what a sweep is compared with are no
+            part of it.
         marks: Its `fingerprint`.
         last: The file that the run writes last.
     """
@@ -221,7 +226,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - {"ckpt_path", "logger", "imports", "baseline"})
+    keys = sorted({*map(str, old), *config} - _ASIDE)
     differing = [key for key in keys if _whole(old.get(key)) != _whole(config.get(key))]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")

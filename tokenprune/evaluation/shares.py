@@ -1,0 +1,214 @@
+"""An evaluation shared out: each process notes its answers in the run's folder, where they stay.
+
+What is noted is not asked again, by however many processes an evaluation goes on after one was
+lost; a run's files are written once all is there, by one of them. No process waits for another but
+the one that writes, and that one not for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from tokenprune.runs import files
+
+#: Folder of the notes, in that of the run; it goes once the run is complete.
+NOTES = "parts"
+#: What makes no other evaluation: who does it, and what is told of it.
+_ASIDE = {"trainer", "logger", "imports", "baseline", "shard", "shard_timeout"}
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The answers of an evaluation so far.
+
+    Attributes:
+        folder: The run's.
+        mark: Names the evaluation: notes of another one are not looked at.
+    """
+
+    folder: Path
+    mark: str
+
+    @classmethod
+    def of(cls, folder: Path, config: Mapping[str, Any], marks: Mapping[str, str]) -> Notes:
+        """The notes of a run.
+
+        Args:
+            folder: The run's.
+            config: Its resolved config.
+            marks: What its files are, see `results.fingerprint`.
+        """
+        own = {key: value for key, value in config.items() if key not in _ASIDE}
+        text = json.dumps([own, dict(marks)], sort_keys=True, default=str)
+        return cls(folder, hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
+
+    def path(self, rank: int, size: int) -> Path:
+        """The file of one of `size` processes."""
+        return self.folder / NOTES / f"{self.mark}-{rank}-of-{size}.jsonl"
+
+    def add(self, rank: int, size: int, note: Mapping[str, Any]) -> None:
+        """Adds a line to a process's file, whole or not at all."""
+        path = self.path(rank, size)
+        with files.growing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(note, ensure_ascii=False) + "\n")
+
+    def mend(self, rank: int, size: int) -> None:
+        """Cuts off a line that a killed process has not written to its end."""
+        path = self.path(rank, size)
+        if path.is_file():
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                path.write_bytes(whole)
+
+    def answers(self) -> tuple[dict[int, dict[str, Any]], list[float]]:
+        """Records by their sample's number, each once, and the seconds of their batches."""
+        records: dict[int, dict[str, Any]] = {}
+        seconds: list[float] = []
+        for note in self._all():
+            numbers = note.get("numbers", [])
+            if any(number not in records for number in numbers):
+                seconds.append(note["seconds"])
+            for number, record in zip(numbers, note.get("records", []), strict=True):
+                records.setdefault(number, record)
+        return records, seconds
+
+    def ended(self, size: int) -> list[int]:
+        """Which of `size` processes have answered all that is theirs."""
+        ends = [note["ends"] for note in self._all() if "ends" in note]
+        return sorted({rank for rank, own in ends if own == size})
+
+    def exist(self) -> bool:
+        """Whether somebody has noted anything."""
+        return any((self.folder / NOTES).glob(f"{self.mark}-*.jsonl"))
+
+    def remove(self) -> None:
+        """Removes all notes, of other evaluations as well."""
+        with contextlib.suppress(OSError):
+            files.remove(self.folder / NOTES)
+
+    def length(self) -> int:
+        """Bytes of all notes: more where somebody still answers."""
+        paths = (self.folder / NOTES).glob(f"{self.mark}-*.jsonl")
+        return sum(path.stat().st_size for path in paths)
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / NOTES).glob(f"{self.mark}-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line that is being written
+                    yield json.loads(line)
+
+    def wait(self, size: int, limit: float) -> None:
+        """Waits until all of `size` processes have answered what is theirs.
+
+        Raises:
+            ValueError: None of those that are left has noted anything for `limit` seconds.
+        """
+        length, since = self.length(), time.monotonic()
+        while len(ended := self.ended(size)) < size:
+            time.sleep(min(1.0, limit / 10))
+            if (now := self.length()) != length:
+                length, since = now, time.monotonic()
+            elif time.monotonic() - since > limit:
+                late = ", ".join(str(rank) for rank in range(size) if rank not in ended)
+                raise ValueError(
+                    f"evaluate: expected an answer of process {late} of {size} within "
+                    f"shard_timeout={limit:g} seconds, got none; {len(self.answers()[0])} answers "
+                    "are there. Give the same command once more: only the rest is asked."
+                )
+
+
+class Share(pl.LightningDataModule):
+    """What is left of one process's share of the samples, in the order of the data.
+
+    Of n processes number r has samples r, r + n, r + 2n, ... Its batches are the same ones again
+    where as many processes go on, so that it answers as if nothing had happened.
+
+    Args:
+        data: Its predict loader has the samples.
+        notes: What is answered already.
+        shard: Number and how many there are, where each shard is a run of its own.
+    """
+
+    def __init__(
+        self, data: pl.LightningDataModule, notes: Notes, shard: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.data, self.notes, self.shard = data, notes, shard
+        #: The samples that are left, by their numbers, and how many make a batch.
+        self.numbers: list[int] = []
+        self.batch_size = 1
+        self.samples: Dataset[Any] | None = None
+
+    def place(self) -> tuple[int, int]:
+        """This process's number and how many there are."""
+        trainer: Any = self.trainer
+        return self.shard or (trainer.global_rank, trainer.world_size)
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        self.data.setup(stage)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        own: Any = self.data
+        own.trainer = self.trainer
+        whole = own.predict_dataloader()
+        rank, size = self.place()
+        length = len(whole.dataset)
+        if size > length:
+            raise ValueError(
+                f"shard: expected at most one process or shard per sample, got {size} for "
+                f"{length}. Lower trainer.devices, or the number of shards."
+            )
+        self.notes.mend(rank, size)
+        known, _ = self.notes.answers()
+        mine = range(rank, length, size)
+        self.samples, self.batch_size = whole.dataset, whole.batch_size
+        limit = self.trainer.limit_predict_batches if self.trainer is not None else 1.0
+        if isinstance(limit, int):
+            mine = mine[: limit * self.batch_size]
+        left = [number for number in mine if number not in known]
+        # A loop over nothing would not come to its end.
+        self.numbers = left or list(mine)[-self.batch_size :]
+        return DataLoader(
+            Subset(whole.dataset, self.numbers),
+            batch_size=whole.batch_size,
+            num_workers=whole.num_workers,
+            collate_fn=whole.collate_fn,
+            generator=whole.generator,
+        )
+
+    def note(self, batch: int, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """Notes the records of a batch of this process."""
+        start = batch * self.batch_size
+        numbers = self.numbers[start : start + len(records)]
+        told = {"numbers": numbers, "seconds": seconds, "records": list(records)}
+        self.notes.add(*self.place(), told)
+
+    def number(self, batch: int, row: int) -> int:
+        """The number of the sample in a batch's row."""
+        return self.numbers[batch * self.batch_size + row]
+
+    def sample(self, number: int) -> Any:
+        """The sample of a number."""
+        assert self.samples is not None
+        return self.samples[number]
+
+    def end(self) -> None:
+        """Notes that this process has answered all that is its."""
+        rank, size = self.place()
+        self.notes.add(rank, size, {"ends": [rank, size]})
