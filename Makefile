@@ -1,6 +1,7 @@
 # make demo: the ablation on the shipped model, from a bare machine. make test: the tests.
 # make test-all: and every model type, attention and mode. make test-oldest: the oldest transformers.
 # make test-harness: the benchmarks of lmms-eval. make test-cluster: on a real Slurm (Debian, root).
+# make test-loggers: Weights & Biases and MLflow.
 # make paper: the experiments that repeat the paper's tables and figures.
 PYTHON ?= python3
 VENV := .venv
@@ -8,11 +9,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 HARNESS := .venv-harness
+LOGGERS := .venv-loggers
 
 # As many processes as there are cores, one thread each; in random order, whose seed is printed.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 16 --dist worksteal
 
-.PHONY: install demo paper test test-all test-matrix test-oldest test-harness test-cluster check format wheel clean
+.PHONY: install demo paper test test-all test-matrix test-oldest test-harness test-cluster test-loggers check format wheel clean
 
 install: $(STAMP)
 
@@ -76,6 +78,15 @@ test-cluster: $(STAMP)
 	command -v slurmctld >/dev/null || (apt-get update -qq && apt-get install -y -qq slurm-wlm munge)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
+# Weights & Biases and MLflow, in an environment of their own.
+test-loggers: $(LOGGERS)/.installed
+	OMP_NUM_THREADS=1 $(LOGGERS)/bin/python $(PYTEST) -m "matrix or not matrix" tests/cli/test_loggers.py
+
+$(LOGGERS)/.installed: pyproject.toml constraints.txt
+	test -x $(LOGGERS)/bin/python || $(PYTHON) -m venv $(LOGGERS)
+	$(LOGGERS)/bin/python -m pip install --quiet --editable ".[dev,wandb,mlflow]" --constraint constraints.txt
+	touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -90,4 +101,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(HARNESS) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(HARNESS) $(LOGGERS) outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache

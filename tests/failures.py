@@ -18,11 +18,12 @@ class Fail(pl.Callback):
         rank: The process.
         at: The how manieth step or batch of this start.
         failure: `"raise"`, `"kill"` (as -9), `"hang"`, or `"disk"`: its files end early then.
+        size: Bytes of such a file.
     """
 
-    def __init__(self, rank: int, at: int, failure: str = "raise") -> None:
+    def __init__(self, rank: int, at: int, failure: str = "raise", size: int = 20_000) -> None:
         self.rank, self.at, self.failure = rank, at, failure
-        self.here = 0
+        self.size, self.here = size, 0
 
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
         self._fail(trainer)
@@ -41,4 +42,4 @@ class Fail(pl.Callback):
         if self.failure == "hang":
             time.sleep(600)
         if self.failure == "disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))

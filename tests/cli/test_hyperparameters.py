@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from tokenprune.cli import main as cli
 from tokenprune.runs.compose import config_dir
 
-LOGGERS = sorted({path.stem for path in (config_dir() / "logger").glob("*.yaml")} - {"none"})
+#: None, and those of tests/cli/test_loggers.py.
+OTHERS = {"none", "wandb", "mlflow"}
+LOGGERS = sorted({path.stem for path in (config_dir() / "logger").glob("*.yaml")} - OTHERS)
 COMMANDS = {
     "eval": ["eval", *TINY, "data.test.num_samples=2"],
     "train": ["train", "trainer.callbacks=[]", "trainer.max_steps=1", "data.batch_size=2",

@@ -14,6 +14,7 @@ from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results, team
 from tokenprune.runs.compose import entries, plain
 from tokenprune.runs.devices import check_nodes, parse_shard
+from tokenprune.runs.extras import check_logger
 from tokenprune.runs.tabulation import listed
 from tokenprune.runs.targets import load_imports
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 def _check(config: DictConfig) -> None:
     build_metric(config.metric)
     listed(config.baseline)
+    check_logger(config)
     check_nodes(entries(config.trainer, ("num_nodes", "devices")))
     parse_shard(config.get("shard"))
     timeout = config.get("shard_timeout", 1)
@@ -68,8 +70,9 @@ def _evaluate(resolved: dict[str, Any], folder: Path, named: dict[str, str]) -> 
     """Evaluates, in each of the processes that do it."""
     with quiet():
         from tokenprune.evaluation.run import evaluate
+        from tokenprune.report.logged import kept_pictures
 
         load_imports(resolved)
         config = OmegaConf.create(resolved)
         assert isinstance(config, DictConfig)
-        return evaluate(config, folder, named)
+        return evaluate(config, folder, named, kept_pictures)

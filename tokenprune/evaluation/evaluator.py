@@ -22,7 +22,7 @@ from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.folders import occupied
-from tokenprune.runs.loggers import CSVCurve, log_config
+from tokenprune.runs.loggers import CSVCurve, log_config, log_results
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.targets import load_imports
 
@@ -43,6 +43,7 @@ class Evaluator(pl.LightningModule):
         marks: Its `results.fingerprint`.
         names: Entries of metrics.json that name the run.
         share: This process's part of the samples, where several share them; None for all.
+        draw: Gives pictures of the run's folder by their names, for its loggers.
         patience: Seconds that the process which writes the run's files waits for another's answer.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
@@ -65,6 +66,7 @@ class Evaluator(pl.LightningModule):
         metric: str = "exact",
         share: Share | None = None,
         patience: float = 1800.0,
+        draw: Callable[[Path], Mapping[str, Image.Image]] | None = None,
     ) -> None:
         super().__init__()
         self.score, self.metric = build_metric(metric), metric
@@ -76,6 +78,7 @@ class Evaluator(pl.LightningModule):
         self.names = dict(names)
         self.max_new_tokens = max_new_tokens
         self.num_pictures = num_pictures
+        self.draw = draw
         self.share, self.patience = share, patience
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
@@ -180,8 +183,8 @@ class Evaluator(pl.LightningModule):
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         pictured = records[: self.num_pictures]
         pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
+        row = results.row(metrics, self.folder.name)
         if self.trainer.loggers:
-            row = results.row(metrics, self.folder.name)
             numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
             log_config(self.trainer, self.config)
             for logger in self.trainer.loggers:
@@ -205,6 +208,8 @@ class Evaluator(pl.LightningModule):
             },
             versions=self.marks | {"device": on},
         )
+        if self.trainer.loggers:
+            log_results(self.trainer.loggers, row, self.draw(self.folder) if self.draw else {})
 
 
 def _digest(images: Sequence[Image.Image]) -> str:

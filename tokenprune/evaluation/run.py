@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_evaluation, parse_shard
 from tokenprune.runs.launchers import is_alone, is_first
-from tokenprune.runs.loggers import build_logger
+from tokenprune.runs.loggers import build_logger, close
 from tokenprune.runs.trainers import build_trainer, quiet
 
 # Lightning's advice on what is meant to be so.
@@ -28,13 +28,19 @@ def _leave_signals() -> None:
     """Registers no handlers: a signal ends the process."""
 
 
-def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any] | None:
+def evaluate(
+    config: DictConfig,
+    folder: Path,
+    names: Mapping[str, str],
+    draw: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """Runs one evaluation and writes its files, unless they are there already.
 
     Args:
         config: As `configs/eval.yaml` composes it.
         folder: The run's folder.
         names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
+        draw: Gives pictures of the run's folder by their names, for loggers that show them.
 
     Returns:
         The metrics, as in metrics.json; None where other shards are still to come.
@@ -85,10 +91,14 @@ def evaluate(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict
         num_pictures=config.num_pictures,
         metric=config.metric,
         share=share,
+        draw=draw,
         patience=config.get("shard_timeout", 1800.0),
     )
-    with quiet(_HARMLESS):
-        trainer.predict(evaluator, **source, return_predictions=False)
+    try:
+        with quiet(_HARMLESS):
+            trainer.predict(evaluator, **source, return_predictions=False)
+    finally:
+        close(trainer.loggers)
     if not is_first() or not (folder / results.METRICS).is_file():
         return None
     return results.read_metrics(folder)

@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from PIL import Image
 from pytorch_lightning.core.saving import save_hparams_to_yaml
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from tokenprune.runs import targets
@@ -40,6 +48,46 @@ def log_config(trainer: pl.Trainer, config: Mapping[str, Any]) -> None:
             # Of an earlier run in this folder: it is never written again.
             Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(dict(config))
+
+
+def log_results(
+    loggers: Sequence[Logger], table: Mapping[str, Any], pictures: Mapping[str, Image.Image]
+) -> None:
+    """Gives a run's table and pictures to those of its loggers that show such things.
+
+    Args:
+        loggers: Of the process that writes.
+        table: One row, by column.
+        pictures: By their names.
+    """
+    cells = {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in table.items()
+    }
+    for logger in loggers:
+        shown: Any = logger
+        if isinstance(logger, WandbLogger):
+            logger.log_table("results", columns=list(cells), data=[list(cells.values())])
+            if pictures:
+                logger.log_image("kept", list(pictures.values()), caption=list(pictures))
+        elif isinstance(logger, MLFlowLogger):
+            columns = {name: [value] for name, value in cells.items()}
+            shown.experiment.log_table(logger.run_id, columns, "results.json")
+            for name, picture in pictures.items():
+                shown.experiment.log_image(logger.run_id, picture, f"kept/{name}.png")
+        elif isinstance(logger, TensorBoardLogger):
+            lines = [f"| {name} | {value} |" for name, value in cells.items()]
+            shown.experiment.add_text("results", "\n".join(["| | |", "| --- | --- |", *lines]))
+            for name, picture in pictures.items():
+                pixels_HWC = np.asarray(picture.convert("RGB"))
+                shown.experiment.add_image(f"kept/{name}", pixels_HWC, dataformats="HWC")
+
+
+def close(loggers: Sequence[Logger] | Logger | bool) -> None:
+    """Ends what a run's loggers have begun: the next run of a sweep has its own."""
+    for logger in loggers if isinstance(loggers, Sequence) else [loggers]:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish()
 
 
 class CSVCurve(CSVLogger):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from tokenprune import LOGITS
 from tokenprune.runs.compose import entries
 from tokenprune.runs.devices import check_settings
+from tokenprune.runs.extras import check_logger
 
 PARTS = ("vision_tower", "projector", "decoder")
 TUNINGS = ("full", "projector", "lora")
@@ -35,6 +36,7 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: If one is.
     """
+    check_logger(config)
     check_settings(entries(config.trainer, (*_TRAINER, "num_nodes", "devices")))
     own = entries(config.model, ("tuning", "lora")) | entries(config, ("parts", *_RATES, *_SAVING))
     check_tuning(own["tuning"], own["parts"])

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from tokenprune.runs import compose, files, results, targets
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.launchers import is_alone, is_first
-from tokenprune.runs.loggers import build_logger, log_config
+from tokenprune.runs.loggers import build_logger, close, log_config, log_results
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.trainers import build_trainer
 from tokenprune.training import resume
@@ -137,8 +137,9 @@ def train(config: DictConfig, output_dir: Path) -> None:
             loaded.model.save_pretrained(folder)
             loaded.processor.save_pretrained(folder)
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    loggers = trainer.loggers
     if data.validation is not None:
-        loggers, trainer.loggers = trainer.loggers, []
+        trainer.loggers = []
         with quiet():
             found = trainer.validate(module, datamodule=data, verbose=False)
         # None where trainer.limit_val_batches=0.
@@ -155,7 +156,17 @@ def train(config: DictConfig, output_dir: Path) -> None:
         used = {"positions": pruning.positions if pruning is not None else "original"}
         summary = summarise(numbers) | used | counts
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
+        log_results(loggers, _flat(summary), {})
         print(sentence(summary, output_dir / "model"), flush=True)
+    close(loggers)
+
+
+def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary in one row."""
+    row = {name: value for name, value in summary.items() if name != "validation"}
+    for name, value in summary["validation"].items():
+        row |= {f"validation_{name}": value} if name != "kinds" else {}
+    return row
 
 
 def _build_module(config: DictConfig) -> FineTune:

@@ -1,0 +1,206 @@
+"""An evaluation that several share comes to the same, whoever is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from checkpoint import save_checkpoint
+from commands import COMMAND
+from oracles import decided
+from processes import run
+
+from tokenprune.cli.configs import compose
+from tokenprune.evaluation.run import evaluate
+from tokenprune.evaluation.shares import NOTES, Notes
+from tokenprune.runs import results
+from tokenprune.runs.devices import parse_shard
+
+NAMES = {"strategy": "uniform", "schedule": "pyramid", "model": "random", "data": "scenes"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def overrides(checkpoint: Path, *more: str) -> list[str]:
+    own = ["model=hub", f"model.path={checkpoint}", "data.test.num_samples=11", "num_pictures=3"]
+    own += ["data.batch_size=2", "max_new_tokens=2", "strategy=uniform"]
+    return [*own, "trainer.callbacks=[]", "+trainer.enable_progress_bar=false", *more]
+
+
+def share(checkpoint: Path, folder: Path, *more: str) -> Any:
+    with decided():
+        return evaluate(compose("eval", overrides(checkpoint, *more)), folder, NAMES)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    share(checkpoint, folder)
+    return folder
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """The same table row for row, the same pictures, and nothing else left."""
+    for name in (results.PREDICTIONS, results.KEPT, results.CONFIG):
+        assert (folder / name).read_text() == (whole / name).read_text(), name
+    own, other = (results.read_metrics(each) for each in (folder, whole))
+    del own["prefill_ms"], other["prefill_ms"]
+    assert own == other
+    assert {p.name for p in folder.rglob("*")} == {p.name for p in whole.rglob("*")}
+
+
+class Lost(pl.Callback):
+    """Takes a process from an evaluation after its second batch, as `kill -9` does."""
+
+    def on_predict_batch_end(self, *arguments: Any) -> None:
+        if arguments[4] == 1:
+            raise ZeroDivisionError
+
+
+def test_shards_come_to_one_table_whoever_ends_last(checkpoint: Path, whole: Path, tmp_path: Path):
+    assert share(checkpoint, tmp_path, "shard=2/3") is None
+    assert share(checkpoint, tmp_path, "shard=0/3") is None
+    assert share(checkpoint, tmp_path, "shard=0/3") is None  # once more: nothing is doubled
+    assert not (tmp_path / results.METRICS).exists()
+    metrics = share(checkpoint, tmp_path, "shard=1/3")
+    assert metrics["num_samples"] == 11
+    assert_same(tmp_path, whole)
+    assert share(checkpoint, tmp_path, "shard=2/3") == metrics  # complete already
+
+
+def test_a_shard_that_was_killed_is_resumed_alone(
+    checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"
+    with pytest.raises(ZeroDivisionError):
+        share(checkpoint, tmp_path, "shard=1/2", lost)
+    (path,) = (tmp_path / NOTES).iterdir()
+    first = path.read_text()
+    assert len(first.splitlines()) == 2
+    path.write_text(first + first[:50])  # and in the middle of a line
+    assert share(checkpoint, tmp_path, "shard=1/2") is None
+    assert path.read_text().startswith(first)
+    asked = [
+        n for line in path.read_text().splitlines() for n in json.loads(line).get("numbers", [])
+    ]
+    assert asked == [1, 3, 5, 7, 9]
+    share(checkpoint, tmp_path, "shard=0/2")
+    assert_same(tmp_path, whole)
+
+
+def test_one_process_goes_on_with_what_several_had_begun(
+    checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
+    share(checkpoint, tmp_path, "shard=3/4")
+    notes = next((tmp_path / NOTES).iterdir())
+    before = notes.read_text()
+    share(checkpoint, tmp_path, "seed=5", "num_pictures=0", "shard=0/2")  # another evaluation
+    assert notes.read_text() == before
+    assert share(checkpoint, tmp_path)["num_samples"] == 11
+    assert_same(tmp_path, whole)
+
+
+def test_a_shard_that_never_ends_is_named(tmp_path: Path) -> None:
+    notes = Notes(tmp_path, "mark")
+    notes.add(0, 2, {"numbers": [0], "seconds": 1.0, "records": [{}]})
+    notes.add(0, 2, {"ends": [0, 2]})
+    begun = time.monotonic()
+    late = threading.Timer(
+        0.3, notes.add, (1, 2, {"numbers": [1], "seconds": 1.0, "records": [{}]})
+    )
+    late.start()
+    with pytest.raises(
+        ValueError, match=r"an answer of process 1 of 2 within shard_timeout=0.5 .*2 a"
+    ):
+        notes.wait(2, 0.5)
+    late.join()
+    assert time.monotonic() - begun > 0.7  # its answer has bought it time
+    notes.add(1, 2, {"ends": [1, 2]})
+    notes.wait(2, 0.5)
+
+
+def test_a_shard_is_a_number_of_several(checkpoint: Path, tmp_path: Path) -> None:
+    assert parse_shard(None) is None
+    assert parse_shard("3/8") == (3, 8)
+    for wrong in ("8/8", "1", 3, "-1/2", "a/b", ""):
+        with pytest.raises(ValueError, match="shard: expected null, or a number and how many"):
+            parse_shard(wrong)
+    with pytest.raises(ValueError, match=r"shard: expected at most one .* got 12 for 11. Lower"):
+        share(checkpoint, tmp_path, "shard=1/12")
+
+
+def command(checkpoint: Path, *more: str) -> list[str]:
+    return [*COMMAND, "eval", *overrides(checkpoint, "hydra.run.dir=run", *more)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("run")
+
+
+def told(said: str) -> str:
+    (line,) = re.findall(r"tokenprune: .*", said)
+    return str(line)
+
+
+def predictions(folder: Path) -> list[str]:
+    return (folder / results.PREDICTIONS).read_text().splitlines()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("starts", ["torchrun", "own"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_of_several(
+    checkpoint: Path, folder: Path, starts: str, rank: int
+) -> None:
+    launcher = TORCHRUN if starts == "torchrun" else []
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "shard_timeout=60"]
+    two += [] if launcher else ["trainer.devices=2"]
+    fails = f"trainer.callbacks=[{{_target_:failures.Fail,rank:{rank},at:2,failure:kill}}]"
+    done = run([*launcher, *command(checkpoint, *two, fails)], None)
+    assert done.returncode != 0
+    assert re.search(rf"process {rank}\b.*(killed|SIGKILL)", told(done.stderr))
+    answered = len(Notes(folder, "*").answers()[0])
+    assert 2 <= answered < 11
+    run([*launcher, *command(checkpoint, *two)])
+    assert len(predictions(folder)) == 11
+    run(command(checkpoint, "hydra.run.dir=whole"))
+    assert predictions(folder) == predictions(Path("whole"))
+    assert not (folder / NOTES).exists()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("starts", ["torchrun", "own"])
+def test_a_process_that_hangs_is_named(checkpoint: Path, folder: Path, starts: str) -> None:
+    launcher = TORCHRUN if starts == "torchrun" else []
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "shard_timeout=5"]
+    two += [] if launcher else ["trainer.devices=2"]
+    hangs = "trainer.callbacks=[{_target_:failures.Fail,rank:1,at:2,failure:hang}]"
+    done = run([*launcher, *command(checkpoint, *two, hangs)], None)
+    assert done.returncode != 0
+    assert "expected an answer of process 1 of 2 within shard_timeout=5 seconds" in told(
+        done.stderr
+    )
+    assert len(Notes(folder, "*").answers()[0]) >= 2
+
+
+@pytest.mark.matrix
+def test_a_full_disk_of_one_process(checkpoint: Path, folder: Path) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "shard_timeout=60"]
+    fails = "trainer.callbacks=[{_target_:failures.Fail,rank:1,at:1,failure:disk,size:3000}]"
+    done = run([*TORCHRUN, *command(checkpoint, *two, fails)], 1)
+    assert re.search(r"process 1 of 2 .*: \[Errno 27\] File too large: .*parts", told(done.stderr))
+    run([*TORCHRUN, *command(checkpoint, *two)])
+    assert len(predictions(folder)) == 11
