@@ -259,7 +259,7 @@ def test_a_layer_recomputed_with_its_hooks_finds_its_pass_and_is_not_asked_again
         asked.append(args[-1])
         listen(*args)
 
-    monkeypatch.setattr("tokenprune.engine.attach.listen", counted)
+    monkeypatch.setattr("tokenprune.engine.layers.listen", counted)
     strategy = tp.build_strategy("pyramiddrop", queries="all", source="previous")
     for wrap in (lambda layer: layer, checkpoint_wrapper):
         model = build("llava").train()

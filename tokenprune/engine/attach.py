@@ -29,17 +29,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import late, side
 from tokenprune.engine import record as records
-from tokenprune.engine.cuts import begin, cut, listen
-from tokenprune.engine.levels import Level
+from tokenprune.engine.cuts import begin
+from tokenprune.engine.layers import Site, by_name, enter
 from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
 from tokenprune.engine.settings import Settings
 from tokenprune.engine.trace import Trace
 from tokenprune.engine.vision import METHODS, Watch
-from tokenprune.families.anatomy import device_of, examine, rotary_modules
+from tokenprune.families.anatomy import examine, rotary_modules
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import BeforeProjector, PruningStrategy
-from tokenprune.tensors import to_device
 
 #: Decoders that are pruned now.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -67,7 +66,7 @@ class Handle:
         self._passes = WeakTensorKeyDictionary()
         self._hooks: list[Any] = []
         self._shadowed: list[Any] = []
-        self._parameters: dict[nn.Module, list[str]] = {}
+        self._names: dict[nn.Module, list[str]] = {}
         self._told = False
         needs = settings.vision_needs
         parts = settings.anatomy.vision if needs else None
@@ -85,9 +84,11 @@ class Handle:
     def _hook(self) -> None:
         settings = self._settings
         for entry in settings.anatomy.entries:
+            self._names[entry] = _names(entry)
             self._register(entry, self._enter, self._leave)
             self._refuse_guesses(entry)
             self._note_generation(entry)
+        self._names[settings.anatomy.decoder] = _names(settings.anatomy.decoder)
         self._register(settings.anatomy.decoder, self._begin, self._end)
         if settings.renumbers:
             for module in rotary_modules(settings.anatomy.decoder):
@@ -95,18 +96,16 @@ class Handle:
                 self._hooks.append(hook)
         first = min(settings.cuts, default=len(settings.anatomy.layers))
         for index, layer in enumerate(settings.anatomy.layers):
+            site = Site(settings, index, _names(layer))
             # A cut may read the layer before it, and what enters the first.
-            reads = index + 1 == first and self._asked_ahead(index)
-            if index >= first or reads or (index == 0 and settings.reads_embeddings):
-                self._register(layer, self._layer_hook(index), None)
+            if index >= first or site.ahead or site.opens:
+                self._register(layer, self._at(site), None)
         if self._watch is not None:
             self._watch_tower(self._watch)
 
     def _register(
         self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
     ) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._parameters[module] = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             # Also after an exception, so that no pass outlives its call.
@@ -117,7 +116,7 @@ class Handle:
         """Assisted decoding tells guesses from the prompt by `logits_to_keep`, if it is taken."""
         if not self._settings.reads_prompt or not hasattr(type(entry), "_get_candidate_generator"):
             return
-        if "logits_to_keep" in self._parameters[entry]:
+        if "logits_to_keep" in self._names[entry]:
             return
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -181,17 +180,6 @@ class Handle:
         if self._watch is not None:
             self._watch.forget()
 
-    def _named(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional arguments that have no name, and all others by name."""
-        if not args:
-            return (), dict(kwargs)
-        names = self._parameters[module]
-        if len(args) > len(names):  # forward(*args): they stay as they are
-            return args, dict(kwargs)
-        return (), dict(zip(names, args, strict=False)) | kwargs  # type: ignore[operator]
-
     # -- above the decoder -----------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -201,7 +189,7 @@ class Handle:
         call.open.append(module)
         if self._watch is not None and module is self._watch.parts.base:
             call.signals.clear()  # of features that were made for something else
-        rest, named = self._named(module, args, kwargs)
+        rest, named = by_name(self._names[module], args, kwargs)
         merge(call.inputs, named, call.late_labels)
         call.cache = call.inputs.get("past_key_values")
         records.in_call(call.cache, begins=True)
@@ -240,7 +228,7 @@ class Handle:
                 "Export the unpruned model."
             )
         call = self._open_call() or Call()
-        rest, named = self._named(module, args, kwargs)
+        rest, named = by_name(self._names[module], args, kwargs)
         inputs = dict(call.inputs)
         merge(inputs, named, call.late_labels)
         embeds = named.get("inputs_embeds")
@@ -283,11 +271,9 @@ class Handle:
 
     # -- the layers ------------------------------------------------------------------------------
 
-    def _layer_hook(self, index: int) -> Callable[..., Any]:
-        settings, thread = self._settings, self._thread
-        decoder, number = settings.anatomy.decoder, settings.level_of[index]
-        cuts_here, ahead = index in settings.cuts, self._asked_ahead(index)
-        enters = index == 0 and settings.reads_embeddings
+    def _at(self, site: Site) -> Callable[..., Any]:
+        """The hook of a layer."""
+        thread, decoder = self._thread, self._settings.anatomy.decoder
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             run: Pass | None = getattr(thread, "run", None)
@@ -299,44 +285,9 @@ class Handle:
                 run.cache = kwargs.get("past_key_values")
             if run.idle and kwargs.get("attention_mask") is None:
                 return None
-            rest, named = (args, kwargs) if len(args) == 1 else self._named(module, args, kwargs)
-            hidden = rest[0] if rest else named.pop("hidden_states")
-            device = hidden.device
-            if run.spread:
-                device = device_of(module, hidden)
-                hidden = to_device(hidden, device)
-            if run.positions is None and not run.idle:
-                side.check_packed(run, named)
-                side.note_positions(run, named, device)
-            if run.late is not None:
-                hidden = late.add(run, run.late, number - int(cuts_here), index, hidden)
-            if enters and run.prunes and run.open:
-                run.embeddings = run.apart(hidden.detach(), 0)
-            if cuts_here:
-                if len(run.levels) == number:
-                    cut(run, number, module, hidden, named)
-                here = run.at(number, device)
-                if here.index is not None or here.weights is not None:
-                    before = run.at(number - 1, device)
-                    own = run.apart(hidden, number - 1)
-                    hidden = run.together(here.enter(own, before, run.plan_on(device)), number)
-            given = dict(named) if ahead else named
-            side.follow(run, number, module, hidden, named)
-            if ahead and run.prunes and len(run.levels) == number + 1:
-                listen(run, number, module, hidden, given, ahead, index, index + 1)
-            # By place as they came: a reentrant checkpoint takes only those for inputs.
-            places = () if rest else self._parameters[module][1 : len(args)]
-            return (hidden, *rest[1:], *(named.pop(name) for name in places)), named
+            return enter(run, site, module, args, kwargs)
 
         return hook
-
-    def _asked_ahead(self, index: int) -> list[Any]:
-        """What the cut after a layer asks of that layer."""
-        settings = self._settings
-        if index + 1 not in settings.cuts:
-            return []
-        asked = settings.requests[settings.cuts.index(index + 1)]
-        return [request for request in asked if request.source == "previous"]
 
     def _find_run(self, run: Pass | None, named: Mapping[str, Any]) -> Pass | None:
         """The pass of a layer that may be computed anew, in training."""
@@ -364,9 +315,7 @@ class Handle:
             records.in_call(run.cache, begins=False)
             run.open = False  # it may live on, for layers that are computed anew
             run.embeddings = run.seen = None
-            for level in (*run.levels, *run.copies.values()):
-                if isinstance(level, Level):
-                    level.side.clear()
+            run.made.clear()
         if run is None or output is None:  # output is None after an exception
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
@@ -397,6 +346,12 @@ class Handle:
                 run.places,
             )
         return finish(run, output)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Names of a module's positional arguments."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _is_recorded() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.side import allowed_keys, known_keys
+from tokenprune.families.anatomy import has_device
 from tokenprune.families.projection import Positions, QueriesAndKeys
 from tokenprune.strategy import DecoderKeys, DecoderRows
 from tokenprune.tensors import attention_rows, hide_pads, single_precision, take, to_device
@@ -112,7 +113,7 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
 def _project(run: Pass, asked: Asked, rows: Positions) -> QueriesAndKeys:
     """Queries of the asked rows and keys of all, as the layer makes them."""
     named, device = asked.named, asked.hidden.device
-    if run.spread:
+    if has_device(asked.module):
         named = {name: to_device(value, device) for name, value in named.items()}
     with _without_dropout(asked.module) if asked.module.training else nullcontext():
         return run.settings.anatomy.adapter.project(asked.module, asked.hidden, rows, named)

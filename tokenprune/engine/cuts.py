@@ -131,8 +131,7 @@ def listen(
     cut_layer: int,
 ) -> None:
     """Computes what a cut's strategy asks of a layer that runs on level `number`."""
-    own = dict(named)
-    side.follow(run, number, module, hidden, own)
+    own = side.follow(run, number, module, hidden, named)
     asked = side.asked_apart(
         run, number, Asked(layer, module, hidden, own, named.get("attention_mask"))
     )

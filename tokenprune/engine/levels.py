@@ -81,7 +81,6 @@ class Level:
         project: Makes hidden states of the mixture of `source`.
         moved: int64 (B, N), positions that the layers use instead of the model's, if others.
         shift: int64 (B, 1), the model's next position minus the layers', if not 0.
-        side: What layers of this level were given, and what is in its place, while they run.
     """
 
     length: int
@@ -99,7 +98,6 @@ class Level:
     project: Callable[[Tensor], Tensor] | None = None
     moved: Tensor | None = None
     shift: Tensor | None = None
-    side: list[tuple[tuple[Any, ...], Any]] = field(default_factory=list, init=False)
     device: torch.device | None = field(init=False)
 
     def __post_init__(self) -> None:

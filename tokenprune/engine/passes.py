@@ -23,7 +23,6 @@ from tokenprune.engine.sequences import not_apart
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
-from tokenprune.families.anatomy import has_device
 from tokenprune.families.places import places
 from tokenprune.families.projection import scales_by_position
 from tokenprune.strategy import Need
@@ -118,6 +117,7 @@ class Pass:
         places: Finds the places of the visual tokens.
         heard: What a layer was asked for, by the layer of the cut and need.
         rotations: What the rotary modules gave.
+        made: What layers were handed, and what was made of it, by level; while they run.
         stages: Makes the trace of each cut done.
         open: Whether its layers run; if not, they are computed anew.
         copies: Levels and plans on other devices than where they were made, places, and what is
@@ -141,6 +141,7 @@ class Pass:
     late: Late | None = None
     heard: dict[tuple[int, Need], Any] = field(default_factory=dict)
     rotations: list[Rotation] = field(default_factory=list)
+    made: dict[Any, list[tuple[tuple[Any, ...], Any]]] = field(default_factory=dict)
     stages: list[Callable[[], Any]] = field(default_factory=list)
     open: bool = True
     copies: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
@@ -149,11 +150,6 @@ class Pass:
     def attention(self) -> str:
         """The attention implementation that the layers are set to."""
         return self.settings.anatomy.attention
-
-    @cached_property
-    def spread(self) -> bool:
-        """Whether layers may be on devices of their own."""
-        return any(map(has_device, self.settings.anatomy.layers))
 
     @property
     def offset(self) -> int:

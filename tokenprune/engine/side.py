@@ -86,58 +86,76 @@ def renumber(run: Pass, number: int, device: torch.device) -> None:
 
 
 def follow(
-    run: Pass, number: int, module: nn.Module, hidden: Tensor, named: dict[str, Any]
-) -> None:
-    """Puts a layer's other arguments in place of those of tokens that are gone."""
+    run: Pass, number: int, module: nn.Module, hidden: Tensor, named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A layer's other arguments, with those of the tokens that are left in place of all tokens'.
+
+    Args:
+        run: The pass.
+        number: Level of the layer.
+        module: The layer.
+        hidden: (B, N, D), what enters it.
+        named: What it was handed.
+    """
+    given = _handed(module, named)
+    return dict(_once(run, number, given, partial(_own, run, number, module, hidden, named)))
+
+
+def _handed(module: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """By what layers that get the same are known: those that say where they run stand alone."""
+    return type(module), vars(module).get("_hf_hook"), *named, *named.values()
+
+
+def _own(
+    run: Pass, number: int, module: nn.Module, hidden: Tensor, named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a layer of a level gets for what it was handed."""
     if run.settings.renumbers:
         renumber(run, number, hidden.device)
-    level = run.laid(number, hidden.device)
-    pair = named.get("position_embeddings")
-    first = pair[0] if isinstance(pair, tuple) else pair
-    given = (named.get("attention_mask"), first, named.get("position_ids"))
-    named.update(_once(run, level, given, partial(_own, run, number, hidden, named)))
-    if level.columns is not None:
-        _take_others(run, level, module, named)
-
-
-def _own(run: Pass, number: int, hidden: Tensor, named: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layer of a level gets for mask, rotary embeddings and positions, as far as others."""
-    level, made = run.laid(number, hidden.device), {}
-    cut, pair = level.columns is not None, named.get("position_embeddings")
+    level, made = run.laid(number, hidden.device), dict(named)
+    cut = level.columns is not None
     if cut or (run.record is not None and run.record.differs(number)):
-        made["attention_mask"] = _mask(run, number, named.get("attention_mask"), hidden)
+        mask = named.get("attention_mask")
+        make: Callable[[], Any] = partial(_mask, run, number, mask, hidden)
+        made["attention_mask"] = _once(run, level, ("attention_mask", mask), make)
     if not cut and level.moved is None:
         return made
+    pair, positions = named.get(_ROTARY), named.get("position_ids")
     if pair is not None:
-        turn = partial(_embeddings, run, level, hidden, pair)
         first = pair[0] if isinstance(pair, tuple) else pair
-        made["position_embeddings"] = _once(run, level, (_ROTARY, first), turn)
-    if named.get("position_ids") is not None:
+        make = partial(_embeddings, run, level, hidden, pair)
+        made[_ROTARY] = _once(run, level, (_ROTARY, first), make)
+    if positions is not None:
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
         gaps = run.attention.startswith("flash") and pair is not None
-        made["position_ids"] = None if gaps else _positions(run, level, named["position_ids"])
+        make = partial(_positions, run, level, positions)
+        made["position_ids"] = (
+            None if gaps else _once(run, level, ("position_ids", positions), make)
+        )
     if cut and run.attention.startswith("flash"):
         made |= _ends(run, number, named, hidden.device)
+    if cut:
+        made |= _others(run, level, module, named)
     return made
 
 
-def _once(run: Pass, level: Level, given: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+def _once(run: Pass, where: Any, given: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """What is made once per level, for every layer that is handed the very same things.
 
-    They live as long as the layers run. A layer that is computed anew makes its own: by what it is
+    It lives as long as the layers run. A layer that is computed anew makes its own: by what it is
     handed its pass is found, which must not keep it alive.
     """
-    for known, made in level.side:
-        if len(known) == len(given) and all(map(operator.is_, known, given)):
+    for old, made in run.made.get(where, ()):
+        if len(old) == len(given) and all(map(operator.is_, old, given)):
             return made
     made = make()
     if run.open:
-        level.side.append((given, made))
+        run.made.setdefault(where, []).append((given, made))
     return made
 
 
-def _take_others(run: Pass, level: Level, module: nn.Module, named: dict[str, Any]) -> None:
-    """Takes those of a layer's other arguments that have an entry per token."""
+def _others(run: Pass, level: Level, module: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a layer's other arguments that have an entry per token, of the tokens left."""
     known, length = run.settings.anatomy.adapter.token_arguments, run.rows.shape[1]
     kind: Any = type(module)
     for name in _parameters(kind):  # others pass through unread
@@ -149,12 +167,14 @@ def _take_others(run: Pass, level: Level, module: nn.Module, named: dict[str, An
                 "which dimension its tokens are: Adapter(token_arguments={...})."
             )
     assert level.columns is not None
+    made = {}
     for name, dim in known.items():
         value = named.get(name)
         if isinstance(value, Tensor):
             value = to_device(value, level.columns.device)
             index = partial(take, value, level.columns, dim=dim)
-            named[name] = _once(run, level, (name, value), index)
+            made[name] = _once(run, level, (name, value), index)
+    return made
 
 
 def _ends(run: Pass, number: int, named: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -371,5 +391,5 @@ def _rotated(run: Pass, level: Level, hidden: Tensor, pair: Any, first: Tensor) 
     for other in run.levels:
         if other is not level and id(other) in turned and run.open:
             own = turned[id(other)] if isinstance(made, tuple) else turned[id(other)][0]
-            other.side.append(((_ROTARY, first), own))
+            run.made.setdefault(other, []).append(((_ROTARY, first), own))
     return turned[id(level)] if isinstance(made, tuple) else turned[id(level)][0]
