@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -254,7 +255,8 @@ def attention_rows(
     grouped = queries_BHQE.float().reshape(  # (B, G, H/G * Q, E): no key head is copied
         num_rows, num_groups, num_heads // num_groups * num_queries, -1
     )
-    logits = grouped @ keys_BGKE.float().transpose(2, 3) * scaling
+    keys = keys_BGKE.float().flatten(0, 1).transpose(1, 2)
+    logits = torch.bmm(grouped.flatten(0, 1), keys) * scaling
     logits_BHQK = logits.view(num_rows, num_heads, num_queries, -1)
     if softcap is not None:
         logits_BHQK = (logits_BHQK / softcap).tanh() * softcap
@@ -286,6 +288,9 @@ def hide_pads(mask: Tensor, known_BK: Tensor, real_BN: Tensor | None) -> Tensor:
 def single_precision(device: torch.device) -> AbstractContextManager[None]:
     """What is computed in float32 stays so, under autocast as well."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _casts(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+_casts = cache(torch.amp.is_autocast_available)

@@ -236,7 +236,8 @@ class Level:
         if len(set(num_kept)) > 1:
             survivors = visual.masked_fill(plan.order[:most] >= counts, plan.pad)
         columns = torch.cat([plan.text, survivors], 1).sort(1).values
-        columns = columns[:, -length:] if self.pads_left else columns[:, :length]
+        if length < columns.shape[1]:
+            columns = columns[:, -length:] if self.pads_left else columns[:, :length]
         real = None
         if any(number < length for number in num_real):
             real = columns != plan.pad

@@ -186,7 +186,6 @@ def _ends(run: Pass, number: int, named: Mapping[str, Any], device: torch.device
     return dict(zip(_ENDS, values, strict=True))
 
 
-@torch.no_grad()
 def asked_apart(run: Pass, number: int, asked: Asked) -> Asked:
     """A layer that is asked; of packed rows as if it ran on each sequence by itself."""
     if run.rows.packing is None:

@@ -114,12 +114,36 @@ def ordinary(
     queries = heads(attention.q_proj(pick(normed, rows)), "q_norm")
     keys = heads(attention.k_proj(normed), "k_norm")
     if named.get("position_embeddings") is not None:
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        cos, sin = named["position_embeddings"]
-        # It rotates two tensors: the one that is not needed has no head.
-        _, keys = rotate(keys[:, :0], keys, cos, sin)
-        queries, _ = rotate(queries, queries[:, :0], pick(cos, rows), pick(sin, rows))
+        queries, keys = _rotated(attention, queries, keys, rows, named["position_embeddings"])
     return QueriesAndKeys(queries, keys, getattr(attention, "scaling", width**-0.5))
+
+
+def _rotated(
+    attention: nn.Module, queries: Tensor, keys: Tensor, rows: Positions, pair: Any
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated at once: queries of a group's heads as more positions of its key.
+
+    Args:
+        attention: The attention module.
+        queries: (B, H, Q, E) of the asked rows.
+        keys: (B, G, T, E).
+        rows: Asked rows.
+        pair: Cosines and sines, (B|1, T, E).
+    """
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    num_rows, num_groups, length, _ = keys.shape
+    per_group = queries.shape[1] // num_groups
+    own = queries.reshape(num_rows, num_groups, -1, queries.shape[3])  # (B, G, H/G * Q, E)
+
+    def lengthened(table: Tensor) -> Tensor:
+        of_rows = pick(table, rows)
+        of_rows = of_rows.repeat(1, per_group, 1) if per_group > 1 else of_rows
+        return torch.cat([table.expand(len(of_rows), -1, -1), of_rows], 1)
+
+    both = torch.cat([keys, own], 2)
+    # It rotates two tensors: the one that is not needed has no head.
+    both, _ = rotate(both, both[:, :0], *map(lengthened, pair))
+    return both[:, :, length:].reshape(queries.shape), both[:, :, :length]
 
 
 def captured(
