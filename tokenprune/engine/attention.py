@@ -23,7 +23,6 @@ from tokenprune.tensors import attention_rows, hide_pads, single_precision, take
 CHUNK_BYTES = 2**27
 
 
-@torch.no_grad()
 def hear(
     run: Pass, number: int, asked: Asked, request: DecoderRows | DecoderKeys
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -132,11 +132,11 @@ def listen(
 ) -> None:
     """Computes what a cut's strategy asks of a layer that runs on level `number`."""
     own = side.follow(run, number, module, hidden, named)
-    asked = side.asked_apart(
-        run, number, Asked(layer, module, hidden, own, named.get("attention_mask"))
-    )
-    for request in requests:
-        run.heard[cut_layer, request] = hear(run, number, asked, request)
+    asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
+    with torch.no_grad():
+        asked = side.asked_apart(run, number, asked)
+        for request in requests:
+            run.heard[cut_layer, request] = hear(run, number, asked, request)
 
 
 def _checked(

@@ -280,11 +280,6 @@ class Level:
         if first.real is not None:
             known = known.masked_fill(~first.real, -1)
         next_B1 = known.amax(1, keepdim=True) + 1
-        if all(removed) and start and self.real is None:
-            order = torch.arange(self.length, device=positions_BT.device)
-            self.moved = order.expand(len(removed), -1)
-            self.shift = next_B1 - self.length
-            return
         start_B1 = torch.zeros_like(next_B1)
         if not start:
             new = first.length if first.real is None else first.real.sum(1, keepdim=True)

@@ -51,6 +51,7 @@ class Rows:
         labelled: Whether the call has labels.
         mute: Whether some row has labels and an image, but no token that asks.
         goes_back: Whether given positions fall between two neighbours of a row with an image.
+        in_order: Whether positions are 0 .. T - 1 in each row, none of which has pads.
         guesses: Tokens at the end that assisted decoding tries out; they choose nothing.
         facts: What the call says of its images; the few numbers among it on the host.
         packing: Where the sequences stand in the rows of the call, or None if each has one.
@@ -65,6 +66,7 @@ class Rows:
     labelled: bool = False
     mute: bool = False
     goes_back: bool = False
+    in_order: bool = False
     guesses: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
@@ -199,7 +201,7 @@ def read_rows(
         },
         tokens.device,
     )
-    real = fetched.get("real", ~nothing) != 0
+    real = fetched["real"] != 0 if "real" in fetched else ~nothing
     begins = first = None
     if "sights" in fetched:
         first = fetched["sights"] >> 3
@@ -214,7 +216,8 @@ def read_rows(
         visual = (fetched.pop("visual") != 0).repeat(times, 0) & real
     packing = None
     if settings.cuts and visual.any():
-        check_mask(fetched.get("real", real))
+        if "real" in fetched:
+            check_mask(fetched["real"])
         packing = None if begins is None else find(begins, real, visual, first)
     if packing is not None:
         visual, real = packing.apart(visual, False), packing.real
@@ -246,6 +249,7 @@ def read_rows(
         labelled=labelled is not None,
         goes_back="positions" in fetched
         and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
+        in_order=_in_order(settings, inputs, fetched.get("positions"), offset, real, packing),
         guesses=guesses,
         facts=told | {name: torch.from_numpy(fetched[f"told {name}"]) for name in few},
         packing=packing,
@@ -366,6 +370,22 @@ def _check_lengths(inputs: Mapping[str, Any], length: int, by_ids: bool) -> None
             "prompt (prompt tuning, p-tuning). Pass visual_mask, bool (B, T), over all of them, "
             "and no labels."
         )
+
+
+def _in_order(
+    settings: Settings,
+    inputs: Mapping[str, Any],
+    positions: Ints | None,
+    offset: int,
+    real: Bools,
+    packing: Packing | None,
+) -> bool:
+    """Whether positions are 0 .. T - 1, as they are unless others are given; if anybody asks."""
+    if not settings.renumbers or offset or packing is not None or not real.all():
+        return False
+    if positions is None:
+        return inputs.get("position_ids") is None
+    return bool((positions == np.arange(real.shape[1])).all())
 
 
 def _goes_back(positions: Ints, real: Bools) -> bool:

@@ -78,6 +78,12 @@ def renumber(run: Pass, number: int, device: torch.device) -> None:
         shift = to_device(run.record.shifts(number), device)
     if shift is None and level.columns is None:
         return
+    if run.rows.in_order and level.real is None:
+        level.moved = run.plan_on(device).order[: level.length].expand(len(level.num_real), -1)
+        gone = run.rows.shape[1] - level.length
+        level.shift = torch.full((len(level.num_real), 1), gone, device=device)
+        level.device = device
+        return
     assert run.positions is not None
     positions, first = to_device(run.positions, device), run.at(0, device)
     level.renumber(first, positions, shift, start=run.record is None)
@@ -364,12 +370,17 @@ def _embeddings(run: Pass, level: Level, hidden: Tensor, pair: Any) -> Any:
 def _rotated(run: Pass, level: Level, hidden: Tensor, pair: Any, first: Tensor) -> Any:
     """Rotary embeddings for a level's own positions."""
     known = next((known for known in run.rotations if known.made() is first), None)
+    several = isinstance(pair, tuple)
     if known is None:
         raise ValueError(
             "prune: expected rotary embeddings that a module of the decoder makes, with "
             'positions="renumbered", got others. Use positions="original".'
         )
     assert level.moved is not None
+    if run.rows.in_order and level.real is None and not known.by_longest:
+        # The first of all positions: how these are turned, the model has made.
+        parts = tuple(part[:, : level.length] for part in (pair if several else (pair,)))
+        return parts if several else parts[0]
     if run.prunes or known.by_longest:
         return known.again(hidden, level.moved)
     # Nothing is cut: the positions of all levels are known, and are turned at once.
