@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -25,33 +24,33 @@ class GridSweeper(Sweeper):
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.work: TaskFunction | None = None
-        self.loader: ConfigLoader | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        # Hydra imports every plugin in every application: nothing heavy at the top of this file.
+        from tokenprune.cli.loader import Loader
+
         self.config = config
         self.work = task_function
-        self.loader = hydra_context.config_loader
+        self.loader: Any = Loader(hydra_context.config_loader)
+        hydra_context = HydraContext(self.loader, hydra_context.callbacks)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def _choices(self, group: str) -> list[str]:
         assert self.config is not None
-        assert self.loader is not None
         found: list[str] = self.loader.get_group_options(
             group, overrides=list(self.config.hydra.overrides.hydra)
         )
         return found
 
-    def sweep(self, arguments: list[str]) -> Any:
-        # Hydra imports every plugin in every application: nothing heavy at the top of this file.
+    def sweep(self, arguments: list[str]) -> None:
         from tokenprune.cli.launching import run_all
         from tokenprune.runs.sweeps import expand, run_names
 
         assert self.config is not None
         assert self.launcher is not None
-        assert self.loader is not None
         jobs = expand(self.grids, arguments, self._choices)
-        return run_all(self.config, self.launcher, self.loader, self.work, jobs, run_names(jobs))
+        run_all(self.config, self.launcher, self.loader, self.work, jobs, run_names(jobs))

@@ -6,6 +6,7 @@ says of each what ended it, and asks `squeue`, which answers without Slurm's acc
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,13 @@ class SubmititLauncher(Launcher):
     def _submit_array(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         import submitit
 
+        from tokenprune.cli.mistakes import BadInput
+
+        if shutil.which("sbatch") is None:
+            raise BadInput(
+                "launcher: expected Slurm's sbatch on this machine, got none. Start the command "
+                "where jobs are submitted, or choose launcher=submitit_local."
+            )
         executor = submitit.AutoExecutor(
             self.folder, cluster="slurm", slurm_max_num_timeout=self.max_num_timeout
         )
@@ -106,7 +114,7 @@ class SubmititLauncher(Launcher):
         try:
             jobs: list[Any] = executor.map_array(self, *zip(*calls, strict=True))
         except submitit.core.utils.FailedJobError as error:
-            raise ValueError(
+            raise BadInput(
                 f"hydra.launcher: expected Slurm to take {len(calls)} jobs, got: "
                 f"{' '.join(str(error).split())}. Look at its partition, gpus, cpus and mem_gb."
             ) from error

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from tokenprune.cli.mistakes import BadInput
+
 
 class Interrupt(pl.Callback):
     """Ends an evaluation as Ctrl-C does."""
@@ -37,6 +39,13 @@ class Wait(pl.Callback):
     def on_predict_batch_end(self, *arguments: object) -> None:
         Path(self.path).touch()
         time.sleep(600)
+
+
+class Refuse(pl.Callback):
+    """Refuses a run, in words as ours."""
+
+    def on_predict_start(self, *arguments: object) -> None:
+        raise BadInput("stops: expected nothing, got a run. Leave it.")
 
 
 class Until(pl.Callback):

@@ -170,6 +170,6 @@ def test_a_node_without_a_package(
 
 def test_what_slurm_does_not_take(on_slurm: list[str]) -> None:
     done = run([*on_slurm, "hydra.launcher.partition=nowhere"], code=2)
-    (line,) = done.stderr.splitlines()
+    line = done.stderr.splitlines()[-1]  # after sbatch's own
     assert "hydra.launcher: expected Slurm to take 4 jobs, got: " in line
     assert "partition" in line

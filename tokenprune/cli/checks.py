@@ -21,6 +21,7 @@ from tokenprune import Schedule
 from tokenprune.cli.configs import (
     choices,
     compose,
+    compose_all,
     missing,
     reject_sweep_values,
     single,
@@ -30,7 +31,7 @@ from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets, targets
 from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
 from tokenprune.runs.models import check_choices, load_config
-from tokenprune.runs.sweeps import check_baseline, expand, sweep_name, tabulates
+from tokenprune.runs.sweeps import check_baseline, expand, is_grid, sweep_name
 
 #: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
 _UNNAMED = "outputs/sweep"
@@ -38,6 +39,7 @@ _UNNAMED = "outputs/sweep"
 _EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
     "hydra_plugins.tokenprune_submitit": ("submitit", "launchers"),
+    "hydra_plugins.tokenprune_search": ("optuna", "search"),
     "hydra_plugins.hydra_ray_launcher": ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
 
@@ -77,9 +79,9 @@ def check_jobs(
     leading = [
         o
         for o in single(args.overrides)
-        if re.match(r"[+~]*(hydra|launcher|experiment|baseline)\b", o)
+        if re.match(r"[+~]*(hydra|launcher|search|experiment|baseline)\b", o)
     ]
-    for key in ("baseline", "launcher"):
+    for key in ("baseline", "launcher", "search"):
         swept = [o for o in args.overrides if o.startswith(f"{key}=") and o not in leading]
         if swept:  # it would run everything once for each
             given = swept[0].partition("=")[2]
@@ -111,8 +113,11 @@ def check_jobs(
         name = sweep_name([command, *args.overrides])
         folder = f"outputs/{name}"
         args.overrides.append(f"hydra.sweep.dir={folder}")
-    if not tabulates(master):  # another sweeper finds its own values
+    if not is_grid(master):  # another sweeper finds its own values
         fixed = compose(command, single(args.overrides), args.config_dir, hydra=True)
+        if str(fixed.hydra.sweeper._target_).endswith(".SearchSweeper"):
+            args.overrides += _search(fixed, args.overrides, wanted(fixed)[0])
+            check([compose(command, single(args.overrides), args.config_dir)], own)
         args.overrides += _direction(fixed, given, *wanted(fixed))
         return alone
     task = [item for item in args.overrides if not item.lstrip("+~").startswith("hydra")]
@@ -124,7 +129,7 @@ def check_jobs(
     check_baseline(OmegaConf.select(master, "baseline"), jobs, Path(folder), choice)
     jobs = [[*places, *job] for job in jobs]
     _check_experiments(command, jobs, args.config_dir)
-    check((compose(command, job, args.config_dir) for job in jobs), own)
+    check(compose_all(command, jobs, args.config_dir), own)
     return alone
 
 
@@ -135,7 +140,8 @@ def _check_plugins(config: DictConfig) -> None:
         target = str(config.hydra[part]._target_)
         for start, (module, extra) in _EXTRAS.items():
             if target.startswith(f"{start}.") and find_spec(module) is None:
-                choice = config.hydra.runtime.choices.get(part) or target
+                group = "search" if part == "sweeper" else part
+                choice = config.hydra.runtime.choices.get(group) or target
                 raise BadInput(
                     f"{part}: expected {module} to be installed for {choice!r}, got no such "
                     f"package. Install it: pip install 'tokenprune-vlm[{extra}]'."
@@ -157,6 +163,24 @@ def _check_experiments(command: str, jobs: Sequence[Sequence[str]], extra_dir: s
                 f"experiment: expected several that are no sweeps themselves, got {own}. "
                 f"Run tokenprune {command} {own} alone."
             )
+
+
+def _search(config: DictConfig, overrides: Sequence[str], name: str) -> list[str]:
+    """Checks a search of ours; overrides that say what is looked for.
+
+    Args:
+        config: What does not change.
+        overrides: Of the command line.
+        name: What the command returns.
+    """
+    from tokenprune.cli.searching import check_search
+
+    task = [item for item in overrides if not item.lstrip("+~").startswith(("hydra", "launcher"))]
+    check_search(config.hydra.sweeper, task)
+    if config.hydra.sweeper.objectives:
+        return []
+    cost = ",tflops_ratio" if name == "accuracy" else ""
+    return [f"hydra.sweeper.objectives=[{name}{cost}]"]
 
 
 def _direction(config: DictConfig, given: Collection[str], name: str, way: str) -> list[str]:

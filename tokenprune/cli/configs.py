@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenprune.cli.guide import GROUPS, OWN_GROUPS, choice_files
+from tokenprune.cli.loader import filled, split
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
 from tokenprune.runs.compose import config_dir
 from tokenprune.strategy import available
@@ -48,6 +50,22 @@ def compose(
         del config["hydra"]
         OmegaConf.set_struct(config, True)
     return config
+
+
+def compose_all(
+    command: str, jobs: Iterable[Sequence[str]], extra_dir: str | None = None
+) -> Iterator[DictConfig]:
+    """The configs of a sweep's runs; arguments as for `compose`.
+
+    Runs that make the same choices have one composition, which takes 0.1 s, and their values set in
+    copies of it, which take a hundredth of that.
+    """
+    made: dict[tuple[Any, ...], DictConfig] = {}
+    for job in jobs:
+        _parse(job)  # a mistake is told
+        chosen, values = split(job)
+        make = partial(compose, command, chosen, extra_dir)
+        yield filled(made, tuple(chosen), make, values) or compose(command, job, extra_dir)
 
 
 def composed_files(

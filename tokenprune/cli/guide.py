@@ -9,11 +9,21 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 #: Groups of configs, in the order in which they are told.
-GROUPS = ("model", "data", "strategy", "schedule", "trainer", "logger", "launcher", "experiment")
+GROUPS = (
+    "model",
+    "data",
+    "strategy",
+    "schedule",
+    "trainer",
+    "logger",
+    "launcher",
+    "search",
+    "experiment",
+)
 #: Those of commands that have others.
 OWN_GROUPS = {
-    "bench": ("shape", "strategy", "schedule", "launcher"),
-    "benchmark": ("benchmark", "model", "strategy", "schedule", "launcher", "experiment"),
+    "bench": ("shape", "strategy", "schedule", "launcher", "search"),
+    "benchmark": ("benchmark", "model", "strategy", "schedule", "launcher", "search", "experiment"),
 }
 EXAMPLES = """\
 tokenprune eval strategy=fastv                         FastV as published, on the shipped model

@@ -6,14 +6,14 @@ what is missing is started, all of it is waited for, and what failed is told in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -60,8 +60,31 @@ def run_all(
     work: Any,
     jobs: Sequence[Sequence[str]],
     names: Sequence[str],
-) -> Sequence[JobReturn]:
-    """Runs the jobs of a sweep and writes its tables.
+) -> None:
+    """Runs the jobs of a sweep and writes its tables; arguments as for `start`.
+
+    Raises:
+        BadInput: Some did not run to their end in other processes.
+    """
+    _, failed = start(config, launcher, loader, work, jobs, names)
+    folder, baseline = Path(config.hydra.sweep.dir), config.get("baseline")
+    if here(config):  # a measurement has written its own
+        finish_sweep(folder, names, baseline)
+    else:
+        tabulate(folder, names, baseline)
+    refuse(failed, len(jobs))
+
+
+def start(
+    config: DictConfig,
+    launcher: Launcher,
+    loader: ConfigLoader,
+    work: Any,
+    jobs: Sequence[Sequence[str]],
+    names: Sequence[str],
+    first: int = 0,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs jobs.
 
     Args:
         config: The sweep's, with the node `hydra`.
@@ -70,18 +93,18 @@ def run_all(
         work: What is run, of which Hydra need not know that it is `Work`.
         jobs: Overrides of every run.
         names: Their folders in that of the sweep.
+        first: The number of the first.
 
-    Raises:
-        BadInput: Some did not run to their end in other processes.
+    Returns:
+        What those returned that were started, and why those failed that did, in other processes;
+        by name. In this process a failure is raised.
     """
-    folder, baseline = Path(config.hydra.sweep.dir), config.get("baseline")
+    folder = Path(config.hydra.sweep.dir)
     calls = [[*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)]
     if here(config):
-        returned = launcher.launch(calls, initial_job_idx=0)
-        for job in returned:
-            _ = job.return_value  # raises what the job raised
-        finish_sweep(folder, names, baseline)
-        return returned
+        done = launcher.launch(calls, initial_job_idx=first)
+        # The property raises what the job raised.
+        return {name: job.return_value for name, job in zip(names, done, strict=True)}, {}
 
     def complete(number: int) -> bool:
         known = getattr(work, "complete", None)
@@ -97,29 +120,42 @@ def run_all(
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} runs: complete already", flush=True)
     HydraConfig.instance().set_config(config)
-    failed, returned = {}, []
+    returned: dict[str, Any] = {}
+    failed: dict[int, str] = {}
     try:
-        if missing:
-            returned = launcher.launch([calls[number] for number in missing], initial_job_idx=0)
-        for number, job in zip(missing, returned, strict=True):
+        calls_left = [calls[number] for number in missing]
+        done = launcher.launch(calls_left, initial_job_idx=first) if missing else []
+        for number, job in zip(missing, done, strict=True):
             if job.status == JobStatus.FAILED:
                 failed[number] = _reason(job._return_value)
+            else:
+                returned[names[number]] = job.return_value
     except Exception as error:
         if explain(error) is not None:
             raise
         why = _reason(error)
         failed = {number: why for number in missing if (folder / names[number] / LOCK).exists()}
         failed = failed or dict.fromkeys(missing, why)
-    failed = {number: why for number, why in failed.items() if not complete(number)}
-    tabulate(folder, names, baseline)
+    return returned, {names[n]: why for n, why in failed.items() if not complete(n)}
+
+
+def refuse(failed: Mapping[str, str], num_runs: int) -> None:
+    """Tells which runs failed.
+
+    Args:
+        failed: Why, by name.
+        num_runs: How many there were.
+
+    Raises:
+        BadInput: There are any.
+    """
     if failed:
-        told = [f"{names[number]}: {why}" for number, why in list(failed.items())[:_NUM_NAMED]]
+        told = [f"{name}: {why}" for name, why in list(failed.items())[:_NUM_NAMED]]
         more = f"; and {len(failed) - _NUM_NAMED} more" if len(failed) > _NUM_NAMED else ""
         raise BadInput(
-            f"sweep: expected {len(jobs)} complete runs, got {len(failed)} that failed: "
+            f"sweep: expected {num_runs} complete runs, got {len(failed)} that failed: "
             f"{'; '.join(told)}{more}. The same command runs only what is missing."
         )
-    return returned
 
 
 def _reason(error: Any) -> str:

@@ -88,8 +88,8 @@ def _values(override: Override, choices: Callable[[str], Sequence[str]]) -> list
     )
 
 
-def tabulates(config: DictConfig) -> bool:
-    """Whether the sweeper of a config writes the table of its runs itself: ours does."""
+def is_grid(config: DictConfig) -> bool:
+    """Whether the sweeper of a config lists its runs beforehand: ours for grids does."""
     return str(OmegaConf.select(config, "hydra.sweeper._target_")).endswith(".GridSweeper")
 
 
@@ -100,7 +100,7 @@ class Tabulate(Callback):
     """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if not tabulates(config):
+        if not str(config.hydra.sweeper._target_).startswith("hydra_plugins.tokenprune_"):
             finish_sweep(Path(config.hydra.sweep.dir), baseline=config.get("baseline"))
 
 
@@ -135,7 +135,7 @@ def check_baseline(
 def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
     # Where it runs, where a training goes on from, what a sweep is compared with: no other one.
-    left_out = r"[+]*(experiment|hydra|launcher|ckpt_path|baseline)\b"
+    left_out = r"[+]*(experiment|hydra|launcher|search|ckpt_path|baseline)\b"
     parts = [part for part in overrides if not re.match(left_out, part)]
     # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3; but not
     # strategy.seed=1 -> seed=1, which is another run.

@@ -1,0 +1,228 @@
+"""A search: Optuna chooses the values of runs, and is told what became of them.
+
+The study is a file in the sweep's folder. What an end in the middle has left open is done first
+when the command is given once more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
+
+from tokenprune.cli.collect import tabulate
+from tokenprune.cli.launching import refuse, start
+from tokenprune.cli.mistakes import BadInput, unknown
+from tokenprune.runs.folders import occupied
+from tokenprune.runs.sweeps import run_name
+
+STUDY = ".study"  # a folder, which one search at a time holds
+#: What is better, less or more of it, by its name.
+WAYS = {
+    **dict.fromkeys(("accuracy", "val_accuracy"), "maximize"),
+    **dict.fromkeys(("tflops", "tflops_ratio", "flops_ratio"), "minimize"),
+    **dict.fromkeys(("avg_tokens", "final_tokens", "kv_mb", "pruned_kv_mb"), "minimize"),
+    **dict.fromkeys(("prefill_ms", "pruned_ms", "time_ratio", "val_loss"), "minimize"),
+}
+SAMPLERS = ("tpe", "nsgaii", "random")
+_RESULTS = ("metrics.json", "bench.json", "training.json")
+_DIGITS = 4  # of a value between two ends, so that a run's folder has a name to read
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search: see configs/search/optuna.yaml."""
+
+    n_trials: int
+    at_once: int
+    objectives: Sequence[str]
+    sampler: str
+    seed: int
+
+
+def check_search(settings: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Refuses what cannot be searched, before anything is loaded or written.
+
+    Args:
+        settings: The sweeper's own config.
+        arguments: Overrides of the command line.
+
+    Raises:
+        BadInput: Something is wrong with them.
+    """
+    for key in ("n_trials", "at_once"):
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadInput(
+                f"hydra.sweeper.{key}: expected an integer >= 1, got {value!r}. "
+                f"Set hydra.sweeper.{key}=30."
+            )
+    if settings["sampler"] not in SAMPLERS:
+        raise BadInput(unknown("hydra.sweeper.sampler", str(settings["sampler"]), SAMPLERS))
+    for name in settings["objectives"] or ():
+        if name not in WAYS:
+            raise BadInput(unknown("hydra.sweeper.objectives", str(name), list(WAYS)))
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    if not any(override.is_sweep_override() for override in parsed):
+        raise BadInput(
+            "search: expected values to choose from, got none. Add strategy=fastv,random or "
+            "'schedule.lam=interval(0.2,0.8)'."
+        )
+
+
+def search(
+    config: DictConfig,
+    launcher: Launcher,
+    loader: ConfigLoader,
+    work: Any,
+    arguments: Sequence[str],
+    settings: Settings,
+) -> list[Any]:
+    """Runs trials until there are as many as asked for; writes the tables, prints the best.
+
+    Args:
+        config: The sweep's, with the node `hydra`.
+        launcher: Set up.
+        loader: Composes the configs of runs.
+        work: What is run.
+        arguments: Overrides; those that sweep are the space.
+        settings: How to search.
+
+    Raises:
+        BadInput: Some trials failed; or another search is at work in the folder.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = Path(config.hydra.sweep.dir)
+    space, fixed = _space(arguments, optuna)
+    names: list[str] = []
+    failed: dict[str, str] = {}
+    with ExitStack() as stack:
+        stack.enter_context(occupied(folder / STUDY))
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / STUDY}/study.db",
+            study_name="search",
+            directions=[WAYS[name] for name in settings.objectives],
+            load_if_exists=True,
+        )
+        _resume(study, optuna)
+        study.sampler = _sampler(settings, len(study.trials), optuna)
+        while (left := settings.n_trials - _num_done(study, optuna)) > 0:
+            trials = [study.ask(space) for _ in range(min(left, settings.at_once))]
+            jobs = [[*fixed, *_overrides(trial.params)] for trial in trials]
+            own = [run_name(job) for job in jobs]
+            for trial, name in zip(trials, own, strict=True):
+                trial.set_user_attr("run", name)
+            different = dict(zip(own, jobs, strict=True))  # a choice may come twice
+            try:
+                returned, wrong = start(
+                    config,
+                    launcher,
+                    loader,
+                    work,
+                    list(different.values()),
+                    list(different),
+                    first=trials[0].number,
+                )
+            except SystemExit:  # a run here that failed has been told
+                for trial in trials:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                raise
+            for trial, name in zip(trials, own, strict=True):
+                if name in wrong:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                else:
+                    value = _reader(folder / name, returned.get(name))
+                    study.tell(trial, [value(key) for key in settings.objectives])
+            names += own
+            failed |= wrong
+            if len(failed) >= settings.n_trials:
+                break
+        done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+        tabulate(folder, [trial.user_attrs["run"] for trial in done], config.get("baseline"))
+        for trial in study.best_trials if done else ():
+            values = zip(settings.objectives, trial.values, strict=True)
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values)
+            print(f"best: {trial.user_attrs['run']}: {told}", flush=True)
+    refuse(failed, len(names))
+    return []
+
+
+def _space(arguments: Sequence[str], optuna: Any) -> tuple[dict[str, Any], list[str]]:
+    """Distributions by key, and the overrides that stay."""
+    space, fixed = {}, []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        if override.is_sweep_override():
+            space[override.get_key_element()] = _distribution(override, optuna.distributions)
+        else:
+            fixed.append(str(override.input_line))
+    return space, fixed
+
+
+def _distribution(override: Override, kinds: Any) -> Any:
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        log = "log" in value.tags
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+        return kind(value.start, value.end, log=log)
+    if isinstance(value, RangeSweep):
+        ends: Any = (value.start, value.stop, value.step)
+        if all(isinstance(end, int) for end in ends) and len(range(*ends)):
+            return kinds.IntDistribution(ends[0], range(*ends)[-1], step=ends[2])
+    return kinds.CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _overrides(params: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}={float(f'{value:.{_DIGITS}g}') if isinstance(value, float) else value}"
+        for key, value in params.items()
+    ]
+
+
+def _sampler(settings: Settings, num_trials: int, optuna: Any) -> Any:
+    seed = settings.seed + num_trials  # or a search that goes on would choose the same again
+    if settings.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    kind = {"nsgaii": optuna.samplers.NSGAIISampler, "random": optuna.samplers.RandomSampler}
+    return kind[settings.sampler](seed=seed)
+
+
+def _resume(study: Any, optuna: Any) -> None:
+    """Has trials that an end in the middle has left open done anew."""
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def _num_done(study: Any, optuna: Any) -> int:
+    return len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+
+
+def _reader(folder: Path, returned: Any) -> Callable[[str], float]:
+    """What a run came to, by a metric's name."""
+    files = [folder / name for name in _RESULTS if (folder / name).is_file()]
+    found = {k: v for file in files for k, v in json.loads(file.read_text("utf-8")).items()}
+
+    def value(name: str) -> float:
+        own = found.get(name, returned)
+        if name.startswith("val_"):
+            own = found.get("validation", {}).get(name.removeprefix("val_"), returned)
+        if isinstance(own, bool) or not isinstance(own, int | float):
+            raise BadInput(
+                f"hydra.sweeper.objectives: expected a number, got {own!r} for {name!r} in "
+                f"{folder}. Name another of {list(WAYS)}."
+            )
+        return float(own)
+
+    return value
