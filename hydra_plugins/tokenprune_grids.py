@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -33,7 +33,7 @@ class GridSweeper(Sweeper):
 
         self.config = config
         self.work = task_function
-        self.loader: Any = Loader(hydra_context.config_loader)
+        self.loader = cast(Any, Loader(hydra_context.config_loader))
         hydra_context = HydraContext(self.loader, hydra_context.callbacks)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

@@ -7,7 +7,7 @@ is a run with a folder and a row, and cost is an aim beside accuracy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
@@ -32,7 +32,7 @@ class SearchSweeper(Sweeper):
         from tokenprune.cli.loader import Loader
 
         self.config, self.work = config, task_function
-        self.loader: Any = Loader(hydra_context.config_loader)
+        self.loader = cast(Any, Loader(hydra_context.config_loader))
         hydra_context = HydraContext(self.loader, hydra_context.callbacks)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

@@ -172,10 +172,11 @@ def _space(arguments: Sequence[str], optuna: Any) -> tuple[dict[str, Any], list[
 def _distribution(override: Override, kinds: Any) -> Any:
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        log = "log" in value.tags
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        low: Any = value.start
+        high: Any = value.end
+        whole = isinstance(low, int) and isinstance(high, int)
         kind = kinds.IntDistribution if whole else kinds.FloatDistribution
-        return kind(value.start, value.end, log=log)
+        return kind(low, high, log="log" in value.tags)
     if isinstance(value, RangeSweep):
         ends: Any = (value.start, value.stop, value.step)
         if all(isinstance(end, int) for end in ends) and len(range(*ends)):
