@@ -216,7 +216,7 @@ def _reader(folder: Path, returned: Any) -> Callable[[str], float]:
     found = {k: v for file in files for k, v in json.loads(file.read_text("utf-8")).items()}
 
     def value(name: str) -> float:
-        own = found.get(name, returned)
+        own = found.get(name)
         if name.startswith("val_"):
             own = found.get("validation", {}).get(name.removeprefix("val_"), returned)
         if isinstance(own, bool) or not isinstance(own, int | float):
