@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
-from tokenprune.report import reading, tables, words
+from tokenprune.report import front, reading, tables, words
 from tokenprune.report.groups import average, settings_of
 from tokenprune.report.looks import looks, order
 from tokenprune.runs import results
@@ -93,6 +93,7 @@ def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
         .render(
             page=page,
             matrices=[m for one in settings if (m := tables.matrix(groups, one)) is not None],
+            front=front.front_table(groups),
             compared=compared.comparison_table(pairs) if pairs else None,
             split=compared.difficulty_table(split) if split else None,
             table=tables.table(columns, runs),
