@@ -49,7 +49,7 @@ def expand(
             elif override.is_sweep_override():
                 raise ValueError(
                     f"{key}: expected values separated by commas, got {override.input_line!r}. "
-                    "Intervals need hydra/sweeper=optuna."
+                    "Intervals need search=optuna."
                 )
             elif override.is_delete():
                 axes.append([override.input_line or key])
