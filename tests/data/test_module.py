@@ -95,6 +95,41 @@ def test_processes_share_the_steps_of_one(length, batch, processes):
     assert steps(processes, batch, seen=1) == together[1:]
 
 
+@given(length=st.integers(4, 300), batch=st.integers(1, 3), processes=st.integers(1, 4))
+def test_steps_of_similar_size_have_every_sample_once(length, batch, processes):
+    sizes = [(7 * sample) % 101 for sample in range(length)]
+    step = batch * processes
+
+    def order(number: int, size: int, accumulated: int) -> list[int]:
+        shares = [
+            _epoch(
+                EpochShuffle(
+                    length,
+                    size,
+                    processes=number,
+                    rank=rank,
+                    sizes=sizes,
+                    accumulated=accumulated,
+                ),
+                1,
+            )
+            for rank in range(number)
+        ]
+        longest = max(map(len, shares))
+        return [share[i] for i in range(longest) for share in shares if i < len(share)]
+
+    alone = order(1, step, 1)
+    assert sorted(alone) == list(range(length))
+    assert order(1, batch, processes) == alone  # a step of several batches
+    assert order(processes, batch, 1)[:length] == alone
+    whole = [alone[i : i + step] for i in range(0, length - step + 1, step)]
+    ranges = [max(sizes[s] for s in own) - min(sizes[s] for s in own) for own in whole]
+    plain = _epoch(EpochShuffle(length, step), 1)
+    others = [plain[i : i + step] for i in range(0, length - step + 1, step)]
+    spread = [max(sizes[s] for s in own) - min(sizes[s] for s in own) for own in others]
+    assert sum(ranges) <= sum(spread)
+
+
 def _trainer(batches: int, per_epoch: int, processes: int = 1) -> SimpleNamespace:
     progress = SimpleNamespace(total=SimpleNamespace(processed=batches))
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))

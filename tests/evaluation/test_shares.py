@@ -199,7 +199,7 @@ def test_a_process_that_hangs_is_named(checkpoint: Path, folder: Path, starts: s
 @pytest.mark.matrix
 def test_a_full_disk_of_one_process(checkpoint: Path, folder: Path) -> None:
     two = ["trainer=ddp", "trainer.accelerator=cpu", "shard_timeout=60"]
-    fails = "trainer.callbacks=[{_target_:failures.Fail,rank:1,at:1,failure:disk,size:3000}]"
+    fails = "trainer.callbacks=[{_target_:failures.Fail,rank:1,at:1,failure:disk,size:500}]"
     done = run([*TORCHRUN, *command(checkpoint, *two, fails)], 1)
     assert re.search(r"process 1 of 2 .*: \[Errno 27\] File too large: .*parts", told(done.stderr))
     run([*TORCHRUN, *command(checkpoint, *two)])

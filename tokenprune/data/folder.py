@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tokenprune.data.cells import is_missing
 from tokenprune.data.checked import CheckedRows, Content
 from tokenprune.data.errors import no_value, shown
 from tokenprune.data.files import read_rows
-from tokenprune.data.images import open_image
+from tokenprune.data.images import num_pixels, open_image
 from tokenprune.data.references import cells_of, check_reference, is_address, reference_of
 from tokenprune.data.rows import Columns, turns_of
 from tokenprune.data.sample import Turn
@@ -82,6 +83,15 @@ class FolderDataset(CheckedRows):
             images.append(self.folder / str(reference.path))
         self._rows[place] = (turns, tuple(images))
         return turns, len(images)
+
+    def sizes(self) -> list[int]:
+        """Pixels of each sample's images, by their files' headers: no image is decoded."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self._size, self._samples))
+
+    def _size(self, sample: tuple[int, int]) -> int:
+        place, _ = sample
+        return sum(num_pixels(image, self._where(place)) for image in self._rows[place][1])
 
     def _content(self, place: int, where: str) -> Content:
         turns, images = self._rows[place]

@@ -83,6 +83,19 @@ def open_image(source: Path | io.BytesIO, where: str) -> Image.Image:
         ) from error
 
 
+def num_pixels(source: Path, where: str) -> int:
+    """Pixels of a picture, by the header of its file.
+
+    Raises:
+        ValueError: It is no picture; names its place.
+    """
+    try:
+        with Image.open(source) as image:
+            return image.width * image.height
+    except (OSError, ValueError) as error:
+        raise unreadable(source.name, where, error) from error
+
+
 def unreadable(name: str, where: str, error: Exception) -> ValueError:
     """The error of an image that could not be opened."""
     return ValueError(

@@ -32,6 +32,8 @@ class VQADataModule(pl.LightningDataModule):
         num_workers: Processes that prepare batches; 0 does it in the main process.
         seed: Of the order of training samples.
         image_scale: Share of each image's pixels that the processor is given, in every loop.
+        group_by_size: Training steps, and batches to predict, have samples of similar size: less
+            padding. The data sets have `sizes()` for it, a number a sample.
 
     Raises:
         ValueError: `batch_size`, `num_workers` or `image_scale` is out of range.
@@ -48,8 +50,10 @@ class VQADataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         image_scale: float = 1.0,
+        group_by_size: bool = False,
     ) -> None:
         super().__init__()
+        self.group_by_size = group_by_size
         for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(
@@ -80,6 +84,7 @@ class VQADataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         image_scale: float = 1.0,
+        group_by_size: bool = False,
     ) -> VQADataModule:
         """Data sets from local files; see `FolderDataset`.
 
@@ -96,6 +101,7 @@ class VQADataModule(pl.LightningDataModule):
             num_workers: Processes that prepare batches.
             seed: Of the order of training samples.
             image_scale: Share of each image's pixels that the processor is given.
+            group_by_size: See above; sizes are pixels.
 
         Raises:
             ValueError: No path is given, or a data set is not as expected.
@@ -122,6 +128,7 @@ class VQADataModule(pl.LightningDataModule):
             num_workers=num_workers,
             seed=seed,
             image_scale=image_scale,
+            group_by_size=group_by_size,
         )
 
     @classmethod
@@ -215,6 +222,8 @@ class VQADataModule(pl.LightningDataModule):
             processes=processes,
             rank=0 if trainer is None else trainer.global_rank,
             start=self._start,
+            sizes=self._sizes(data),
+            accumulated=1 if trainer is None else trainer.accumulate_grad_batches,
         )
         collate = ConversationCollator(self._processor(), self.image_scale)
         return self._loader(data, collate, shuffle)
@@ -237,6 +246,25 @@ class VQADataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         return self.test_dataloader()
+
+    def predict_order(self) -> list[int] | None:
+        """The samples to predict, large ones first; None where they stay in the data's order."""
+        sizes = self._sizes(self._data(self.test, "test"))
+        if sizes is None:
+            return None
+        return sorted(range(len(sizes)), key=lambda sample: -sizes[sample])
+
+    def _sizes(self, data: Dataset[Sample]) -> list[int] | None:
+        own: Any = data
+        if not self.group_by_size:
+            return None
+        if not hasattr(own, "sizes"):
+            raise ValueError(
+                f"data.group_by_size: expected samples whose sizes are known, got "
+                f"{type(own).__name__}. Leave it out, or use data=folder."
+            )
+        sizes: list[int] = own.sizes()
+        return sizes
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: Lightning counts batches, but starts an epoch's data anew."""
@@ -282,16 +310,17 @@ class VQADataModule(pl.LightningDataModule):
             "seed": self.seed,
             "processes": processes,
             "accumulated": trainer.accumulate_grad_batches,
+            "grouped": int(self.group_by_size),
         }
 
     def _check_resumed(self, before: dict[str, int], now: dict[str, int]) -> None:
         """In the middle of an epoch, nothing that decides the order may have changed."""
         whole = "as when training was interrupted in the middle of an epoch"
-        for name, key in (("num_samples", "the data"), ("seed", "data.seed")):
-            if before[name] != now[name]:
+        for name, key in _ORDERED:
+            if before.get(name, 0) != now[name]:
                 raise ValueError(
-                    f"{key}: expected {before[name]}, {whole}, got {now[name]}. Set it back, or "
-                    "ckpt_path=null to start anew."
+                    f"{key}: expected {before.get(name, 0)}, {whole}, got {now[name]}. Set it "
+                    "back, or ckpt_path=null to start anew."
                 )
         parts = ("batch_size", "processes", "accumulated")
         old, new = (math.prod(order.get(part, 1) for part in parts) for order in (before, now))
@@ -351,6 +380,12 @@ class VQADataModule(pl.LightningDataModule):
         return data
 
 
+#: What an order follows from besides steps, and the key that says it.
+_ORDERED = (
+    ("num_samples", "the data"),
+    ("seed", "data.seed"),
+    ("grouped", "data.group_by_size"),
+)
 _REMEDIES = {
     "train": "Set data.train_path (folder) or data.train_split (hub)",
     "validation": "Set data.validation_path (folder) or data.validation_split (hub)",

@@ -72,7 +72,8 @@ def evaluate(
     source: dict[str, Any]
     model, data = (loading.key_of(config[part], marks) for part in ("model", "data"))
     notes, share = Notes.of(folder, resolved, marks), None
-    if trainer.world_size == 1 and shard is None and not notes.exist():
+    grouped = bool(OmegaConf.select(config, "data.group_by_size"))
+    if trainer.world_size == 1 and shard is None and not grouped and not notes.exist():
         source = {"dataloaders": loading.cached_batches(data, model)}
     else:
         share = Share(loading.cached_data(data, model), notes, shard)

@@ -176,14 +176,15 @@ class Share(pl.LightningDataModule):
             )
         self.notes.mend(rank, size)
         known, _ = self.notes.answers()
-        mine = range(rank, length, size)
+        order = getattr(own, "predict_order", lambda: None)() or range(length)
+        mine = list(order)[rank::size]
         self.samples, self.batch_size = whole.dataset, whole.batch_size
         limit = self.trainer.limit_predict_batches if self.trainer is not None else 1.0
         if isinstance(limit, int):
             mine = mine[: limit * self.batch_size]
         left = [number for number in mine if number not in known]
         # A loop over nothing would not come to its end.
-        self.numbers = left or list(mine)[-self.batch_size :]
+        self.numbers = left or mine[-self.batch_size :]
         return DataLoader(
             Subset(whole.dataset, self.numbers),
             batch_size=whole.batch_size,

@@ -74,8 +74,10 @@ class _Member:
         return _read(self._store, self.key(name))
 
     def wait(self, name: str) -> bytes:
-        """What another is going to tell, however long that takes; signals are heard."""
+        """What the first process is going to tell, however long that takes; signals are heard."""
         while (told := self.get(name)) is None:
+            if self.lost():
+                _orphan(self)
             time.sleep(0.05)
         return told
 
@@ -179,6 +181,7 @@ def _connect(launch: Launch, leads: bool) -> Any:
     open_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
     hosts = leads and not launch.keeps_store
     try:
+        socket.getaddrinfo(launch.address, launch.port)  # the store would ask for minutes
         return open_store(
             launch.address,
             launch.port,
@@ -188,11 +191,12 @@ def _connect(launch: Launch, leads: bool) -> Any:
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        cause = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"{launch.launcher}: expected all processes to meet at {launch.address}:{launch.port}, "
-            f"got: {str(error).strip().splitlines()[0]} Set MASTER_ADDR and MASTER_PORT to a "
-            "machine and a port that all can reach."
+            f"got: {cause}. Set MASTER_ADDR and MASTER_PORT to a machine and a port that all can "
+            "reach."
         ) from error
 
 
@@ -334,6 +338,9 @@ def follow(launch: Launch) -> int:
             try:
                 getattr(importlib.import_module(module), name)(*arguments)
             except (Exception, SystemExit) as error:
+                # torchrun ends the others of one that is lost, which may be the first.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                member.suspects = True
                 _leave_group()
                 _report(member, number, error)
             else:
