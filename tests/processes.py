@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
+Process = subprocess.Popen[str]
 #: Seconds that a process has, unless told otherwise: many times what any needs.
 LIMIT = 240
 

@@ -51,7 +51,7 @@ def test_commands_in_the_documents_are_understood(
     elif name in ("verify", "show"):
         compose("eval", [item for item in rest if "=" in item])
     else:
-        assert name in ("list", "report")
+        assert name in ("collect", "list", "report")
 
 
 def test_bugs_keep_their_traceback(

@@ -81,7 +81,7 @@ def test_h5_patterns_know_further_folders(tmp_path: Path, seen: list[DictConfig]
             ["strategy=glob(r*)", "schedule=glob(*,exclude=e*)", "seed=1,2"],
             2 * sum(name[0] != "e" for name in SCHEDULES),
         ),
-        (["logger=glob(*)"], 3),
+        (["logger=glob(*)"], 5),
         (
             ["hydra.sweeper.grids=[{strategy: 'glob(*,exclude=none)'},{strategy: none}]"],
             len(STRATEGIES),

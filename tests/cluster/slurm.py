@@ -13,7 +13,6 @@ import pwd
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import run, started
+from processes import DEVNULL, Process, run, started
 
 NODES = ("n1", "n2")
 PARTITION = "p"
@@ -144,12 +143,12 @@ class Slurm:
         return self.run("sinfo", "--noheader", "--nodes", name, "--format=%T", code=None).strip()
 
     @contextmanager
-    def _daemon(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    def _daemon(self, command: Sequence[str]) -> Iterator[Process]:
         """A daemon in the foreground, whose group ends with the `with`."""
         program = _program(command[0])
         assert program is not None
         with (self.folder / f"{command[0]}.out").open("a") as log:
-            options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            options = {"stdin": DEVNULL, "stdout": log, "stderr": log}
             with started([program, *command[1:]], limit=3600, **options) as process:
                 yield process
 

@@ -6,15 +6,13 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 from commands import COMMAND, random_llava
-from processes import run, started
+from processes import PIPE, Process, run, started
 from slurm import Slurm, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -64,7 +62,7 @@ def table(folder: Path = Path()) -> list[dict[str, str]]:
 
 
 @contextmanager
-def halted(command: Sequence[str], gate: Path) -> Iterator[subprocess.Popen[str]]:
+def halted(command: Sequence[str], gate: Path) -> Iterator[Process]:
     """A sweep on Slurm two of whose runs are in their midst."""
     with started(command, stdout=PIPE, stderr=PIPE) as launcher:
         wait_for(lambda: len(list(gate.iterdir())) == 2, "two runs to have begun", limit=120)

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run, started
+from processes import PIPE, STDOUT, run, started
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.matrix
@@ -64,7 +63,7 @@ def train(
             place = [f"--nnodes={nodes}", f"--node-rank={node}", "--master-addr=127.0.0.1"]
             place += [f"--master-port={meets}", f"--nproc-per-node={processes // nodes}"]
             command = [*TORCHRUN, *place, *own, *overrides]
-            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            streams = {"stdout": PIPE, "stderr": STDOUT}
             agents.append(stack.enter_context(started(command, **streams)))
         for agent in agents:
             said += agent.communicate(timeout=230)[0]

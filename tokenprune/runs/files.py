@@ -20,10 +20,14 @@ DRAFT = ".draft"
 
 
 @contextmanager
-def draft(path: Path) -> Iterator[Path]:
+def draft(path: Path, either: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to, which takes its place in the end.
 
     After an error, `path` is what it was before.
+
+    Args:
+        path: Where it goes.
+        either: Whether a file may take a folder's place, and a folder a file's.
 
     Raises:
         OSError: It cannot be written; names `path`.
@@ -33,7 +37,7 @@ def draft(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         if beside.exists():  # in the process that writes, of several
-            _put(beside, path)
+            _put(beside, path, either)
     except Exception as error:
         told = locate(error, path, beside)
         if told is None:
@@ -132,8 +136,9 @@ def clear(folder: Path) -> None:
 _OLD = f".old{DRAFT}"
 
 
-def _put(beside: Path, path: Path) -> None:
-    if not path.exists() or not (beside.is_dir() or path.is_dir()):
+def _put(beside: Path, path: Path, either: bool) -> None:
+    both = beside.is_dir() and path.is_dir()
+    if not path.exists() or not (both or either):
         os.replace(beside, path)
         return
     old = beside.with_name(f"{beside.name.removesuffix(DRAFT)}{_OLD}")

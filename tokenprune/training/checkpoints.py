@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader
 
 from tokenprune.runs.files import draft
-from tokenprune.training.sharding import Sharded
+from tokenprune.training.sharding import META, Sharded
 
 #: Where an interrupted training goes on from, and the weights of the best validation.
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
@@ -240,7 +240,8 @@ def _save(trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
             if shards and not trainer.is_global_zero:
                 trainer.save_checkpoint(path)  # where the first process says
                 return
-            with draft(path) as beside:
+            # Of one process before, and of several now; or the other way round.
+            with draft(path, either=path.is_file() or (path / META).is_file()) as beside:
                 trainer.save_checkpoint(beside, weights_only=weights_only)
         except CheckpointException as error:
             raise _first(error, path) from error
