@@ -47,6 +47,7 @@ class SubmititLauncher(Launcher):
         self.config: DictConfig | None = None
         self.context: HydraContext | None = None
         self.task: TaskFunction | None = None
+        self.over_time = False
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -63,18 +64,23 @@ class SubmititLauncher(Launcher):
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = f"job-{number}", number
-        return run_job(
+        self.over_time = False
+        found = run_job(
             hydra_context=self.context,
             task_function=self.task,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+        if self.over_time and found.status == JobStatus.FAILED:  # whatever that interrupted
+            raise RuntimeError("the job has timed out")
+        return found
 
     def checkpoint(self, *arguments: Any) -> Any:
         """What is run when a job that was over its time, or preempted, is started again."""
         from submitit.helpers import DelayedSubmission
 
+        self.over_time = True
         return DelayedSubmission(self, *arguments)
 
     def launch(
@@ -85,6 +91,11 @@ class SubmititLauncher(Launcher):
         if self.cluster == "slurm":
             return _wait_for_slurm(self._submit_array(calls), self.timeout_min)
         return self._run_here(calls)
+
+    @property
+    def _warning(self) -> int:
+        """Seconds before its time is over in which a job can have itself queued again."""
+        return min(90, int(6 * self.timeout_min))
 
     def _submit_array(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         import submitit
@@ -104,6 +115,7 @@ class SubmititLauncher(Launcher):
             "timeout_min": self.timeout_min,
             "mem_gb": own.pop("mem_gb", None),
             "cpus_per_task": own.pop("cpus", None),
+            "slurm_signal_delay_s": self._warning,
             "slurm_array_parallelism": self.at_once,
             "slurm_additional_parameters": self.additional,
             "slurm_gres": f"gpu:{self.gpus}" if self.gpus else None,
@@ -129,6 +141,7 @@ class SubmititLauncher(Launcher):
     def _run_here(self, calls: Sequence[tuple[Any, ...]]) -> list[JobReturn]:
         import submitit
 
+        over = _over_time(self.timeout_min)
         waiting, found = list(enumerate(calls)), dict[int, JobReturn]()
         at_work: dict[int, tuple[int, Any, float]] = {}  # by slot
         try:
@@ -142,33 +155,31 @@ class SubmititLauncher(Launcher):
                         visible_gpus=[slot * self.gpus + i for i in range(self.gpus)],
                         gpus_per_node=self.gpus,
                         timeout_min=self.timeout_min,
+                        signal_delay_s=self._warning,
                     )
                     at_work[slot] = (index, executor.submit(self, *call), time.monotonic())
                 time.sleep(_POLL / 4)
                 for slot, (index, job, start) in list(at_work.items()):
                     if job.done():
                         late = time.monotonic() - start >= 60 * self.timeout_min
-                        found[index] = _result(job, self._over_time() if late else "")
+                        found[index] = _result(job, over if late else "", over)
                         del at_work[slot]
         finally:
             for _, job, _ in at_work.values():  # after Ctrl-C
                 job.cancel()
         return [found[index] for index in range(len(calls))]
 
-    def _over_time(self) -> str:
-        return _over_time(self.timeout_min)
-
 
 def _wait_for_slurm(jobs: Sequence[Any], timeout_min: float) -> list[JobReturn]:
     found: dict[str, JobReturn] = {}
     ended: dict[str, tuple[str, float]] = {}  # state without a result, since when
-    asked = 0.0
+    asked, over = 0.0, _over_time(timeout_min)
     while len(found) < len(jobs):
         time.sleep(_POLL)
         left = [job for job in jobs if job.job_id not in found]
         for job in left:
             if job.paths.result_pickle.exists():
-                found[job.job_id] = _result(job, "")
+                found[job.job_id] = _result(job, "", over)
         if time.monotonic() - asked < _ASK:
             continue
         asked = time.monotonic()
@@ -181,10 +192,8 @@ def _wait_for_slurm(jobs: Sequence[Any], timeout_min: float) -> list[JobReturn]:
                 continue
             state, since = ended.setdefault(job.job_id, (state, asked))
             if asked - since >= (_LATE if state in ("COMPLETED", "gone") else _ASK):
-                late = state == "TIMEOUT"
-                found[job.job_id] = _result(
-                    job, _over_time(timeout_min) if late else f"Slurm says {state}"
-                )
+                cause = over if state == "TIMEOUT" else f"Slurm says {state}"
+                found[job.job_id] = _result(job, cause, over)
     return [found[job.job_id] for job in jobs]
 
 
@@ -198,8 +207,14 @@ def _states(jobs: Sequence[Any]) -> dict[str, str] | None:
     return dict(line.split()[:2] for line in done.stdout.splitlines())
 
 
-def _result(job: Any, cause: str) -> JobReturn:
-    """What a job came to; where it left nothing, why."""
+def _result(job: Any, cause: str, over: str) -> JobReturn:
+    """What a job came to; where it left nothing, why.
+
+    Args:
+        job: Submitit's.
+        cause: Why it has ended, where that is known.
+        over: What is said of one that has ended for its time.
+    """
     if job.paths.result_pickle.exists():
         kind, value = job._get_outcome_and_result()
         if kind == "success":
@@ -208,7 +223,7 @@ def _result(job: Any, cause: str) -> JobReturn:
         said = str(value).strip().splitlines()
         last = said[-1] if said else "no reason"
         if "timed-out" in last or "timed out" in last:
-            last = cause or "over hydra.launcher.timeout_min, its time limit"
+            last = over
     else:
         said = (job.stderr() or "").strip().splitlines()
         last = cause or (said[-1] if said else "ended without a word")

@@ -109,9 +109,11 @@ class Slurm:
         tasks = _running_on(name)
         shepherds = {parent for parent in map(_parent, tasks) if parent > 1}
         self.nodes.pop(name).close()
-        for process in {*tasks, *shepherds}:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        # All are stopped before the first ends, or another would tell Slurm that it has failed.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in (*shepherds, *tasks):
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
 
     def hurry_requeued(self) -> None:
         """Waits for jobs that Slurm has taken back from a dead node, and lets them start now.
