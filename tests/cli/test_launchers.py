@@ -5,6 +5,7 @@ Trainings and evaluations of several: tests/training/test_launched.py, tests/eva
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -161,6 +162,20 @@ def test_g3_machines_that_nobody_has_started_are_refused_at_once(
         assert "to say where 2 machines meet, got none for NODE_RANK, MASTER_ADDR" in message
     else:
         assert f"trainer.num_nodes: expected 1, this machine, got {value!r}" in message
+
+
+def test_g3_started_once_a_machine_it_becomes_a_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As plain Lightning is started."""
+    for name, value in {"NODE_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    launchers.exec_torchrun(2, 4, ["train", "trainer=ddp", "trainer.num_nodes=2"])
+    (command,) = started
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    own = {"--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=n1"}
+    assert own | {"--master-port=29500"} <= set(command)
+    assert command[-5:] == ["-m", "tokenprune.cli", "train", "trainer=ddp", "trainer.num_nodes=2"]
 
 
 @pytest.mark.parametrize("around", ALONE, indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import socket
 import sys
@@ -129,6 +130,18 @@ def test_processes_of_torchrun_are_one(alone: Path, how: str, processes: int, no
     if how == "fsdp":
         assert len(list(last.glob("*.distcp"))) == processes
     assert not [path for path in Path("run").rglob(".*") if path.name != ".metadata"]
+
+
+def test_plain_lightning_is_started_once_a_machine(alone: Path) -> None:
+    own = [sys.executable, *TRAIN, "trainer=ddp", SHARES[2], "hydra.run.dir=run", callback()]
+    own += ["trainer.num_nodes=2", "trainer.devices=1"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+    with ExitStack() as stack:
+        for node in "01":
+            options: Any = {"env": os.environ | place | {"NODE_RANK": node}}
+            command = stack.enter_context(started(own, **options))
+        assert command.wait(230) == 0
+        assert_same(alone, Path("run"))
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -19,10 +19,10 @@ from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.metrics import SUMMARIES, build_metric
 from tokenprune.evaluation.shares import Share
 from tokenprune.evaluation.summary import summarise
-from tokenprune.runs import results
+from tokenprune.runs import results, team
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.folders import occupied
-from tokenprune.runs.loggers import CSVCurve, log_config, log_results
+from tokenprune.runs.loggers import CSVCurve, log_config
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.targets import load_imports
 
@@ -43,7 +43,6 @@ class Evaluator(pl.LightningModule):
         marks: Its `results.fingerprint`.
         names: Entries of metrics.json that name the run.
         share: This process's part of the samples, where several share them; None for all.
-        draw: Gives pictures of the run's folder by their names, for its loggers.
         patience: Seconds that the process which writes the run's files waits for another's answer.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
@@ -66,7 +65,6 @@ class Evaluator(pl.LightningModule):
         metric: str = "exact",
         share: Share | None = None,
         patience: float = 1800.0,
-        draw: Callable[[Path], Mapping[str, Image.Image]] | None = None,
     ) -> None:
         super().__init__()
         self.score, self.metric = build_metric(metric), metric
@@ -78,7 +76,8 @@ class Evaluator(pl.LightningModule):
         self.names = dict(names)
         self.max_new_tokens = max_new_tokens
         self.num_pictures = num_pictures
-        self.draw = draw
+        #: Whether this process has written the run's files.
+        self.wrote = False
         self.share, self.patience = share, patience
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
@@ -153,7 +152,7 @@ class Evaluator(pl.LightningModule):
         if share.shard is None:
             if rank > 0:
                 return
-            notes.wait(size, self.patience)
+            notes.wait(size, self.patience, team.check)
         with self._alone() if share.shard is not None else nullcontext():
             if len(notes.ended(size)) < size:  # or another shard has written
                 return
@@ -208,8 +207,7 @@ class Evaluator(pl.LightningModule):
             },
             versions=self.marks | {"device": on},
         )
-        if self.trainer.loggers:
-            log_results(self.trainer.loggers, row, self.draw(self.folder) if self.draw else {})
+        self.wrote = True
 
 
 def _digest(images: Sequence[Image.Image]) -> str:

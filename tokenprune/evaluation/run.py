@@ -17,7 +17,7 @@ from tokenprune.runs import compose, results
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.devices import check_evaluation, parse_shard
 from tokenprune.runs.launchers import is_alone, is_first
-from tokenprune.runs.loggers import build_logger, close
+from tokenprune.runs.loggers import begin, build_logger, close, log_results
 from tokenprune.runs.trainers import build_trainer, quiet
 
 # Lightning's advice on what is meant to be so.
@@ -92,12 +92,16 @@ def evaluate(
         num_pictures=config.num_pictures,
         metric=config.metric,
         share=share,
-        draw=draw,
         patience=config.get("shard_timeout", 1800.0),
     )
+    own = trainer.world_size > 1 and is_alone()  # processes of its own wrote the files
     try:
+        begin(trainer.loggers if own else [])
         with quiet(_HARMLESS):
             trainer.predict(evaluator, **source, return_predictions=False)
+        if trainer.loggers and (own or evaluator.wrote):
+            row = results.row(results.read_metrics(folder), folder.name)
+            log_results(trainer.loggers, row, draw(folder) if draw is not None else {})
     finally:
         close(trainer.loggers)
     if not is_first() or not (folder / results.METRICS).is_file():

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,13 @@ class Notes:
                 with contextlib.suppress(ValueError):  # a line that is being written
                     yield json.loads(line)
 
-    def wait(self, size: int, limit: float) -> None:
+    def wait(self, size: int, limit: float, check: Callable[[], None] = lambda: None) -> None:
         """Waits until all of `size` processes have answered what is theirs.
+
+        Args:
+            size: Processes.
+            limit: Seconds without an answer of any.
+            check: Called meanwhile; raises where one of them is known to be lost.
 
         Raises:
             ValueError: None of those that are left has noted anything for `limit` seconds.
@@ -119,6 +124,7 @@ class Notes:
         length, since = self.length(), time.monotonic()
         while len(ended := self.ended(size)) < size:
             time.sleep(min(1.0, limit / 10))
+            check()
             if (now := self.length()) != length:
                 length, since = now, time.monotonic()
             elif time.monotonic() - since > limit:

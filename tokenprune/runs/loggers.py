@@ -83,9 +83,16 @@ def log_results(
                 shown.experiment.add_image(f"kept/{name}", pixels_HWC, dataformats="HWC")
 
 
-def close(loggers: Sequence[Logger] | Logger | bool) -> None:
+def begin(loggers: Sequence[Logger]) -> None:
+    """Lets loggers begin a run here, before other processes do: those then add to this one."""
+    for logger in loggers:
+        if isinstance(logger, MLFlowLogger):
+            _ = logger.run_id
+
+
+def close(loggers: Sequence[Logger]) -> None:
     """Ends what a run's loggers have begun: the next run of a sweep has its own."""
-    for logger in loggers if isinstance(loggers, Sequence) else [loggers]:
+    for logger in loggers:
         if isinstance(logger, WandbLogger) and logger._experiment is not None:
             logger.experiment.finish()
 

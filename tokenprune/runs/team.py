@@ -158,6 +158,10 @@ class _Member:
         if self.launch.rank <= 1:  # of those that only miss the first, one tells
             told = self.message(lost) if failed is None else failed
             print(f"tokenprune: {told}", file=sys.stderr, flush=True)
+        if self.launch.rank == 0:
+            with contextlib.suppress(RuntimeError):
+                self._beats.set(self.key(f"job/{self.number}"), pickle.dumps(2))
+                time.sleep(2 * BEAT)  # until the others have heard
         os._exit(2)
 
     def message(self, lost: list[int]) -> str:
@@ -279,6 +283,17 @@ def together(function: Callable[..., Any], *arguments: Any) -> Any:
     return value
 
 
+def check() -> None:
+    """For loops in which the first process waits for others: ends them where one cannot come.
+
+    Raises:
+        LostProcess: One has failed or has gone.
+    """
+    member = _member
+    if member is not None and (member.failed() is not None or member.lost()):
+        raise LostProcess("processes: expected all to run to their end.")
+
+
 def _leave_group() -> None:
     """Lets go of the others, who may be waiting for this process in the middle of a step."""
     from torch import distributed
@@ -331,7 +346,7 @@ def follow(launch: Launch) -> int:
     number = 0
     try:
         while True:
-            job = pickle.loads(member.wait(f"job/{number}"))
+            job = pickle.loads(_next(member, number))
             if isinstance(job, int):
                 return job
             module, name, arguments = job
@@ -354,6 +369,16 @@ def follow(launch: Launch) -> int:
         with contextlib.suppress(RuntimeError):
             member.set(f"ended/{launch.rank}", "")
         member.leave()
+
+
+def _next(member: _Member, number: int) -> bytes:
+    """The next job; where torchrun ends all, the first process says why, or is the reason."""
+    try:
+        return member.wait(f"job/{number}")
+    except SystemExit:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        member.suspects = True
+        return member.wait(f"job/{number}")
 
 
 def _report(member: _Member, number: int, error: BaseException) -> None:

@@ -19,15 +19,15 @@ def find_checkpoint(choice: str | None, folder: Path) -> str | None:
     """The checkpoint to go on from; None to start anew.
 
     Args:
-        choice: None, `last`, or a path.
+        choice: None, `last`, `auto`, which is `last` where there is one, or a path.
         folder: The run's, which has the last one.
 
     Raises:
         ValueError: If there is none, or it is something else.
     """
-    if choice is None:
+    if choice is None or (choice == "auto" and not (folder / LAST).exists()):
         return None
-    path = folder / LAST if choice == "last" else Path(choice).expanduser()
+    path = folder / LAST if choice in ("last", "auto") else Path(choice).expanduser()
     if not (path / META if path.is_dir() else path).is_file():
         raise ValueError(
             f"ckpt_path: expected a checkpoint, got {str(path)!r}, which does not exist. Set "

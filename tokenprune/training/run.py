@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from tokenprune.runs import compose, files, results, targets
 from tokenprune.runs.devices import check_training
 from tokenprune.runs.launchers import is_alone, is_first
-from tokenprune.runs.loggers import build_logger, close, log_config, log_results
+from tokenprune.runs.loggers import begin, build_logger, close, log_config, log_results
 from tokenprune.runs.models import LoadedModel
 from tokenprune.runs.trainers import build_trainer
 from tokenprune.training import resume
@@ -83,10 +83,10 @@ def train(config: DictConfig, output_dir: Path) -> None:
     if data.validation is None:
         options["limit_val_batches"] = 0
     logger = build_logger(config.get("logger"))
-    begin = _Begin(output_dir, resolved, marks, anew=start is None)
+    notes = _Begin(output_dir, resolved, marks, anew=start is None)
     trainer = build_trainer(
         options,
-        callbacks=[*given, begin, RandomStates(config.seed), *own],
+        callbacks=[*given, notes, RandomStates(config.seed), *own],
         logger=logger,
         enable_model_summary=False,
     )
@@ -95,6 +95,8 @@ def train(config: DictConfig, output_dir: Path) -> None:
         resume.check_strategy(start, trainer.strategy)
     if first:
         resume.cut_curves(trainer, start)
+    if trainer.world_size > 1 and is_alone():
+        begin(trainer.loggers)
     with quiet():
         try:
             with signals:
@@ -105,7 +107,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
             raise
     if signals.received:  # as training ended by itself
         raise Stopped(signals.received)
-    if start is not None and not begin.begun and (output_dir / SUMMARY).is_file():
+    if start is not None and not notes.begun and (output_dir / SUMMARY).is_file():
         if first:
             print(f"nothing left to train: {output_dir}", flush=True)
         return
