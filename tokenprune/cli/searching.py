@@ -6,6 +6,7 @@ when the command is given once more.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -100,8 +101,7 @@ def search(
     Raises:
         BadInput: Some trials failed; or another search is at work in the folder.
     """
-    import optuna
-
+    optuna: Any = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(config.hydra.sweep.dir)
     space, fixed = _space(arguments, optuna)
