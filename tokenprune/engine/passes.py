@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Rotation:
     """What a rotary module gave, and how to get it for other positions.
 
     Attributes:
-        made: Weakly, the first tensor that it gave.
+        made: The first tensor that it gave; weakly where the pass may outlive its call.
         again: Of hidden states and positions, what it gives for these.
         by_longest: Whether it looks at the largest position to turn all of them.
     """
@@ -101,6 +101,7 @@ class Pass:
 
     Attributes:
         settings: What `attach` was asked for.
+        attention: The attention implementation that the layers are set to.
         call: The call that it belongs to.
         rows: What its rows hold.
         record: What the cache holds from before, or None.
@@ -125,6 +126,7 @@ class Pass:
     """
 
     settings: Settings
+    attention: str
     call: Call
     rows: Rows
     record: records.Record | None
@@ -145,11 +147,6 @@ class Pass:
     stages: list[Callable[[], Any]] = field(default_factory=list)
     open: bool = True
     copies: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
-
-    @cached_property
-    def attention(self) -> str:
-        """The attention implementation that the layers are set to."""
-        return self.settings.anatomy.attention
 
     @property
     def offset(self) -> int:
@@ -323,11 +320,13 @@ def plan_pass(
             seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     if prunes or rows.padded or rows.targets is not None:
         plan = _plan(settings, rows, budgets, seen)
+    find_places = _place_finder(settings, rows)
     differs = record is not None and record.cut
     shifts = differs and settings.renumbers
     hides = record is not None and (length > 1 or record.ragged or records.is_fixed(past))
     return Pass(
         settings=settings,
+        attention=settings.anatomy.attention,
         call=call,
         rows=rows,
         record=record,
@@ -338,7 +337,7 @@ def plan_pass(
         levels=_levels(rows, plan, record, 0 if prunes else len(settings.cuts)),
         plan=plan,
         seen=seen,
-        places=cache(_place_finder(settings, rows)),
+        places=cache(find_places) if prunes else find_places,
     )
 
 

@@ -71,7 +71,7 @@ class Rows:
     facts: dict[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the call."""
         return self.real.shape if self.packing is None else self.packing.shape
@@ -174,7 +174,8 @@ def read_rows(
     padding = masks.padding(inputs.get("attention_mask"))
     if marks is None and not by_ids and (length == 1 or padding is None):
         # A decoding step asks the device nothing: what the caller hides, its mask goes on hiding.
-        return text(num_rows, length)
+        known: Rows = text(num_rows, length)
+        return known
     nothing = np.zeros((num_rows, length), dtype=np.bool_)
     if padding is not None and padding.shape[1] < offset + length:
         raise ValueError(
@@ -256,11 +257,20 @@ def read_rows(
     )
 
 
-@lru_cache(16)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def text(num_rows: int, length: int) -> Rows:
     """Rows of text without pads; the same ones for every step of a generation."""
+    return _text(num_rows, length)
+
+
+@lru_cache(16)
+def _text(num_rows: int, length: int) -> Rows:
     nothing = np.zeros((num_rows, length), dtype=np.bool_)
-    return Rows(~nothing, nothing, nothing)
+    rows = Rows(~nothing, nothing, nothing)
+    for name, known in vars(Rows).items():  # a compiler that meets them finds them
+        if isinstance(known, cached_property) and name != "num_follow":
+            getattr(rows, name)
+    return rows
 
 
 def fetch(parts: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Ints]:

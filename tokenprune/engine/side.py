@@ -345,7 +345,10 @@ def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: 
     first = output[0] if isinstance(output, tuple) else output
     kind = str(getattr(module, "rope_type", ""))
     by_longest = any(name in kind for name in ("dynamic", "longrope"))
-    run.rotations.append(Rotation(TensorWeakRef(first), again, by_longest))
+    outlives = run.settings.anatomy.decoder.training  # by this tensor the pass is found then
+    run.rotations.append(
+        Rotation(TensorWeakRef(first) if outlives else lambda: first, again, by_longest)
+    )
 
 
 def _embeddings(run: Pass, level: Level, hidden: Tensor, pair: Any) -> Any:
