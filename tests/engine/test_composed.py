@@ -11,7 +11,7 @@ from oracles import EVERY
 from transformers import DynamicCache
 
 import tokenprune as tp
-from tokenprune.engine.record import record_of
+from tokenprune.engine.caches import record_of
 from tokenprune.strategy import HasPatches, Tiles, TileShape
 
 

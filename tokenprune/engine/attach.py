@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tokenprune.engine import late, side
-from tokenprune.engine import record as records
+from tokenprune.engine import caches, late, side
 from tokenprune.engine.cuts import begin
 from tokenprune.engine.layers import Site, by_name, enter
 from tokenprune.engine.losses import finish, promise_labels
@@ -192,7 +191,7 @@ class Handle:
         rest, named = by_name(self._names[module], args, kwargs)
         merge(call.inputs, named, call.late_labels)
         call.cache = call.inputs.get("past_key_values")
-        records.in_call(call.cache, begins=True)
+        caches.in_call(call.cache, begins=True)
         changed = named.pop("visual_mask", None) is not None
         labels = named.get("labels")
         if labels is not None and (self._settings.cuts or self._settings.supervised):
@@ -208,7 +207,7 @@ class Handle:
         if call.open:
             return output
         self._thread.call = None
-        records.in_call(call.cache, begins=False)
+        caches.in_call(call.cache, begins=False)
         # Layers that are recomputed need none of them, and may find their pass by one.
         call.inputs.clear()
         if not (self._settings.supervised and call.late_labels and isinstance(output, Mapping)):
@@ -233,7 +232,7 @@ class Handle:
         merge(inputs, named, call.late_labels)
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds
-        records.in_call(inputs.get("past_key_values"), begins=True)
+        caches.in_call(inputs.get("past_key_values"), begins=True)
         generating = getattr(self._thread, "generation", None) is not None
         run = self._thread.run = plan_pass(
             self._settings, call, inputs, tokens, generating, self._watch
@@ -312,7 +311,7 @@ class Handle:
         run: Pass | None = getattr(self._thread, "run", None)
         self._thread.run = None
         if run is not None:
-            records.in_call(run.cache, begins=False)
+            caches.in_call(run.cache, begins=False)
             run.open = False  # it may live on, for layers that are computed anew
             run.embeddings = run.seen = None
             run.made.clear()
@@ -320,7 +319,7 @@ class Handle:
             return None
         past = run.cache if run.cache is not None else getattr(output, "past_key_values", None)
         if past is not None:
-            records.write(
+            caches.write(
                 past,
                 self._settings.policy,
                 run.record,

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine import chance
-from tokenprune.engine import record as records
+from tokenprune.engine import caches, chance
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.packing import Layout, check_cache, packed, regroup
+from tokenprune.engine.record import Record
 from tokenprune.engine.rows import Ints, Rows, columns, counts, read_rows
 from tokenprune.engine.sequences import not_apart
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
@@ -129,7 +129,7 @@ class Pass:
     attention: str
     call: Call
     rows: Rows
-    record: records.Record | None
+    record: Record | None
     cache: Any
     prunes: bool
     idle: bool
@@ -293,7 +293,7 @@ def plan_pass(
     """
     num_rows, length = tokens.shape[:2]
     past = inputs.get("past_key_values")
-    record = records.read(past, settings.policy, settings.level_of, num_rows)
+    record = caches.read(past, settings.policy, settings.level_of, num_rows)
     offset = 0 if record is None else record.num_columns
     # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
@@ -323,7 +323,7 @@ def plan_pass(
     find_places = _place_finder(settings, rows)
     differs = record is not None and record.cut
     shifts = differs and settings.renumbers
-    hides = record is not None and (length > 1 or record.ragged or records.is_fixed(past))
+    hides = record is not None and (length > 1 or record.ragged or caches.is_fixed(past))
     return Pass(
         settings=settings,
         attention=settings.anatomy.attention,
@@ -349,9 +349,7 @@ def _budget(settings: Settings, rows: Rows, cut: int) -> list[int]:
     ]
 
 
-def _levels(
-    rows: Rows, plan: Plan | None, record: records.Record | None, num_cuts: int
-) -> list[Level]:
+def _levels(rows: Rows, plan: Plan | None, record: Record | None, num_cuts: int) -> list[Level]:
     """The first level, and those of cuts that remove nothing: where none does, all are known.
 
     Those whose layers hold the same share one.
@@ -412,9 +410,7 @@ def _plan(settings: Settings, rows: Rows, budgets: list[list[int]], seen: Seen |
     return Plan(pad=pad, random=random, **absent | made)
 
 
-def _check_window(
-    settings: Settings, record: records.Record | None, prunes: bool, length: int
-) -> None:
+def _check_window(settings: Settings, record: Record | None, prunes: bool, length: int) -> None:
     """Refuses conversations of pruned tokens that are longer than a layer's window."""
     if settings.window is None or length <= settings.window:
         return
@@ -455,7 +451,7 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             f"got {settings.anatomy.attention}, which takes the gaps between survivors for packed "
             'sequences. Use attn_implementation="sdpa".'
         )
-    if records.is_fixed(inputs.get("past_key_values")) and offset > 0:
+    if caches.is_fixed(inputs.get("past_key_values")) and offset > 0:
         raise ValueError(
             "prune: expected a cache that grows, for images of a later turn, got "
             f"{type(inputs['past_key_values']).__name__}. Leave cache_implementation out."

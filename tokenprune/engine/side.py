@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from tokenprune.engine import masks
+from tokenprune.engine.caches import is_fixed
 from tokenprune.engine.levels import Level
 from tokenprune.engine.packing import check_cache, packed
 from tokenprune.engine.passes import Asked, Pass, Rotation
-from tokenprune.engine.record import is_fixed
 from tokenprune.tensors import causal, hide_pads, take, to_device
 
 _ROTARY = "position_embeddings"
