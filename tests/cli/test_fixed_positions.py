@@ -65,6 +65,7 @@ def test_eval_says_and_writes_that_positions_stay(
     assert OmegaConf.load("run/config.yaml").positions == "auto"
 
 
+@pytest.mark.matrix
 def test_a_sweep_says_it_once(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "-m", *qwen(checkpoint), *SMALL, "schedule=pyramid", "schedule.lam=0.3,0.5"]
     command += ["strategy=none,fastv,pyramiddrop", "hydra.sweep.dir=sweep"]

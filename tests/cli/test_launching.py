@@ -40,6 +40,7 @@ LAUNCHERS = ("joblib", "submitit_local", "slurm", "ray")
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("command", ["eval", "train", "bench", "benchmark"])
+@pytest.mark.share(4)
 def test_every_launcher_composes(command: str, launcher: str) -> None:
     whole = compose(command, [f"launcher={launcher}"], hydra=True)
     assert whole.hydra.launcher._target_.startswith("hydra_plugins.")

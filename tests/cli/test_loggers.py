@@ -33,6 +33,7 @@ TOLERANT = pytest.mark.filterwarnings("ignore:.*")  # of others, about themselve
     [("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow"),
      ("tensorboard", "tensorboard", "train")],
 )  # fmt: skip
+@pytest.mark.share(3)
 def test_a_logger_that_is_not_installed_is_refused(
     command: str,
     logger: str,

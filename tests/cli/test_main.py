@@ -37,6 +37,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
+@pytest.mark.share(3)
 def test_commands_in_the_documents_are_understood(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

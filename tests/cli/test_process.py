@@ -38,6 +38,7 @@ def test_ctrl_c_while_it_imports(module: str) -> None:
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.matrix
 def test_ctrl_c_in_a_run_leaves_nothing(checkpoint: Path) -> None:
     own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:stops.Interrupt}]"]
     done = run([*COMMAND, "eval", *own], 130)

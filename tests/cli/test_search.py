@@ -220,6 +220,7 @@ def test_i4_a_search_over_trainings_follows_what_they_monitor(
     assert Path("there/best.txt").read_text().startswith(direction)
 
 
+@pytest.mark.matrix
 def test_i4_a_search_over_benchmarks_minimizes_the_time(search: list[str]) -> None:
     few = ["shape=tiny", "num_visual=48", "rounds=1", "warmup=1", "hydra.sweep.dir=there"]
     assert cli.main(["bench", *search, *few, "hydra.sweeper.direction=maximize"]) == 0

@@ -76,6 +76,7 @@ def test_f3_sweeps_one_after_another_make_one_table(
     assert "3 runs: shared/results.csv" in capsys.readouterr().out
 
 
+@pytest.mark.matrix
 def test_f3_sweeps_at_once_make_one_table(checkpoint: Path) -> None:
     both = [sweep(checkpoint, "strategy=fastv,random"), sweep(checkpoint, "strategy=uniform")]
     with ThreadPoolExecutor() as pool:

@@ -96,6 +96,7 @@ def test_signals_under_flash_attention(model_type, known) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.share(3)
 def test_signals_at_a_later_cut(model_type, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type)
     with tp.prune(model, strategy, schedule(specimen)) as trace:
