@@ -49,6 +49,7 @@ def test_models_come_from_the_trainings(name: str) -> None:
     assert paths == trained if name == "inference" else paths < trained
 
 
+@pytest.mark.matrix
 def test_trainings_differ_in_schedule_and_seed_only() -> None:
     schedules: dict[Any, set[int]] = {}
     rest = []
@@ -63,6 +64,7 @@ def test_trainings_differ_in_schedule_and_seed_only() -> None:
     assert set(rest) == {("original", 5e-4, 500)}
 
 
+@pytest.mark.matrix
 def test_every_model_meets_every_schedule() -> None:
     met: dict[tuple[str, ...], set[Any]] = {}
     schedules: dict[tuple[str, ...], Any] = {}

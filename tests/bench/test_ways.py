@@ -108,6 +108,7 @@ def test_masks_that_sdpa_gets(way: str | None, monkeypatch: pytest.MonkeyPatch) 
     assert third is fourth
 
 
+@pytest.mark.matrix
 def test_rows_of_the_ways() -> None:
     names = list(ways.WAYS)
     listed = ",".join(names)

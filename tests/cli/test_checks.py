@@ -123,6 +123,7 @@ def test_no_code_from_a_hub_unless_asked(
     assert "trust_remote_code" in refused(["eval", *random_llava(folder)], capsys)
 
 
+@pytest.mark.matrix
 def test_bad_data(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", *random_llava(checkpoint), *TINY, "data=folder"]
     Image.new("RGB", (32, 32)).save(tmp_path / "good.png")

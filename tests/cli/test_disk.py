@@ -132,6 +132,7 @@ def test_f1_a_run_s_folder_that_cannot_be_made(
     assert contents() == before
 
 
+@pytest.mark.matrix
 def test_f1_hydra_s_own_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = [*command("eval", checkpoint), "hydra.output_subdir=own"]
     assert "run" in refusal(own, capsys, 256)
@@ -209,6 +210,7 @@ def test_f1_a_full_disk(
     assert not list(Path().rglob("*.draft"))
 
 
+@pytest.mark.matrix
 def test_f1_models_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """safetensors has words of its own for that; the model before stays."""
     own = [*command("train", checkpoint), "parts=[projector]"]
@@ -268,6 +270,7 @@ def test_f1_something_in_the_way_of_tensorboard(
     ],
     ids=["files", "not even temporary ones", "csv", "tensorboard"],
 )
+@pytest.mark.matrix
 def test_f1_as_a_process(logger: str, size: int, checkpoint: Path) -> None:
     """With the limit from the start; what is printed goes to pipes, which have none."""
     if logger == "tensorboard":  # writes from a thread

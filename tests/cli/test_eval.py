@@ -63,6 +63,7 @@ def test_a_sweep_makes_a_table_and_skips_what_is_complete(
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.matrix
 def test_a_sweep_runs_again_what_has_other_data(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +185,7 @@ def test_what_a_sweep_is_compared_with_makes_it_no_other(seen: list[DictConfig])
     assert [list(config.baseline) for config in seen] == [["fastv", "pool"]] * 2
 
 
+@pytest.mark.matrix
 def test_experiments_of_your_own(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

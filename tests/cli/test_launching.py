@@ -110,6 +110,7 @@ def test_configs_of_a_sweep_are_those_of_its_runs() -> None:
         list(compose_all("eval", [["schedule.lam=0.3"], ["schedule.lamm=0.3"]]))
 
 
+@pytest.mark.matrix
 def test_hydra_s_loader_composes_the_same() -> None:
     """Of whatever a run's job may hold, the node `hydra` included."""
     path = create_automatic_config_search_path(None, None, str(config_dir()))

@@ -88,6 +88,7 @@ def test_i1_keys_that_a_class_does_not_know(
     assert "strategy: expected values that its target takes, got ValueError: power must" in message
 
 
+@pytest.mark.matrix
 def test_i1_an_edited_strategy_runs_again(
     checkpoint: Path, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ def test_i3_help_shows_your_configs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "own_try" in printed
 
 
+@pytest.mark.matrix
 def test_i3_a_report_takes_the_folder_as_well(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_h5_patterns_of_any_group(
     assert len(seen) == number
 
 
+@pytest.mark.matrix
 def test_h5_patterns_of_the_benchmark(seen: list[DictConfig]) -> None:
     assert cli.main(["bench", "-m", "strategy=glob(*,exclude=none)", "shape=glob(t*)"]) == 0
     assert len(seen) == len(STRATEGIES) - 1
@@ -123,7 +124,7 @@ def test_h5_patterns_that_fit_nothing(
 
 
 @pytest.mark.parametrize("searched", [False, True])
-@pytest.mark.share(2)
+@pytest.mark.matrix
 def test_h5_a_pattern_runs(
     searched: bool, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

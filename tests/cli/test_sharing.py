@@ -67,6 +67,7 @@ def test_f2_relative_paths_mean_the_start_folder(checkpoint: Path, tmp_path: Pat
 # ----------------------------------------------------------------------------------------- sweeps
 
 
+@pytest.mark.matrix
 def test_f3_sweeps_one_after_another_make_one_table(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -524,6 +524,7 @@ def document() -> str:
     return "\n".join(parts) + "\n"
 
 
+@pytest.mark.matrix
 def test_document_is_current() -> None:
     """To renew it: python tests/cost/test_budget.py."""
     assert DOC.read_text() == document()

@@ -168,6 +168,7 @@ def test_grids_of_tiles_are_known(tiles: Path, tmp_path: Path) -> None:
     assert len(first["places"]) == first["num_visual"] == WHOLE
 
 
+@pytest.mark.matrix
 def test_a_smaller_picture_is_a_method_of_its_own(
     checkpoint: Path, tiles: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_other_weights_are_run_again(checkpoint: Path, tmp_path: Path) -> None:
     assert predictions(tmp_path / "run") != first
 
 
+@pytest.mark.matrix
 def test_the_seed_is_the_one_that_draws(checkpoint: Path, tmp_path: Path) -> None:
     for overrides in (["seed=3"], ["strategy.seed=3"], ["strategy.seed=3", "seed=5"]):
         metrics = run(checkpoint, tmp_path, "strategy=random", *overrides)

@@ -56,6 +56,7 @@ def runs_with(folder: Path, configs: list[dict[str, Any]], **settings: Any) -> l
     return average(load(folder)[1])
 
 
+@pytest.mark.matrix
 def test_only_seeds_are_averaged(tmp_path: Path) -> None:
     seeds = [
         {"seed": i, "strategy": {"name": "fastv", "seed": i}, "data": {"path": "a", "seed": i}}

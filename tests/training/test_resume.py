@@ -142,6 +142,7 @@ matrix = pytest.mark.matrix
         pytest.param("fsdp", "ask", 9, marks=matrix),
     ],
 )
+@pytest.mark.matrix
 def test_it_goes_on_bit_for_bit(
     checkpoint: str, tmp_path: Path, whole: Any, setting: str, stop: str, at: int
 ) -> None:
@@ -202,7 +203,7 @@ def test_one_process_that_fails_ends_all(checkpoint: str, tmp_path: Path, stop: 
 
 
 @pytest.mark.parametrize("at", [2, 4, pytest.param(3, marks=matrix)])
-@pytest.mark.share(2)
+@pytest.mark.matrix
 def test_it_validates_as_if_nothing_had_happened(
     checkpoint: str, tmp_path: Path, early: Path, at: int
 ) -> None:
@@ -237,6 +238,7 @@ def early(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 def test_patience_that_was_over_stays_so(
     checkpoint: str, tmp_path: Path, early: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

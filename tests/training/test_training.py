@@ -356,6 +356,7 @@ class Ran:
         return (pytest.fail, ("code in a checkpoint ran",))
 
 
+@pytest.mark.matrix
 def test_a_finished_training_keeps_its_record(checkpoint, tmp_path, capsys):
     training.train(config(checkpoint, "checkpoint_every=2"), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -380,6 +381,7 @@ def test_training_without_validation_batches_keeps_its_model(checkpoint, tmp_pat
     assert weights(tmp_path)
 
 
+@pytest.mark.matrix
 def test_bfloat16_is_for_the_arithmetic_not_for_the_weights(checkpoint, tmp_path):
     own = config(checkpoint, "trainer.precision=bf16-mixed", "trainer.max_steps=15")
     training.train(own, tmp_path)
@@ -464,6 +466,7 @@ def test_evaluation_refuses_what_it_cannot_run(checkpoint, tmp_path, overrides, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.matrix
 def test_a_folder_used_anew_keeps_nothing_of_the_run_before(checkpoint, tmp_path):
     own = ["trainer.max_steps=2", "checkpoint_every=1", "logger=csv", "keep=best"]
     own += ["trainer.log_every_n_steps=1"]
@@ -652,6 +655,7 @@ class Widths(pl.Callback):
         pl_module.model.register_forward_hook(note, with_kwargs=True)
 
 
+@pytest.mark.matrix
 def test_logits_of_a_step_are_what_the_config_asks_for(checkpoint: str, tmp_path: Path) -> None:
     losses = {}
     for logits in ("supervised", "all", "full"):
@@ -682,6 +686,7 @@ def test_a_short_training_has_a_curve(checkpoint: str, tmp_path: Path) -> None:
     assert curve.dropna(subset="train_loss")["step"].tolist() == [2]
 
 
+@pytest.mark.matrix
 def test_a_head_that_is_the_embeddings_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -698,6 +703,7 @@ def test_a_head_that_is_the_embeddings_goes_on(
     assert "ckpt_path: goes on with another trainer than before" in capsys.readouterr().out
 
 
+@pytest.mark.matrix
 def test_patience_may_end_between_the_batches_of_a_step(tmp_path: Path, checkpoint: str) -> None:
     own = ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3", "patience=1"]
     own += ["learning_rate=0.3", "trainer.max_steps=40", "data.train.num_samples=80"]
