@@ -6,6 +6,7 @@ says of each what ended it, and asks `squeue`, which answers without Slurm's acc
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -141,6 +142,7 @@ class SubmititLauncher(Launcher):
     def _run_here(self, calls: Sequence[tuple[Any, ...]]) -> list[JobReturn]:
         import submitit
 
+        gpus = _gpus(self.at_once * self.gpus)
         over = _over_time(self.timeout_min)
         waiting, found = list(enumerate(calls)), dict[int, JobReturn]()
         at_work: dict[int, tuple[int, Any, float]] = {}  # by slot
@@ -152,7 +154,7 @@ class SubmititLauncher(Launcher):
                     index, call = waiting.pop(0)
                     executor = submitit.LocalExecutor(self.folder, self.max_num_timeout)
                     executor.update_parameters(
-                        visible_gpus=[slot * self.gpus + i for i in range(self.gpus)],
+                        visible_gpus=gpus[slot * self.gpus : (slot + 1) * self.gpus],
                         gpus_per_node=self.gpus,
                         timeout_min=self.timeout_min,
                         signal_delay_s=self._warning,
@@ -201,7 +203,10 @@ def _states(jobs: Sequence[Any]) -> dict[str, str] | None:
     """What Slurm says of jobs, also of those that have ended lately; None where it says nothing."""
     numbers = ",".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", "--jobs"]
-    done = subprocess.run([*command, numbers], capture_output=True, text=True, timeout=120)
+    try:
+        done = subprocess.run([*command, numbers], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode != 0 and "Invalid job id" not in done.stderr:
         return None
     return dict(line.split()[:2] for line in done.stdout.splitlines())
@@ -231,6 +236,26 @@ def _result(job: Any, cause: str, over: str) -> JobReturn:
             last = f"{cause}, {said[-1]}" if cause else said[-1]
     text = f"job {job.job_id}: {last} (log: {job.paths.stderr})"
     return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(text))
+
+
+def _gpus(number: int) -> list[int]:
+    """The first GPUs of those that this process may use.
+
+    Raises:
+        BadInput: There are fewer, or they are not named by numbers.
+    """
+    from tokenprune.cli.mistakes import BadInput
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") if number else None
+    if given is None:
+        return list(range(number))
+    known = [part.strip() for part in given.split(",") if part.strip()]
+    if len(known) < number or not all(part.isdecimal() for part in known):
+        raise BadInput(
+            f"hydra.launcher: expected CUDA_VISIBLE_DEVICES to name {number} GPUs by numbers, got "
+            f"{given!r}. Lower hydra.launcher.at_once or hydra.launcher.gpus, or unset it."
+        )
+    return [int(part) for part in known[:number]]
 
 
 def _over_time(timeout_min: float) -> str:

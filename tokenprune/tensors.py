@@ -71,9 +71,16 @@ def first_alike(cosine_BVV: Tensor) -> Tensor:
 
     Equal tokens, as newlines are, get numbers from a matrix product that differ in the last digit:
     what is read at this index is equal again, and the lower index wins.
+
+    Args:
+        cosine_BVV: Products of unit vectors, however precise products are there; of vectors that
+            are 0 they are 0.
     """
+    own_BV = cosine_BVV.diagonal(dim1=1, dim2=2)
+    least_BVV = torch.maximum(own_BV[:, :, None], own_BV[:, None]) - 2e-6
+    alike_BVV = (cosine_BVV >= least_BVV) & (own_BV > 0.5)[:, None]
     own_VV = torch.eye(cosine_BVV.shape[-1], dtype=torch.bool, device=cosine_BVV.device)
-    return ((cosine_BVV > 1 - 1e-5) | own_VV).to(torch.uint8).argmax(-1)
+    return (alike_BVV | own_VV).to(torch.uint8).argmax(-1)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -181,6 +181,8 @@ def test_what_a_sweep_is_compared_with_makes_it_no_other(seen: list[DictConfig])
     command = ["eval", "-m", "strategy=fastv,pool"]
     assert sweep_name([*command, "baseline=fastv"]) == sweep_name(command)
     assert run_name(["strategy=fastv", "baseline=[fastv,pool]"]) == "fastv"
+    assert run_name(["strategy=fastv", "shard=1/8", "shard_timeout=9"]) == "fastv"
+    assert sweep_name(["a=1", "shard=1/8"]) == sweep_name(["a=1"])
     assert cli.main([*command, "baseline=[fastv,pool]"]) == 0
     assert [list(config.baseline) for config in seen] == [["fastv", "pool"]] * 2
 

@@ -26,9 +26,9 @@ CUTS = len(SCHEDULE.stages)
 #: At most so many a cut, by rows of the batch: original positions, renumbered.
 PER_CUT = {
     # Those that pick one token after another launch more with more picks.
-    "cdpruner": {1: (459, 457), 8: (459, 457)},
+    "cdpruner": {1: (463, 461), 8: (463, 461)},
     "dart": {1: (191, 189), 8: (191, 189)},
-    "divprune": {1: (132, 130), 8: (132, 130)},
+    "divprune": {1: (137, 135), 8: (137, 135)},
     "fastervlm": {1: (73, 71), 8: (74, 72)},
     "fastv": {1: (36, 34), 8: (36, 34)},
     "pool": {1: (118, 116), 8: (118, 116)},

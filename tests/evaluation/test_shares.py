@@ -130,6 +130,29 @@ def test_a_shard_that_never_ends_is_named(tmp_path: Path) -> None:
     notes.wait(2, 0.5)
 
 
+def test_notes_are_lines_whatever_texts_hold(tmp_path: Path) -> None:
+    """Other ends of lines are part of a text; a torn line of another process is passed over."""
+    notes = Notes(tmp_path, "mark")
+    for number in range(4):
+        records = [{"prediction": f"a\u2028b\u0085c {number}"}]
+        notes.add(number % 2, 2, {"numbers": [number], "seconds": 1.0, "records": records})
+    whole, _ = notes.answers()
+    assert sorted(whole) == [0, 1, 2, 3]
+    assert whole[2]["prediction"] == "a\u2028b\u0085c 2"
+    path = notes.path(1, 2)
+    line = path.read_bytes().rstrip(b"\n")
+    path.write_bytes(line[: line.index("\u2028".encode(), line.index(b"[3]")) + 1])
+    assert sorted(notes.answers()[0]) == [0, 1, 2]
+
+
+def test_another_trainer_s_answers_are_another_evaluation_s(tmp_path: Path) -> None:
+    def mark(**trainer: Any) -> str:
+        return Notes.of(tmp_path, {"strategy": "none", "trainer": trainer}, {}).mark
+
+    assert mark(devices=1, precision=None) == mark(devices=4)
+    assert len({mark(), mark(precision="bf16-mixed"), mark(limit_predict_batches=1)}) == 3
+
+
 def test_a_shard_is_a_number_of_several(checkpoint: Path, tmp_path: Path) -> None:
     assert parse_shard(None) is None
     assert parse_shard("3/8") == (3, 8)

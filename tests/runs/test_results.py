@@ -83,6 +83,15 @@ def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
     assert "torch" in json.loads((tmp_path / "versions.json").read_text())
 
 
+def test_a_checkpoint_of_shards_is_something_to_go_on_from(tmp_path: Path) -> None:
+    config, marks = {"seed": 0}, {"tokenprune": "1"}
+    (tmp_path / results.CONFIG).write_text("seed: 0\n")
+    (tmp_path / results.VERSIONS).write_text(json.dumps(marks))
+    assert results.changes(tmp_path, config, marks, "last.ckpt") is None
+    (tmp_path / "last.ckpt").mkdir()
+    assert results.changes(tmp_path, config, marks, "last.ckpt") == []
+
+
 def test_a_run_from_before_pictures_could_be_smaller_had_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,16 @@ def test_of_equal_tokens_the_first_is_picked(name: str) -> None:
     assert lasts > 10
 
 
+def test_of_a_picture_shown_twice_the_first_tokens_are_picked() -> None:
+    """All are as far from another as from themselves, whatever products come to."""
+    for seed in range(20):
+        tokens = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(seed)).repeat(
+            1, 2, 1
+        )
+        picked = kept(tp.build_strategy("divprune"), one_row({tp.Projected(): tokens}, 16, 8), 8)
+        assert picked == list(range(8))
+
+
 def test_a_token_that_is_no_number_is_picked_last() -> None:
     tokens = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     tokens[0, 2] = torch.nan

@@ -20,7 +20,7 @@ from tokenprune.runs.targets import load_imports
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
     given = [f"measure={word}" if word in MEASURES else word for word in arguments]
-    return Job("bench", _task, check, "tokenprune.bench.run", _wanted, shared=False).run(given)
+    return Job("bench", _task, check, "tokenprune.bench.run", _wanted).run(given)
 
 
 def _wanted(config: DictConfig) -> tuple[str, str]:

@@ -79,9 +79,9 @@ def check_jobs(
     leading = [
         o
         for o in single(args.overrides)
-        if re.match(r"[+~]*(hydra|launcher|search|experiment|baseline)\b", o)
+        if re.match(r"[+~]*(hydra|launcher|search|experiment|baseline|shard)\b", o)
     ]
-    for key in ("baseline", "launcher", "search"):
+    for key in ("baseline", "launcher", "search", "shard"):
         swept = [o for o in args.overrides if o.startswith(f"{key}=") and o not in leading]
         if swept:  # it would run everything once for each
             given = swept[0].partition("=")[2]

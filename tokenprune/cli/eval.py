@@ -21,7 +21,7 @@ from tokenprune.runs.targets import load_imports
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted, _complete).run(
+    return Job("eval", _task, _check, "tokenprune.evaluation.run", _wanted, _complete, True).run(
         arguments
     )
 

@@ -53,7 +53,7 @@ class Job:
     needs: str
     wanted: Callable[[DictConfig], tuple[str, str]]
     complete: Callable[[DictConfig, Path], bool] | None = None
-    shared: bool = True
+    shared: bool = False
 
     def run(self, arguments: Sequence[str]) -> int:
         """Runs the command, once or for every run of a sweep; the exit code."""
@@ -109,7 +109,11 @@ class Job:
             importlib.import_module(self.needs)
             return team.follow(launch)
         with team.led(launch):
-            check_jobs(self.command, args, self.check, self.wanted)
+            if not check_jobs(self.command, args, self.check, self.wanted):
+                raise BadInput(
+                    f"launcher: expected none among {launch.size} processes of {launch.launcher}, "
+                    "got one. Leave it out, or start the command once."
+                )
             importlib.import_module(self.needs)
             self._start(args)
         return 0

@@ -18,6 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from tokenprune.cli import process
 from tokenprune.cli.collect import tabulate
 from tokenprune.cli.mistakes import BadInput, explain, one_line
 from tokenprune.runs.folders import LOCK
@@ -39,6 +40,8 @@ class Work:
     complete: Callable[[DictConfig, Path], bool] | None = None
 
     def __call__(self, config: DictConfig) -> Any:
+        if not here():
+            process.outlive()
         return self.task(config)
 
 
@@ -130,12 +133,18 @@ def start(
                 failed[number] = _reason(job._return_value)
             else:
                 returned[names[number]] = job.return_value
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if explain(error) is not None:
             raise
         why = _reason(error)
-        failed = {number: why for number in missing if (folder / names[number] / LOCK).exists()}
-        failed = failed or dict.fromkeys(missing, why)
+        begun = {number for number in missing if (folder / names[number] / LOCK).exists()}
+        # Of those that leave no sign of their end, what has begun is all that is known.
+        unknown = begun and getattr(work, "complete", None) is None
+        failed = {
+            number: why if number in begun or not begun else f"not done, {why}"
+            for number in missing
+            if number in begun or not unknown
+        }
     return returned, {names[n]: why for n, why in failed.items() if not complete(n)}
 
 

@@ -30,11 +30,19 @@ def begin() -> None:
     # Where Ctrl-C is ignored (nohup, a script's background) it stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
-    sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
+    outlive()
     threading.excepthook = _note
     _spare_bytecode()
     # Says on every start that it cannot keep a list of fonts, where that is so.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def outlive() -> None:
+    """Readers of this process's output may go away; a second time changes nothing."""
+    for name in ("stdout", "stderr"):
+        buffer = getattr(getattr(sys, name), "buffer", None)
+        if not isinstance(getattr(buffer, "raw", buffer), _Pipe):
+            setattr(sys, name, _outliving(getattr(sys, name)))
 
 
 def end(code: int) -> int:

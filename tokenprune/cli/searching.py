@@ -107,6 +107,7 @@ def search(
     space, fixed = _space(arguments, optuna)
     names: list[str] = []
     failed: dict[str, str] = {}
+    num_failed = 0  # a choice may fail more than once
     with ExitStack() as stack:
         stack.enter_context(occupied(folder / STUDY))
         study = optuna.create_study(
@@ -115,6 +116,7 @@ def search(
             directions=[WAYS[name] for name in settings.objectives],
             load_if_exists=True,
         )
+        _check_same(study, {"objectives": list(settings.objectives), "of": run_name(fixed)}, folder)
         _resume(study, optuna)
         study.sampler = _sampler(settings, len(study.trials), optuna)
         while (left := settings.n_trials - _num_done(study, optuna)) > 0:
@@ -146,7 +148,8 @@ def search(
                     study.tell(trial, [value(key) for key in settings.objectives])
             names += own
             failed |= wrong
-            if len(failed) >= settings.n_trials:
+            num_failed += sum(name in wrong for name in own)
+            if num_failed >= settings.n_trials:
                 break
         done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         tabulate(folder, [trial.user_attrs["run"] for trial in done], config.get("baseline"))
@@ -156,6 +159,22 @@ def search(
             print(f"best: {trial.user_attrs['run']}: {told}", flush=True)
     refuse(failed, len(names))
     return []
+
+
+def _check_same(study: Any, asked: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on with trials of other runs, or to other ends.
+
+    Raises:
+        BadInput: The study has these.
+    """
+    known = study.user_attrs.get("asked", asked)
+    if known != asked:
+        raise BadInput(
+            f"hydra.sweep.dir: expected the folder of a search for {asked['objectives']} of "
+            f"{asked['of']}, got {str(folder)!r}, which has one for {known['objectives']} of "
+            f"{known['of']}. Choose another folder."
+        )
+    study.set_user_attr("asked", asked)
 
 
 def _space(arguments: Sequence[str], optuna: Any) -> tuple[dict[str, Any], list[str]]:

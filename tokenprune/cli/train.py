@@ -21,7 +21,9 @@ from tokenprune.training.check import MONITORS, check
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
-    return Job("train", _task, check, "tokenprune.training.run", _wanted, _complete).run(arguments)
+    return Job("train", _task, check, "tokenprune.training.run", _wanted, _complete, True).run(
+        arguments
+    )
 
 
 def _wanted(config: DictConfig) -> tuple[str, str]:

@@ -74,4 +74,7 @@ def add(run: Pass, late: Late, number: int, layer: int, hidden: Tensor) -> Tenso
     for earlier in range(1, number + 1):
         values = run.at(earlier, device).follow(values)
     own = run.apart(hidden, number)
-    return run.together(level.put(own, take(own, level.seats()) + values, plan), number)
+    made = run.together(level.put(own, take(own, level.seats()) + values, plan), number)
+    if run.rows.packing is None or (real := run.layout(number, device).real) is None:
+        return made
+    return made.where(real[..., None], hidden)  # pads stay what they were

@@ -83,10 +83,10 @@ def renumber(run: Pass, number: int, device: torch.device) -> None:
         gone = run.rows.shape[1] - level.length
         level.shift = torch.full((len(level.num_real), 1), gone, device=device)
         level.device = device
-        return
-    assert run.positions is not None
-    positions, first = to_device(run.positions, device), run.at(0, device)
-    level.renumber(first, positions, shift, start=run.record is None)
+    else:
+        assert run.positions is not None
+        positions, first = to_device(run.positions, device), run.at(0, device)
+        level.renumber(first, positions, shift, start=run.record is None)
     # Copies made before, on the devices of other layers, know nothing of it.
     run.copies = {key: copy for key, copy in run.copies.items() if key[0] != number}
 
@@ -343,8 +343,8 @@ def note_rotation(run: Pass, module: nn.Module, args: Any, kwargs: Any, output: 
         return module.forward(*[filled[n] for n in range(len(args))], **named)
 
     first = output[0] if isinstance(output, tuple) else output
-    kind = str(getattr(module, "rope_type", ""))
-    by_longest = any(name in kind for name in ("dynamic", "longrope"))
+    kind = getattr(module, "rope_type", None)  # of others' modules nothing is known
+    by_longest = kind is None or any(name in str(kind) for name in ("dynamic", "longrope"))
     outlives = run.settings.anatomy.decoder.training  # by this tensor the pass is found then
     run.rotations.append(
         Rotation(TensorWeakRef(first) if outlives else lambda: first, again, by_longest)

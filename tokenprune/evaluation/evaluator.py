@@ -157,10 +157,12 @@ class Evaluator(pl.LightningModule):
             if len(notes.ended(size)) < size:  # or another shard has written
                 return
             records, seconds = notes.answers()
-            for number in sorted(records)[: self.num_pictures]:
-                records[number]["image"] = share.sample(number).image
+            share.check(records)
+            for number in sorted(records):
+                if "kept" in records[number]:
+                    records[number]["image"] = share.sample(number).image
             self._write([records[number] for number in sorted(records)], seconds)
-        notes.remove()
+            notes.remove()
 
     def _alone(self) -> AbstractContextManager[None]:
         """Inside its `with` no other shard looks whether it is the last."""
@@ -180,7 +182,7 @@ class Evaluator(pl.LightningModule):
             metrics["metric_summary"] = SUMMARIES[self.metric](records)
         device = self.loaded.model.device
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        pictured = records[: self.num_pictures]
+        pictured = [record for record in records if "kept" in record]
         pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
         row = results.row(metrics, self.folder.name)
         if self.trainer.loggers:

@@ -104,8 +104,8 @@ def evaluate(
             log_results(trainer.loggers, row, draw(folder) if draw is not None else {})
     finally:
         close(trainer.loggers)
-    if not is_first() or not (folder / results.METRICS).is_file():
-        return None
+    if not is_first() or results.changes(folder, resolved, marks) != []:
+        return None  # others are still to come
     return results.read_metrics(folder)
 
 

@@ -25,6 +25,8 @@ from tokenprune.runs import files
 NOTES = "parts"
 #: What makes no other evaluation: who does it, and what is told of it.
 _ASIDE = {"trainer", "logger", "imports", "baseline", "shard", "shard_timeout"}
+#: What of a trainer makes another one.
+_TRAINER = ("precision", "limit_predict_batches")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Notes:
             marks: What its files are, see `results.fingerprint`.
         """
         own = {key: value for key, value in config.items() if key not in _ASIDE}
+        trainer = config.get("trainer") or {}
+        own["trainer"] = {key: trainer.get(key) for key in _TRAINER}
         text = json.dumps([own, dict(marks)], sort_keys=True, default=str)
         return cls(folder, hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
@@ -106,9 +110,10 @@ class Notes:
 
     def _all(self) -> Iterator[dict[str, Any]]:
         for path in sorted((self.folder / NOTES).glob(f"{self.mark}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line that is being written
-                    yield json.loads(line)
+            for line in path.read_bytes().split(b"\n"):  # texts may hold other ends of lines
+                with contextlib.suppress(ValueError):  # one that is being written
+                    note = json.loads(line)
+                    yield note
 
     def wait(self, size: int, limit: float, check: Callable[[], None] = lambda: None) -> None:
         """Waits until all of `size` processes have answered what is theirs.
@@ -214,6 +219,22 @@ class Share(pl.LightningDataModule):
         """The sample of a number."""
         assert self.samples is not None
         return self.samples[number]
+
+    def check(self, records: Mapping[int, Mapping[str, Any]]) -> None:
+        """Refuses to end with answers missing.
+
+        Raises:
+            ValueError: Some are.
+        """
+        assert self.samples is not None
+        limit = self.trainer.limit_predict_batches if self.trainer is not None else 1.0
+        number = len(self.samples)  # type: ignore[arg-type]
+        if limit == 1.0 and len(records) != number:
+            raise ValueError(
+                f"evaluate: expected {number} answers, got {len(records)}: notes in "
+                f"{str(self.notes.folder / NOTES)!r} were lost. Give the same command once more: "
+                "only the rest is asked."
+            )
 
     def end(self) -> None:
         """Notes that this process has answered all that is its."""

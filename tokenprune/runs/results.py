@@ -219,9 +219,10 @@ def changes(
             are imported, how an evaluation is shared out and what a sweep is compared with are no
             part of it.
         marks: Its `fingerprint`.
-        last: The file that the run writes last.
+        last: What the run writes last: a file, or a folder as sharded checkpoints are.
     """
-    if not all((folder / name).is_file() for name in (last, CONFIG, VERSIONS)):
+    files_there = all((folder / name).is_file() for name in (CONFIG, VERSIONS))
+    if not files_there or not (folder / last).exists():
         return None
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))

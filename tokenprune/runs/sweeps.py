@@ -134,8 +134,9 @@ def check_baseline(
 
 def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
-    # Where it runs, where a training goes on from, what a sweep is compared with: no other one.
-    left_out = r"[+]*(experiment|hydra|launcher|search|ckpt_path|baseline)\b"
+    # Where it runs, where a training goes on from, what a sweep is compared with, how an evaluation
+    # is shared out: no other one.
+    left_out = r"[+]*(experiment|hydra|launcher|search|ckpt_path|baseline|shard|shard_timeout)\b"
     parts = [part for part in overrides if not re.match(left_out, part)]
     # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3; but not
     # strategy.seed=1 -> seed=1, which is another run.
@@ -162,6 +163,6 @@ def _digest(parts: Sequence[str]) -> str:
 
 def sweep_name(overrides: Sequence[str]) -> str:
     """Folder of a sweep that has no name of its own; the order of its overrides is no matter."""
-    left_out = ("baseline=", "launcher=", "hydra.launcher.")
+    left_out = ("baseline=", "launcher=", "hydra.launcher.", "shard=", "shard_timeout=")
     key = "\n".join(sorted(o for o in overrides if not o.startswith(left_out)))
     return f"sweep-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"

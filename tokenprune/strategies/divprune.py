@@ -59,10 +59,10 @@ class DivPrune(PruningStrategy):
         cosine_BVV = unit_BVD @ unit_BVD.mT
         alike_BV = first_alike(cosine_BVV)
         distance_BVV = (1 - take(take(cosine_BVV, alike_BV), alike_BV, dim=2)).clamp_min(0)
+        distance_BVV = distance_BVV.masked_fill(alike_BV[:, :, None] == alike_BV[:, None], 0)
         # The second smallest entry of a token's row: the smallest is its own.
         own_VV = torch.eye(valid_BV.shape[1], dtype=torch.bool, device=keep.device)
         others_BVV = distance_BVV.masked_fill(~sound_BV[:, None] | own_VV, torch.inf)
-        distance_BVV = distance_BVV.masked_fill(own_VV, 0)
         # As far as a token can be: rows have no entries at -inf.
         low = torch.finfo(torch.float32).min
         far_BV = torch.where(sound_BV, torch.inf, low).masked_fill(~valid_BV, -torch.inf)

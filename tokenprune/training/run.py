@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def train(config: DictConfig, output_dir: Path) -> None:
         ValueError: If something in the config cannot be honoured.
         Stopped: A signal came while it trained; `checkpoints/last.ckpt` holds all steps.
     """
+    with ExitStack() as stack:
+        _train(config, output_dir, stack)
+
+
+def _train(config: DictConfig, output_dir: Path, stack: ExitStack) -> None:
+    """As `train`; what is to be done in any case is left to the stack."""
     logs = config.get("logger")
     if logs and "save_dir" in logs.keys() and OmegaConf.is_interpolation(logs, "save_dir"):  # noqa: SIM118
         config = config.copy()
@@ -90,6 +97,7 @@ def train(config: DictConfig, output_dir: Path) -> None:
         logger=logger,
         enable_model_summary=False,
     )
+    stack.callback(close, trainer.loggers)
     signals.tell(trainer)
     if start is not None:
         resume.check_strategy(start, trainer.strategy)
@@ -160,7 +168,6 @@ def train(config: DictConfig, output_dir: Path) -> None:
         results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
         log_results(loggers, _flat(summary), {})
         print(sentence(summary, output_dir / "model"), flush=True)
-    close(loggers)
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
