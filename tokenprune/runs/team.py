@@ -55,6 +55,7 @@ class _Member:
         # Another connection: one that waits lets no other thread ask.
         self._beats = _connect(launch, leads=False)
         self.suspects = False
+        self.reported = False  # an error of its own, which the first process tells
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._over = threading.Event()
         self.set(f"name/{launch.rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -155,7 +156,7 @@ class _Member:
         """Ends this process, which may be waiting for the others for ever."""
         if self._over.wait(10 + LOST_AFTER_ERROR):  # the main thread has noticed by itself
             return
-        if self.launch.rank <= 1:  # of those that only miss the first, one tells
+        if self.launch.rank <= 1 and not self.reported:  # of those that miss the first, one tells
             told = self.message(lost) if failed is None else failed
             print(f"tokenprune: {told}", file=sys.stderr, flush=True)
         if self.launch.rank == 0:
@@ -388,6 +389,7 @@ def _report(member: _Member, number: int, error: BaseException) -> None:
     elif _BROKEN.search(str(error)):
         kind, text = "broken", str(error)
     else:
+        member.reported = True
         kind, text = "own", f"{' '.join(str(error).split())} ({type(error).__name__})"
         if not isinstance(error, ValueError | KeyError | OSError):
             traceback.print_exception(error)  # a bug: where
@@ -400,7 +402,7 @@ def _is_stop(error: BaseException) -> bool:
 
 
 def _orphan(member: _Member) -> NoReturn:
-    if member.launch.rank == 1:
+    if member.launch.rank == 1 and not member.reported:
         print(f"tokenprune: {member.message([0])}", file=sys.stderr, flush=True)
     os._exit(2)
 

@@ -30,7 +30,7 @@ from tokenprune.training.checkpoints import BEST, LAST, Checkpoints, Stopped, St
 from tokenprune.training.module import FineTune
 from tokenprune.training.quiet import quiet
 from tokenprune.training.randomness import RandomStates
-from tokenprune.training.sharding import Sharded
+from tokenprune.training.sharding import META, Sharded
 from tokenprune.training.summary import SUMMARY, sentence, summarise
 from tokenprune.training.throughput import Throughput, length, size
 
@@ -241,7 +241,9 @@ class _Begin(pl.Callback):
         self.begun = True
         if trainer.is_global_zero:
             for name in (SUMMARY, LAST, BEST) if self.anew else (SUMMARY,):
-                files.remove(self.folder / name)
+                path = self.folder / name
+                # A folder that is no checkpoint of shards is somebody's: an error.
+                files.remove(path) if (path / META).is_file() else path.unlink(missing_ok=True)
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             results.write_text(self.folder / results.CONFIG, text)
             results.write_versions(self.folder, self.marks)
