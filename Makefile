@@ -50,10 +50,10 @@ test: $(STAMP)
 
 test-all: test test-matrix
 
-# Of it a share, each time another: make test-matrix DRAW=0.3
+# Of it a share, each time another: make test-matrix DRAW=0.3 TESTS=tests/engine
 DRAW := 1
 test-matrix: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix --draw $(DRAW)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m matrix --draw $(DRAW) $(TESTS)
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) tests/engine/test_golden.py tests/engine/test_oracles.py tests/engine/test_engine.py tests/families/test_adapters.py
