@@ -202,7 +202,8 @@ def test_those_that_fail_are_named_and_the_others_are_done() -> None:
 
 def test_a_launcher_that_ends_itself_leaves_the_run_at_work_named() -> None:
     _, failed, _ = start(["a", "crash", "b"])
-    assert failed == {"crash": "RuntimeError: a worker was killed"}
+    why = "RuntimeError: a worker was killed"
+    assert failed == {"crash": why, "a": f"not done, {why}", "b": f"not done, {why}"}
 
 
 def test_many_failures_take_one_line() -> None:
