@@ -7,9 +7,8 @@ is a run with a folder and a row, and cost is an aim beside accuracy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -29,14 +28,10 @@ class SearchSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         # Hydra imports every plugin in every application: nothing heavy at the top of this file.
-        from tokenprune.cli.loader import Loader
+        from tokenprune.cli.loader import connect
 
         self.config, self.work = config, task_function
-        self.loader = cast(Any, Loader(hydra_context.config_loader))
-        hydra_context = HydraContext(self.loader, hydra_context.callbacks)
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self.loader, self.launcher = connect(hydra_context, task_function, config)
 
     def sweep(self, arguments: Sequence[str]) -> Any:
         from tokenprune.cli.searching import Settings, search

@@ -360,6 +360,22 @@ def of_axes(specimen, model, form: str) -> tuple[dict[str, Tensor], list[dict[st
     return call, alone
 
 
+def assert_as_alone(model, strategy, schedule, call, alone) -> None:
+    """Each sequence of a packed row gives what it gives alone."""
+    end = 0
+    with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
+        together = model(**call, use_cache=False).logits[0]
+        stages, lengths = trace.stages, trace.lengths[-1].tolist()
+        for number, one in enumerate(alone):
+            expected = model(**one).logits[0]
+            if trace.stages:
+                assert_same_choice(stages, trace.stages, [(number, 0)])
+            assert lengths[number] == len(expected)
+            assert_close(together[end : end + len(expected)], expected, ALONE)
+            end += len(expected)
+    assert end == len(together)
+
+
 AXES = {
     specimen.model_type: specimen
     for specimen in SPECIMENS
@@ -389,18 +405,7 @@ def test_a_sequence_with_positions_of_several_axes(model_type, strategy, attenti
     model = specimen.build(attention)
     call, alone = of_axes(specimen, model, form)
     schedule = tp.Schedule.pyramid(layers=list(specimen.cuts), lam=0.6)
-    end = 0
-    with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
-        together = model(**call, use_cache=False).logits[0]
-        stages, lengths = trace.stages, trace.lengths[-1].tolist()
-        for number, one in enumerate(alone):
-            expected = model(**one).logits[0]
-            if trace.stages:
-                assert_same_choice(stages, trace.stages, [(number, 0)])
-            assert lengths[number] == len(expected)
-            assert_close(together[end : end + len(expected)], expected, ALONE)
-            end += len(expected)
-    assert end == len(together)
+    assert_as_alone(model, strategy, schedule, call, alone)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -411,18 +416,7 @@ def test_features_that_come_after_the_first_cut_follow_their_sequences(cuts, for
     model = specimen.build("sdpa")
     call, alone = of_axes(specimen, model, form)
     stages = tuple(tp.Stage(cut, 0.6 ** (number + 1)) for number, cut in enumerate(cuts))
-    end = 0
-    with torch.no_grad(), tp.prune(model, PDROP, tp.Schedule(stages)) as trace:
-        together = model(**call, use_cache=False).logits[0]
-        chosen, lengths = trace.stages, trace.lengths[-1].tolist()
-        for number, one in enumerate(alone):
-            expected = model(**one).logits[0]
-            if trace.stages:
-                assert_same_choice(chosen, trace.stages, [(number, 0)])
-            assert lengths[number] == len(expected)
-            assert_close(together[end : end + len(expected)], expected, ALONE)
-            end += len(expected)
-    assert end == len(together)
+    assert_as_alone(model, PDROP, tp.Schedule(stages), call, alone)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -15,6 +15,16 @@ class Parser(argparse.ArgumentParser):
         complain(self.prog, message)
 
 
+def add_baseline(parser: argparse.ArgumentParser) -> None:
+    """Lets commands that compare a sweep's runs name what with."""
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        help="a strategy or a run to compare with, besides unpruned and random; may be repeated",
+    )
+
+
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
     """Lets a command take a folder of the user's configs, as `eval` does."""
     parser.add_argument(

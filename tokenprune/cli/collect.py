@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenprune.cli.arguments import Parser, add_config_dir
+from tokenprune.cli.arguments import Parser, add_baseline, add_config_dir
 from tokenprune.cli.mistakes import BadInput
 
 
@@ -14,12 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser("tokenprune collect", description="The tables of a folder, made anew.")
     parser.add_argument("folder", type=Path, help="a folder with runs, at any depth")
     add_config_dir(parser)
-    parser.add_argument(
-        "--baseline",
-        action="append",
-        default=[],
-        help="a strategy or a run to compare with, besides unpruned and random; may be repeated",
-    )
+    add_baseline(parser)
     args = parser.parse_args(arguments)
     if args.config_dir is not None:
         from tokenprune.cli.configs import folders

@@ -15,6 +15,9 @@ from typing import Any
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -64,6 +67,21 @@ class Loader:
         own.job.override_dirname = get_overrides_dirname(task, **own.job.config.override_dirname)
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
+
+
+def connect(context: HydraContext, work: TaskFunction, config: DictConfig) -> tuple[Any, Launcher]:
+    """What a sweeper works with: the loader of its runs' configs, and the launcher, set up with it.
+
+    Args:
+        context: Hydra's.
+        work: What is run.
+        config: The sweep's, with the node `hydra`.
+    """
+    loader: Any = Loader(context.config_loader)
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=HydraContext(loader, context.callbacks), task_function=work, config=config
+    )
+    return loader, launcher
 
 
 def filled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenprune.cli.arguments import Parser, add_config_dir
+from tokenprune.cli.arguments import Parser, add_baseline, add_config_dir
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -13,12 +13,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser("tokenprune report", description="A sweep as a page.")
     parser.add_argument("folder", type=Path, help="a sweep's folder, such as outputs/ablation")
     add_config_dir(parser)  # a results.csv says it all: what is given to eval may stay
-    parser.add_argument(
-        "--baseline",
-        action="append",
-        default=[],
-        help="a strategy or a run to compare with, besides unpruned and random; may be repeated",
-    )
+    add_baseline(parser)
     args = parser.parse_args(arguments)
     if args.config_dir is not None:
         from tokenprune.cli.configs import folders
