@@ -26,4 +26,4 @@ def made(*overrides: str) -> Bench:
     pruning = build_pruning(own, 4)
     assert pruning is not None
     load = Load(own.num_visual, own.num_text, own.batch_size, own.new_tokens)
-    return Bench(model, pruning, load, own.logits, list(own.ways))
+    return Bench(model, pruning, load, own.logits, list(own.ways), own.graph)

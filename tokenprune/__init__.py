@@ -10,6 +10,7 @@ TYPE_CHECKING = False  # as typing's, which takes a moment to load
 if TYPE_CHECKING:
     from tokenprune import cost, strategies
     from tokenprune.engine.attach import Handle, attach, prune
+    from tokenprune.engine.graphs import Graphs
     from tokenprune.engine.trace import Trace, TracedStage
     from tokenprune.families.adapter import Adapter, register_adapter
     from tokenprune.families.anatomy import visual_mask
@@ -58,6 +59,7 @@ __all__ = [
     "DecoderKeys",
     "DecoderRows",
     "Entered",
+    "Graphs",
     "Handle",
     "Need",
     "Normed",
@@ -98,6 +100,7 @@ __all__ = [
 #: Which file has which of them, as above; `cost` and `strategies` are rooms.
 _NAMES = {
     "engine.attach": ("Handle", "attach", "prune"),
+    "engine.graphs": ("Graphs",),
     "engine.trace": ("Trace", "TracedStage"),
     "families.adapter": ("Adapter", "register_adapter"),
     "families.anatomy": ("visual_mask",),

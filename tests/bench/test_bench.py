@@ -14,11 +14,13 @@ import pytest
 import torch
 from benches import TINY, config
 from commands import refused
+from far import capture
 
+import tokenprune as tp
 from tokenprune.bench import run as bench
 from tokenprune.bench import ways
 from tokenprune.bench.check import MEASURES
-from tokenprune.bench.table import COLUMNS
+from tokenprune.bench.table import COLUMNS, print_table
 from tokenprune.bench.variants import Bench
 from tokenprune.cli import main as cli
 
@@ -158,6 +160,9 @@ def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
         (["shape=hub", "shape.path=./nowhere"], "expected a folder, got './nowhere'"),
         (["shape=hidden_2048"], "shape: expected one of"),
         (["speed=1"], "speed: expected a key of the config"),
+        (["graph=many"], "graph: expected true or false, got 'many'"),
+        (["graph=true", "warmup=1"], "warmup: expected 2 or more with graph=true"),
+        (["graph=true", "device=cpu"], "graph: expected a CUDA device, got none"),
     ],
 )
 @pytest.mark.share(3)
@@ -170,6 +175,35 @@ def test_bad_input_is_told_in_a_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device: expected a CUDA device" in refused(["bench", "device=cuda"], capsys)
+
+
+def test_captured_prefills_are_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tokenprune.bench.check._has_gpu", lambda: True)
+    monkeypatch.setattr(tp.Graphs, "_capture", capture)
+    found = bench.measure(config("graph=true"))
+    assert set(found) <= {*COLUMNS, "rounds_s"}
+    for name in ("unpruned_graph_ms", "pruned_graph_ms", "graph_ratio", "graph_ratio_captured"):
+        assert found[name] > 0
+    assert {len(found["rounds_s"][name]) for name in ("unpruned_graph", "pruned_graph")} == {2}
+    ratios = [
+        captured / run
+        for captured, run in zip(
+            found["rounds_s"]["pruned_graph"], found["rounds_s"]["unpruned"], strict=True
+        )
+    ]
+    assert found["graph_ratio"] == pytest.approx(sum(ratios) / 2)
+    print_table([found | {"shape": "tiny", "strategy": "pyramiddrop"}], "measured")
+    assert "pyramiddrop (captured)" in capsys.readouterr().out
+    assert "graph_ratio" not in bench.measure(config("graph=true", "measure=decode"))
+
+
+def test_figures_of_captures_that_were_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.bench.check._has_gpu", lambda: True)
+    refuses = pytest.raises(ValueError, match="graph: expected prefills that can be captured")
+    with pytest.warns(UserWarning, match="a model on cpu"), refuses:
+        bench.measure(config("graph=true"))
 
 
 def test_help_names_the_shapes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +220,8 @@ def test_the_gpu_experiment_runs_on_a_cpu_with_a_tiny_shape() -> None:
     folder = Path(__file__).parents[2] / "experiments" / "gpu"
     small = ["shape=tiny", "num_visual=48", "num_text=8", "rounds=1", "new_tokens=1"]
     command = ["bench", f"--config-dir={folder}", "experiment=gpu", *small, "resolution=336x336"]
-    assert cli.main([*command, "device=cpu", "hydra.sweep.dir=there"]) == 0
+    command += ["device=cpu", "graph=false"]
+    assert cli.main([*command, "hydra.sweep.dir=there"]) == 0
     rows = list(csv.DictReader(Path("there/bench.csv").read_text().splitlines()))
     found = {(row["measure"], row["tuning"], row["logits"]) for row in rows}
     assert {measure for measure, _, _ in found} == set(MEASURES)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint import NUM_LAYERS, NUM_VISUAL, save_checkpoint
+from far import capture
 from oracles import decided
 from PIL import Image
 from processes import call
@@ -55,6 +56,29 @@ def task(checkpoint: Path, folder: Path, *overrides: str) -> tuple[Any, Path, di
 
 def run(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     return evaluate(*task(checkpoint, folder, *overrides))
+
+
+@pytest.mark.parametrize("strategy", ["pyramiddrop", "none"])
+def test_captured_prefills_change_no_answer(checkpoint, tmp_path, monkeypatch, strategy) -> None:
+    made: list[tp.Graphs] = []
+    graphs = tp.Graphs
+
+    def noted(most: int) -> tp.Graphs:
+        made.append(graphs(most))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(tp, "Graphs", noted)
+    options = [f"strategy={strategy}", "data.batch_size=1", "num_pictures=2"]
+    plain = run(checkpoint, tmp_path / "plain", *options)
+    assert not made
+    found = run(checkpoint, tmp_path / "captured", *options, "graphs=8")
+    assert sum(own.replays for own in made) > 0
+    told = {"prefill_ms"}
+    assert {key: value for key, value in found.items() if key not in told} == {
+        key: value for key, value in plain.items() if key not in told
+    }
+    assert predictions(tmp_path / "captured") == predictions(tmp_path / "plain")
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

@@ -56,18 +56,36 @@ def check(config: DictConfig) -> None:
             "strategy: expected one that prunes, to compare with the unpruned model, got none. "
             "Choose strategy=pyramiddrop."
         )
+    if config.graph not in (True, False):
+        raise ValueError(f"graph: expected true or false, got {config.graph!r}. Set graph=true.")
+    if config.graph and config.measure == "prefill":
+        _check_graph(config)
     if config.ways and config.measure != "prefill":
         raise ValueError(
             f"ways: expected measure=prefill, got measure={config.measure}. Set ways=[]."
         )
     pruning = build_pruning(config, decoder_shape(config).num_layers)
     assert pruning is not None, "a strategy was asked for"
-    if config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
+    if config.device == "cuda" and not _has_gpu():
+        raise ValueError("device: expected a CUDA device, got none. Set device=cpu.")
     if config.ways != []:
         from tokenprune.bench import ways
 
         ways.check(config.ways, pruning.strategy, config.attention)
+
+
+def _check_graph(config: DictConfig) -> None:
+    """Refuses graphs where there are none, and rounds in which they would be recorded."""
+    if config.warmup < 2:
+        raise ValueError(
+            f"warmup: expected 2 or more with graph=true, one to run and one to record, got "
+            f"{config.warmup}. Set warmup=2."
+        )
+    if config.device == "cpu" or not _has_gpu():
+        raise ValueError("graph: expected a CUDA device, got none. Set graph=false.")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

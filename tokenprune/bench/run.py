@@ -83,10 +83,12 @@ def _measure(
     pruning = fit_pruning(config, model)
     assert pruning is not None, "checked before"
     logits = config.logits if config.measure == "train" else "all"
-    bench = Bench(model, pruning, load, logits, list(config.ways))
+    graph = config.graph and config.measure == "prefill"
+    bench = Bench(model, pruning, load, logits, list(config.ways), graph)
     optimizer = prepare_training(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)
+    bench.check_graphs(config.rounds)
     found = summarise(bench, config.measure, timing)
     found |= {"positions": pruning.positions, "weights_mb": weights / 1e6}
     if config.measure != "train":

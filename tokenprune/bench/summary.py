@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenprune.bench.timing import Timing
-from tokenprune.bench.variants import Bench
+from tokenprune.bench.variants import CAPTURED, Bench
 
 
 def summarise(bench: Bench, measure: str, timing: Timing) -> dict[str, Any]:
@@ -48,8 +48,23 @@ def summarise(bench: Bench, measure: str, timing: Timing) -> dict[str, Any]:
         found["pruning_over_keys"] = statistics.median(
             hooks / alone for hooks, alone in zip(timing.hooks, keys, strict=True)
         )
+    if bench.graphs is not None:
+        found |= _captured(timing, scale)
     if bench.ways:
         found["ways"] = [_way_summary(way, timing, scale, flops_ratio) for way in bench.ways]
+    return found
+
+
+def _captured(timing: Timing, scale: float) -> dict[str, Any]:
+    """Captured prefills: times, and the pruned one's by the unpruned model's, run and captured."""
+    own = timing.seconds["pruned_graph"]
+    found: dict[str, Any] = {}
+    for name in CAPTURED:
+        found |= _spread(f"{name}_ms", [scale * value for value in timing.seconds[name]])
+        found[f"{name}_peak_mb"] = timing.peaks[name] / 1e6
+    for name, other in (("graph_ratio", "unpruned"), ("graph_ratio_captured", "unpruned_graph")):
+        pairs = zip(timing.seconds[other], own, strict=True)
+        found |= _spread(name, [b / a for a, b in pairs])
     return found
 
 

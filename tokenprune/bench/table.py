@@ -14,6 +14,14 @@ from tokenprune.bench.plot import plot
 from tokenprune.runs import results, tables
 
 RESULT, TABLE, PLOT = "bench.json", "bench.csv", "bench.png"
+#: Of captured prefills, where they are asked for.
+_CAPTURED = (
+    *("unpruned_graph_ms", "unpruned_graph_ms_low", "unpruned_graph_ms_high"),
+    *("pruned_graph_ms", "pruned_graph_ms_low", "pruned_graph_ms_high"),
+    *("graph_ratio", "graph_ratio_low", "graph_ratio_high"),
+    *("graph_ratio_captured", "graph_ratio_captured_low", "graph_ratio_captured_high"),
+    *("unpruned_graph_peak_mb", "pruned_graph_peak_mb"),
+)
 #: Columns of bench.csv: what ran, what came out (medians; low and high are quartiles), on what.
 COLUMNS = (
     *("measure", "shape", "strategy", "schedule", "positions", "batch_size", "num_visual"),
@@ -22,13 +30,17 @@ COLUMNS = (
     *("pruned_ms", "pruned_ms_low", "pruned_ms_high"),
     *("time_ratio", "time_ratio_low", "time_ratio_high", "flops_ratio", "over_flops"),
     *("over_product", "over_product_low", "over_product_high"),
+    *_CAPTURED,
     *("pruning_ms", "pruning_share", "keys_ms", "pruning_over_keys"),
     *("unpruned_peak_mb", "pruned_peak_mb", "unpruned_kv_mb", "pruned_kv_mb", "expected_kv_mb"),
     *("weights_mb", "rounds", "dtype", "attention", "machine", "threads", "torch", "transformers"),
     "run",
 )
 #: What a row of another way of pruning leaves open.
-PRODUCT_ONLY = ("pruning_ms", "pruning_share", "keys_ms", "pruning_over_keys", "expected_kv_mb")
+PRODUCT_ONLY = (
+    *("pruning_ms", "pruning_share", "keys_ms", "pruning_over_keys", "expected_kv_mb"),
+    *_CAPTURED,
+)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -96,6 +108,17 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
                 "" if None in kept else f"{kept[0]:.4g} -> {kept[1]:.4g} MB",
             ]
         )
+        if "graph_ratio" in row:
+            head[2] += " (captured)"
+            cells.append(
+                [
+                    *head,
+                    f"{row['unpruned_graph_ms']:.4g} ms",
+                    f"{row['pruned_graph_ms']:.4g} ms",
+                    f"{100 * row['graph_ratio_captured']:.1f} %",
+                    *(cells[-1][8], "", cells[-1][10]),
+                ]
+            )
     measured = ("unpruned", "pruned", "time", "FLOPs", "pruning", "KV cache")
     texts = ("measure", "shape", "strategy")
     tables.print_table(title, texts, ("tokens", "rows", *measured), cells)

@@ -21,6 +21,9 @@ from tokenprune.bench.theory import Theory
 from tokenprune.runs.compose import Pruning
 from tokenprune.strategy import decoder_rows
 
+#: Variants that are captured as CUDA graphs, and whether they are pruned.
+CAPTURED = {"unpruned_graph": False, "pruned_graph": True}
+
 
 class Variant(NamedTuple):
     """One of the things compared.
@@ -45,6 +48,7 @@ class Bench:
         load: What the model is given.
         logits: Of which positions training makes logits: `all`, `supervised` or `full`.
         ways: Ways of published code to measure beside, of `ways.WAYS`.
+        graph: Whether prefills are also measured as CUDA graphs.
     """
 
     def __init__(
@@ -54,9 +58,11 @@ class Bench:
         load: Load,
         logits: str = "all",
         ways: Sequence[str] = (),
+        graph: bool = False,
     ) -> None:
         self.model, self.pruning, self.load, self.logits = model, pruning, load, logits
         self.ways = tuple(ways)
+        self.graphs = tp.Graphs(2) if graph else None
         self.decoder: Any = model.get_decoder()
         self.device: torch.device = self.decoder.embed_tokens.weight.device
         self.clock = Clock(self.device)
@@ -113,6 +119,33 @@ class Bench:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def captured(self, pruned: bool) -> AbstractContextManager[Any]:
+        """The model with its prefills captured as CUDA graphs; unpruned there are no cuts."""
+        own = self.pruning
+        return tp.prune(
+            self.model,
+            own.strategy,
+            own.schedule if pruned else tp.Schedule(),
+            own.positions,
+            visual_mask=self.load.visual_mask.to(self.device),
+            graphs=self.graphs,
+        )
+
+    def check_graphs(self, rounds: int) -> None:
+        """Refuses figures of captured prefills that were none.
+
+        Args:
+            rounds: How often each was timed.
+
+        Raises:
+            ValueError: If they ran as without graphs.
+        """
+        if self.graphs is not None and self.graphs.replays < 2 * rounds:
+            raise ValueError(
+                "graph: expected prefills that can be captured as CUDA graphs, got "
+                f"{'; '.join(self.graphs.told) or 'none'}. Set graph=false."
+            )
 
     def hook_seconds(self) -> float:
         """Time in the engine's hooks before decoder and layers, in the latest pruned run.
@@ -172,6 +205,8 @@ class Bench:
             "pruned": partial(self.pruned, marked=measure != "decode"),
         }
         contexts |= {way: partial(self.pruned, way) for way in self.ways}
+        if self.graphs is not None:
+            contexts |= {name: partial(self.captured, own) for name, own in CAPTURED.items()}
         if measure == "decode":
             # Every round continues from a copy of the same cache, so that its context is the same.
             filled = {}

@@ -226,7 +226,7 @@ def _check_values(config: DictConfig) -> None:
     open_keys = sorted(missing(config))
     if open_keys:
         raise BadInput(f"{open_keys[0]}: expected a value, got none. Add {open_keys[0]}=... .")
-    for key, lowest in (("max_new_tokens", 1), ("num_pictures", 0), ("seed", None)):
+    for key, lowest in (("max_new_tokens", 1), ("num_pictures", 0), ("graphs", 0), ("seed", None)):
         value = config.get(key, lowest or 0)
         wrong = isinstance(value, bool) or not isinstance(value, int)
         if wrong or (lowest is not None and value < lowest):

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import caches, late, side
+from tokenprune.engine.captured import by_graph
 from tokenprune.engine.cuts import begin
+from tokenprune.engine.graphs import Graphs
 from tokenprune.engine.layers import Site, by_name, enter
 from tokenprune.engine.losses import finish, promise_labels
 from tokenprune.engine.passes import Call, Pass, merge, plan_pass
@@ -57,8 +59,9 @@ class Handle:
         trace: What the latest call did.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, graphs: Graphs | None = None) -> None:
         self.trace = Trace()
+        self._graphs = graphs
         self._settings = settings
         self._thread = threading.local()
         # A layer recomputed by gradient checkpointing finds its pass by the tensors handed to it.
@@ -101,6 +104,33 @@ class Handle:
                 self._register(layer, self._at(site), None)
         if self._watch is not None:
             self._watch_tower(self._watch)
+        if self._graphs is not None:
+            self._capture(self._graphs, settings.anatomy.decoder)
+
+    def _capture(self, graphs: Graphs, decoder: nn.Module) -> None:
+        """Lets prefills be captured as CUDA graphs."""
+        forward, thread = decoder.forward, self._thread
+        own = frozenset(hook.id for hook in self._hooks)
+
+        @contextmanager
+        def runs(other: Pass) -> Iterator[None]:
+            run = thread.run
+            thread.run = other
+            try:
+                yield
+            finally:
+                thread.run = run
+
+        @functools.wraps(forward)
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            run: Pass | None = getattr(thread, "run", None)
+            found = None
+            if run is not None and not torch.compiler.is_compiling():
+                found = by_graph(graphs, run, forward, args, kwargs, own, runs)
+            return forward(*args, **kwargs) if found is None else found
+
+        if not self._shadow(decoder, "forward", replayed):
+            graphs.tell("a decoder whose forward was replaced, as accelerate does")
 
     def _register(
         self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
@@ -158,11 +188,13 @@ class Handle:
             if hasattr(type(base), name):
                 self._shadow(base, name, watch.noted(kind, getattr(base, name), made))
 
-    def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        """Puts a method before the class's own, until `remove`."""
-        if name not in vars(entry):
-            setattr(entry, name, method)
-            self._shadowed.append((entry, name, method))
+    def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> bool:
+        """Puts a method before the class's own, until `remove`; not before another such one."""
+        if name in vars(entry):
+            return False
+        setattr(entry, name, method)
+        self._shadowed.append((entry, name, method))
+        return True
 
     def remove(self) -> None:
         """Detaches from the model, which is then as it was found. May be called twice."""
@@ -366,6 +398,7 @@ def attach(
     positions: str = "original",
     logits: str = "all",
     visual_mask: Tensor | None = None,
+    graphs: Graphs | None = None,
 ) -> Handle:
     """Prunes every call of `model` until the handle's `remove()`.
 
@@ -382,6 +415,8 @@ def attach(
         visual_mask: Bool (B, T), for calls whose `input_ids` do not show the visual tokens. Covers
             columns 0..T-1 of the conversation; may be passed to a forward call instead. Its rows
             are repeated for batches that generation expands (beams, several returned sequences).
+        graphs: Captures prefills on a GPU, and replays them: `tokenprune.Graphs(8)`. Also without
+            cuts, for the unpruned model.
 
     Returns:
         A handle; `handle.trace` says what the latest call did.
@@ -392,8 +427,9 @@ def attach(
     for value, kind, hint in (
         (strategy, PruningStrategy, "tokenprune.build_strategy(name)"),
         (schedule, Schedule, "tokenprune.Schedule.pyramid or one_shot"),
+        (graphs, Graphs, "tokenprune.Graphs(8)"),
     ):
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) and not (kind is Graphs and value is None):
             raise ValueError(
                 f"prune: expected a {kind.__name__}, got {value!r}. Build one with {hint}."
             )
@@ -405,7 +441,7 @@ def attach(
             f"prune: expected a model that is not pruned already, got {type(model).__name__}. "
             "Leave the other prune(...) first, or call its handle's remove()."
         )
-    handle = Handle(settings)
+    handle = Handle(settings, graphs)
     _attached.add(anatomy.decoder)
     handle._hook()
     return handle
@@ -419,6 +455,7 @@ def prune(
     positions: str = "original",
     logits: str = "all",
     visual_mask: Tensor | None = None,
+    graphs: Graphs | None = None,
 ) -> Iterator[Trace]:
     """Prunes every call of `model` inside the `with`, and yields the trace.
 
@@ -426,7 +463,7 @@ def prune(
     the model as it was found. With gradient checkpointing, call `backward` inside: layers are
     recomputed then.
     """
-    handle = attach(model, strategy, schedule, positions, logits, visual_mask)
+    handle = attach(model, strategy, schedule, positions, logits, visual_mask, graphs)
     try:
         yield handle.trace
     finally:

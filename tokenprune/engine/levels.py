@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Level:
         counts = first.counts if first.ragged else None
         assert known is not None
         assert alive is not None
-        return lambda: torch.searchsorted(_ascending(known, counts), alive.contiguous())
+        return partial(_numbers, known, counts, alive)
 
     def find(self, columns: Tensor) -> Tensor:
         """Positions of columns that are there, int64 like `columns`."""
@@ -298,6 +299,11 @@ class Level:
 
 #: Fields of a level that say what the cut before it did.
 _OF_THE_CUT = ("index", "chosen", "weights", "source", "project", "moved", "shift")
+
+
+def _numbers(known_BV: Tensor, counts_B1: Tensor | None, alive_BV: Tensor) -> Tensor:
+    """Which of a call's visual tokens are those alive, by their columns."""
+    return torch.searchsorted(_ascending(known_BV, counts_B1), alive_BV.contiguous())
 
 
 def _ascending(visual_BV: Tensor, counts_B1: Tensor | None) -> Tensor:

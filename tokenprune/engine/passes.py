@@ -241,6 +241,13 @@ class Pass:
             )
         return self.copies[("laid", level), device]  # type: ignore[no-any-return]
 
+    def places_on(self, device: torch.device) -> Tensor:
+        """Places of the call's visual tokens, int64 (B, V, 4), -1 for what does not exist."""
+        if ("places", device) not in self.copies:  # the same at all cuts
+            table = nn.utils.rnn.pad_sequence(self.places(), batch_first=True, padding_value=-1)
+            self.copies["places", device] = table.to(device)
+        return self.copies["places", device]  # type: ignore[no-any-return]
+
     def plan_on(self, device: torch.device) -> Plan:
         """The plan on the device of the layer that runs."""
         assert self.plan is not None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.engine import chance
 from tokenprune.engine.passes import Pass
@@ -100,12 +100,8 @@ def make_view(
         return _positions(run, visual_BV)
 
     def places() -> Tensor:
-        if ("places", device) not in run.copies:  # the same at all cuts
-            table = nn.utils.rnn.pad_sequence(run.places(), batch_first=True, padding_value=-1)
-            run.copies["places", device] = table.to(device)
-        table = run.copies["places", device]
         number_BV = level.numbers(run.at(0, device))()
-        return take(table, number_BV)
+        return take(run.places_on(device), number_BV)
 
     return TokenView(
         layer=layer,

@@ -41,6 +41,7 @@ def answer(
     inputs: Mapping[str, Any],
     max_new_tokens: int,
     whole_ids: Tensor | None = None,
+    graphs: tp.Graphs | None = None,
     **options: Any,
 ) -> Answers:
     """Answers a batch of prompts padded on the left.
@@ -51,10 +52,11 @@ def answer(
         inputs: On the model's device.
         max_new_tokens: Longest answer.
         whole_ids: The prompts with whole images, where `inputs` has smaller ones: int64 (B, T').
+        graphs: Captures prefills on a GPU, if any.
         options: Of `generate`, where it is not to be greedy.
     """
     clock = FirstToken()
-    with pruned(loaded, pruning) as trace:
+    with pruned(loaded, pruning, graphs=graphs) as trace:
         start = now(loaded.model.device)
         texts = generate(loaded, inputs, max_new_tokens, clock, **options)
     assert clock.time is not None

@@ -44,6 +44,7 @@ class Evaluator(pl.LightningModule):
         names: Entries of metrics.json that name the run.
         share: This process's part of the samples, where several share them; None for all.
         patience: Seconds that the process which writes the run's files waits for another's answer.
+        num_graphs: CUDA graphs of prefills that are kept.
         max_new_tokens: Longest answer.
         num_pictures: First so many samples whose kept tokens are stored.
         metric: Scores an answer, see `tokenprune.evaluation.metrics`.
@@ -65,6 +66,7 @@ class Evaluator(pl.LightningModule):
         metric: str = "exact",
         share: Share | None = None,
         patience: float = 1800.0,
+        num_graphs: int = 0,
     ) -> None:
         super().__init__()
         self.score, self.metric = build_metric(metric), metric
@@ -79,6 +81,7 @@ class Evaluator(pl.LightningModule):
         #: Whether this process has written the run's files.
         self.wrote = False
         self.share, self.patience = share, patience
+        self.num_graphs = num_graphs
         self.records: list[dict[str, Any]] = []
         self.seconds: list[float] = []
 
@@ -86,6 +89,7 @@ class Evaluator(pl.LightningModule):
         """Loads the model, in the process that runs it."""
         load_imports(self.config)
         self.loaded = self.load()
+        self.graphs = tp.Graphs(self.num_graphs) if self.num_graphs else None
         self.shape = tp.cost.DecoderShape.from_config(self.loaded.model.config)
         if getattr(self.loaded.model, "hf_device_map", None) is None:
             self.model = self.loaded.model  # registered: the trainer moves it to its device
@@ -111,6 +115,7 @@ class Evaluator(pl.LightningModule):
             batch["inputs"],
             self.max_new_tokens,
             batch.get("whole_ids"),
+            self.graphs,
         )
         seconds, records = answers.seconds / len(samples), []
         start, share = len(self.records), self.share

@@ -6,8 +6,8 @@ Shape suffixes: B batch rows, T positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,14 +39,30 @@ def now(device: torch.device) -> float:
 
 
 def pruned(
-    loaded: LoadedModel, pruning: Pruning | None, logits: str = "all"
+    loaded: LoadedModel,
+    pruning: Pruning | None,
+    logits: str = "all",
+    graphs: tp.Graphs | None = None,
 ) -> AbstractContextManager[tp.Trace | None]:
-    """Prunes the model inside the `with`, or leaves it alone."""
+    """Prunes the model inside the `with`, or leaves it alone; captures its prefills, if asked."""
     if pruning is None:
-        return nullcontext()
+        return nullcontext() if graphs is None else _captured(loaded, graphs)
     return tp.prune(
-        loaded.model, pruning.strategy, pruning.schedule, pruning.positions, logits=logits
+        loaded.model,
+        pruning.strategy,
+        pruning.schedule,
+        pruning.positions,
+        logits=logits,
+        graphs=graphs,
     )
+
+
+@contextmanager
+def _captured(loaded: LoadedModel, graphs: tp.Graphs) -> Iterator[None]:
+    """The unpruned model with its prefills captured: no cuts, whoever would choose at them."""
+    strategy = tp.build_strategy("random")
+    with tp.prune(loaded.model, strategy, tp.Schedule(), graphs=graphs):
+        yield
 
 
 def generate(

@@ -93,6 +93,7 @@ def evaluate(
         metric=config.metric,
         share=share,
         patience=config.get("shard_timeout", 1800.0),
+        num_graphs=config.get("graphs", 0),
     )
     own = trainer.world_size > 1 and is_alone()  # processes of its own wrote the files
     try:

@@ -1,0 +1,315 @@
+"""A prefill that is replayed gives what one that runs gives, and asks the host for nothing.
+
+What a CUDA graph does is done here on a device that is far away (`far.py`): the operations that the
+device ran are run again, on the tensors that they were run on, and no Python in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from far import Device, Far, capture, far, near
+from models import ROWS, batch, build
+from oracles import tiny
+from zoo import ZOO
+
+import tokenprune as tp
+from tokenprune.engine.graphs import Graphs
+
+SCHEDULE = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+#: They say how many tokens they keep, which the host must know.
+COUNTED = [name for name in tp.available() if not tp.build_strategy(name).keeps_exactly]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"llava": (model := build("llava"), far(model))}
+
+
+@pytest.fixture(autouse=True)
+def tapes(monkeypatch) -> None:
+    monkeypatch.setattr(Graphs, "_capture", capture)
+
+
+def pictures(inputs, seed: int):
+    """The same call with other pictures."""
+    pixels = inputs["pixel_values"]
+    other = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
+    return inputs | {"pixel_values": other.to(pixels)}
+
+
+def call(model, inputs, strategy, graphs=None, schedule=SCHEDULE, **options):
+    """Logits, keys and values, tokens kept, and those of a step after it, near."""
+    rows = len(inputs["input_ids"])
+    pruning = tp.prune(model, strategy, schedule, graphs=graphs, **options)
+    with Device(), torch.no_grad(), pruning as trace:
+        output = model(**inputs)
+        cache = output.past_key_values
+        held = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+        kept = [row for stage in trace.stages for row in stage.kept]
+        scores = [row for stage in trace.stages for row in stage.scores or []]
+        lengths = trace.lengths
+        step = model(input_ids=far(torch.full((rows, 1), 7)), past_key_values=cache)
+    return [near(each) for each in (output.logits, *held, *kept, *scores, lengths, step.logits)]
+
+
+def assert_alike(graphs, model, inputs, strategy, times=4, **options) -> None:
+    for seed in range(times):
+        own = far(pictures(inputs, seed))
+        expected = call(model, own, strategy, **options)
+        found = call(model, own, strategy, graphs, **options)
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert graphs.replays == seed  # the first runs
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("positions", tp.POSITIONS)
+@pytest.mark.parametrize("name", [name for name in tp.available() if name not in COUNTED])
+@pytest.mark.share(4)
+def test_a_replay_gives_what_a_run_gives(models, name, positions) -> None:
+    strategy, (near_model, model) = tiny(name), models["llava"]
+    inputs = batch(near_model, ROWS[:1])
+    assert_alike(tp.Graphs(2), model, inputs, strategy, positions=positions)
+
+
+@pytest.mark.parametrize("logits", ["all", "full"])
+@pytest.mark.parametrize("name", ["pyramiddrop", "random"])
+def test_rows_alike_and_full_logits(models, name, logits) -> None:
+    near_model, model = models["llava"]
+    inputs = batch(near_model, [ROWS[0]] * 2)
+    assert_alike(tp.Graphs(2), model, inputs, tp.build_strategy(name), logits=logits)
+
+
+def test_the_unpruned_model(models) -> None:
+    near_model, model = models["llava"]
+    inputs = batch(near_model, ROWS[:1])
+    assert_alike(tp.Graphs(2), model, inputs, tp.build_strategy("fastv"), schedule=tp.Schedule())
+
+
+#: Of the zoo those whose prefills are not recorded, and why.
+NOT_RECORDED = {
+    "mask over pairs": (
+        "gemma3",
+        "shieldgemma2",
+        "paligemma",
+        "gemma4",
+        "gemma4_unified",
+        "molmo2",
+    ),
+    "does more than grow": (
+        *("idefics2", "aya_vision", "exaone4_5", "muse_glimmer", "muse_spark", "step3p7"),
+        *("cohere2_vision", "cohere_compass", "llama4"),
+    ),
+    "not the device's alone": ("chameleon", "ernie4_5_vl_moe"),
+}
+_WHY = {name: why for why, names in NOT_RECORDED.items() for name in names}
+_SOME = ("qwen3_vl", "internvl", "gemma3")
+#: They find their visual tokens by a mask of the call.
+_MASKED = ("kosmos-2", "kosmos-2.5")
+
+
+def kinds():
+    for name in ZOO:
+        if name not in _MASKED:
+            yield pytest.param(name, marks=() if name in _SOME else pytest.mark.matrix)
+
+
+@pytest.mark.filterwarnings("ignore")  # models warn of much that is their own affair
+@pytest.mark.parametrize("name", [*kinds()])
+def test_every_model_type_is_replayed_or_runs(name) -> None:
+    model = ZOO[name].build("sdpa")
+    inputs, graphs = ZOO[name].batch(model, [(3, "image", 5)]), tp.Graphs(2)
+    strategy, schedule = tp.build_strategy("pyramiddrop"), tp.Schedule.one_shot(layer=2, keep=0.5)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        own = {
+            key: torch.randn(value.shape, generator=generator).to(value)
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+            for key, value in inputs.items()
+        }
+        found = []
+        for kept in (None, graphs):
+            with torch.no_grad(), tp.prune(model, strategy, schedule, graphs=kept) as trace:
+                logits = model(**own, use_cache=True).logits
+                found.append([logits, *(row for stage in trace.stages for row in stage.kept)])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert graphs.replays == (0 if name in _WHY else 2)
+    assert len(graphs.told) == (name in _WHY)
+    assert all(_WHY[name] in said for said in graphs.told)
+
+
+def test_what_was_given_out_stays(models) -> None:
+    """A later replay writes on nothing that an earlier one returned."""
+    near_model, model = models["llava"]
+    strategy, graphs = tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    inputs = batch(near_model, ROWS[:1])
+    with Device(), torch.no_grad(), tp.prune(model, strategy, SCHEDULE, graphs=graphs) as trace:
+        for seed in range(3):
+            output = model(**far(pictures(inputs, seed)))
+        cache = output.past_key_values
+        parts = [output.logits, *(layer.keys for layer in cache.layers)]
+        parts += [row for stage in trace.stages for row in stage.kept]
+        before = [near(part).clone() for part in parts]
+        model(**far(pictures(inputs, 3)))
+    assert graphs.replays == 3
+    assert all(torch.equal(near(part), own) for part, own in zip(parts, before, strict=True))
+
+
+@pytest.mark.parametrize("positions", tp.POSITIONS)
+def test_a_generation_goes_on_from_a_replay(models, positions) -> None:
+    near_model, model = models["llava"]
+    strategy, graphs = tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    inputs = batch(near_model, ROWS[:1])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for seed in range(3):
+        own = pictures(inputs, seed)
+        with tp.prune(near_model, strategy, SCHEDULE, positions) as expected:
+            wanted = near_model.generate(**own, **options)
+        with Device(), tp.prune(model, strategy, SCHEDULE, positions, graphs=graphs) as trace:
+            found = model.generate(**far(own), **options)
+            kept = [near(row) for stage in trace.stages for row in stage.kept]
+        assert near(found).tolist() == wanted.tolist()
+        theirs = [row for stage in expected.stages for row in stage.kept]
+        assert all(torch.equal(*pair) for pair in zip(kept, theirs, strict=True))
+    assert graphs.replays == 2
+
+
+def change_weights(model) -> None:
+    weight = model.get_decoder().layers[3].mlp.down_proj.weight
+    weight.near = weight.near + 0.5
+
+
+def change_a_hook(model):
+    layer = model.get_decoder().layers[3]
+    return layer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_a_hook])
+def test_a_model_that_was_changed_is_recorded_anew(change) -> None:
+    near_model = build("llava")
+    model, strategy, graphs = far(near_model), tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    inputs = batch(near_model, ROWS[:1])
+    assert_alike(graphs, model, inputs, strategy, times=2)
+    change(model)
+    own = far(pictures(inputs, 7))
+    expected = call(model, own, strategy)
+    found = call(model, own, strategy, graphs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert graphs.replays == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
+def test_adapters_that_are_switched_off_are_another_kind() -> None:
+    peft = pytest.importorskip("peft")
+    near_model = build("llava")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(near_model, config).eval()
+    model, strategy, graphs = far(wrapped), tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    own = far(batch(near_model, ROWS[:1]))
+    with_them = [call(model, own, strategy, graphs)[0] for _ in range(3)]
+    assert graphs.replays == 2
+    with model.disable_adapter():
+        without = call(model, own, strategy, graphs)[0]
+    assert graphs.replays == 2
+    assert torch.equal(with_them[0], with_them[2])
+    assert not torch.allclose(with_them[0], without)
+
+
+def test_other_prompts_are_other_kinds_and_the_oldest_makes_room(models) -> None:
+    near_model, model = models["llava"]
+    strategy, graphs = tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    calls = [far(batch(near_model, [row])) for row in (ROWS[0], *ROWS[2:])]
+    with Device(), torch.no_grad(), tp.prune(model, strategy, SCHEDULE, graphs=graphs):
+        for inputs in [*calls, *calls]:
+            model(**inputs)
+        assert (graphs.replays, len(graphs)) == (3, 2)
+        model(**calls[2])
+        assert graphs.replays == 4
+    other = tp.build_strategy("pyramiddrop", source="previous")
+    for strategy, replays in ((other, 4), (tp.build_strategy("pyramiddrop"), 5)):
+        with Device(), torch.no_grad(), tp.prune(model, strategy, SCHEDULE, graphs=graphs):
+            model(**calls[2])
+        assert graphs.replays == replays
+    graphs.clear()
+    assert len(graphs) == 0
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_strategies_that_count_run_and_say_so(models, name) -> None:
+    near_model, model = models["llava"]
+    strategy, own = tiny(name), far(batch(near_model, ROWS[:1]))
+    expected = call(model, own, strategy)
+    graphs = tp.Graphs(2)
+    with pytest.warns(UserWarning, match="which says how many tokens it keeps"):
+        found = call(model, own, strategy, graphs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(model, own, strategy, graphs)  # it was said
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert graphs.replays == 0
+
+
+def test_work_that_waits_for_the_device_runs_and_says_so(models, monkeypatch) -> None:
+    def score(self, view):
+        return view.hidden[..., 0] * float(view.hidden.sum())
+
+    near_model, model = models["llava"]
+    kind = type(tp.build_strategy("pyramiddrop"))
+    monkeypatch.setattr(kind, "score", score)
+    own, graphs = far(batch(near_model, ROWS[:1])), tp.Graphs(2)
+    with Device(), torch.no_grad(), tp.prune(model, kind(), SCHEDULE, graphs=graphs):
+        first = model(**own).logits
+        with pytest.warns(UserWarning, match="not the device's alone .*not permitted"):
+            second = model(**own).logits
+        third = model(**own).logits
+    assert torch.equal(near(first), near(second))
+    assert torch.equal(near(first), near(third))
+    assert graphs.replays == 0
+
+
+def refusals():
+    yield "padded", "packed or padded", {}
+    yield "gradients", "outside torch.no_grad", {}
+    yield "attentions", "attention or the hidden states", {"output_hidden_states": True}
+
+
+@pytest.mark.parametrize(("case", "said", "options"), [*refusals()])
+def test_calls_that_are_not_recorded_say_why(models, case, said, options) -> None:
+    near_model, model = models["llava"]
+    rows = ROWS[:2] if case == "padded" else ROWS[:1]
+    own, graphs = far(batch(near_model, rows)), tp.Graphs(2)
+    pruning = tp.prune(model, tp.build_strategy("fastv"), SCHEDULE, graphs=graphs)
+    grads = torch.set_grad_enabled(case == "gradients")
+    with Device(), grads, pruning, pytest.warns(UserWarning, match=said):
+        output = model(**own, **options)
+    assert isinstance(output.logits, Far)
+
+
+def test_on_a_host_it_says_so_and_runs(monkeypatch) -> None:
+    monkeypatch.undo()
+    model = build("llava")
+    inputs, graphs = batch(model, ROWS[:1]), tp.Graphs(2)
+    strategy = tp.build_strategy("pyramiddrop")
+    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE):
+        expected = model(**inputs).logits
+    with torch.no_grad(), tp.prune(model, strategy, SCHEDULE, graphs=graphs):
+        model(**inputs)
+        with pytest.warns(UserWarning, match="a model on cpu"):
+            found = model(**inputs).logits
+    assert torch.equal(found, expected)
+    assert "forward" not in vars(model.get_decoder())
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, True, "8"])
+def test_numbers_of_graphs_that_are_none(most) -> None:
+    with pytest.raises(ValueError, match="expected a number of graphs"):
+        tp.Graphs(most)
+
+
+def test_a_number_is_no_graphs() -> None:
+    with pytest.raises(ValueError, match=r"expected a Graphs, got 8.*Graphs\(8\)"):
+        tp.attach(build("llava"), tp.build_strategy("fastv"), SCHEDULE, graphs=8)

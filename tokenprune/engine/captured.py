@@ -1,0 +1,268 @@
+"""A prefill by a CUDA graph: what the decoder is given and what it makes, as `graphs.py` wants it.
+
+What layers launch depends on the call by what the host knows of it (which tokens are visual, how
+many stay) and on the model's modules. All of that is the kind of a call, compared in full. Numbers
+that only the device knows are what the graph reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tokenprune.engine import masks
+from tokenprune.engine.graphs import Graphs, NotRecorded
+from tokenprune.engine.passes import Pass
+from tokenprune.engine.rows import Rows
+from tokenprune.engine.trees import form, tensors
+from tokenprune.strategy import Question
+
+#: Libraries whose modules do what their arguments, weights and hooks say.
+_KNOWN = ("torch", "transformers")
+_PLAIN = (bool, int, float, str, type(None))
+_CACHE = "past_key_values"
+#: Of scaled_dot_product_attention.
+_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+
+
+def by_graph(
+    graphs: Graphs,
+    run: Pass,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    hooks: Collection[int],
+    runs: Callable[[Pass], contextlib.AbstractContextManager[Any]],
+) -> Any | None:
+    """What the decoder returns for a prefill, from a graph; None if it has to be run.
+
+    Args:
+        graphs: What keeps them.
+        run: The pass.
+        forward: The decoder's own.
+        args: What it was given by place.
+        kwargs: What it was given by name.
+        hooks: The engine's own on the decoder's modules.
+        runs: Holds while the layers of another pass run.
+    """
+    if not any(run.rows.num_visual):
+        return None
+    if (reason := next(_why_not(run, kwargs), None)) is not None:
+        graphs.tell(reason)
+        return None
+    settings, decoder = run.settings, run.settings.anatomy.decoder
+    caches = kwargs.get("use_cache")
+    caches = getattr(decoder.config, "use_cache", True) if caches is None else caches
+    theirs = kwargs.get(_CACHE)
+    theirs = empty_cache(decoder) if theirs is None and caches else theirs
+    # The graph's own call has a cache of its own, also where none is wanted: without one,
+    # transformers looks for packed sequences among the positions.
+    named = kwargs | {_CACHE: None, "attention_mask": None, "use_cache": True}
+    given = args, named, run.plan, run.levels, run.seen, run.late
+    try:
+        told = form((given, _host(run), theirs is None))
+    except TypeError as error:
+        graphs.tell(f"a call with {error}")
+        return None
+    wanted = settings.strategy, settings.schedule, settings.positions, run.attention
+    kind = told, wanted, _modes(), state(decoder, hooks)
+    with torch.inference_mode(False), torch.no_grad():
+        found = graphs.replay(
+            kind,
+            given,
+            fixed=partial(_fixed, run),
+            work=partial(_run, run, forward, runs, theirs is not None),
+            alive=(settings.strategy, decoder),
+        )
+    if found is None:
+        return None
+    output, others, held, run.levels, stages = found
+    run.stages += stages
+    run.cache = theirs
+    for number, pair in enumerate(held):
+        _fill(theirs, number, *pair)
+    return output(**others, **({} if theirs is None else {_CACHE: theirs}))
+
+
+def _run(
+    run: Pass,
+    forward: Callable[..., Any],
+    runs: Callable[[Pass], contextlib.AbstractContextManager[Any]],
+    caches: bool,
+    given: tuple[Any, ...],
+    fixed: dict[Any, Any],
+) -> tuple[Any, ...]:
+    """Runs the layers on what a graph reads; what they make.
+
+    Raises:
+        NotRecorded: If they make something that is not known.
+    """
+    args, named, plan, levels, seen, late = given
+    own = replace(
+        run,
+        cache=None,
+        levels=[*levels],
+        plan=plan,
+        positions=None,
+        embeddings=None,
+        seen=seen,
+        late=late,
+        heard={},
+        rotations=[],
+        made={},
+        stages=[],
+        copies=fixed,
+    )
+    filled = empty_cache(run.settings.anatomy.decoder)
+    with torch.no_grad(), _uncached_autocast(), runs(own):
+        output = forward(*args, **named | {_CACHE: filled})
+    others = {name: value for name, value in output.items() if value is not filled}
+    if [*others] != ["last_hidden_state"]:
+        raise NotRecorded(f"a decoder that returns {', '.join(others)}")
+    held = [(layer.keys, layer.values) for layer in filled.layers] if caches else []
+    if caches and len(held) < len(run.settings.anatomy.layers):
+        raise NotRecorded("layers that keep nothing in a cache")
+    return type(output), others, held, own.levels, own.stages
+
+
+def _why_not(run: Pass, kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Why a call cannot be recorded, as far as it is known before."""
+    settings, rows, mask = run.settings, run.rows, kwargs.get("attention_mask")
+    decoder, theirs = settings.anatomy.decoder, kwargs.get(_CACHE)
+    if decoder.training or torch.is_grad_enabled():
+        yield "a model in training, or a call outside torch.no_grad()"
+    if rows.labelled:
+        yield "labels"
+    if rows.packing is not None or rows.padded:
+        yield "rows that are packed or padded"
+    if run.record is not None:
+        yield "a later turn of a conversation"
+    if mask is not None and masks.padding(mask) is None:
+        yield "an attention mask over pairs of tokens"
+    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+        yield "a model on several devices"
+    for strategy in settings.strategies:
+        if not strategy.keeps_exactly:
+            yield f"{type(strategy).__name__}, which says how many tokens it keeps"
+        if Question() in strategy.needs():
+            yield f"{type(strategy).__name__}, which reads the question's words"
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        yield "a call for the attention or the hidden states of each layer"
+    if kwargs.get("return_dict") is False:
+        yield "return_dict=False"
+    for own in (theirs, empty_cache(decoder)):
+        if own is not None and not _grows(own):
+            yield f"a {type(own).__name__} that does more than grow, or holds something"
+
+
+def _host(run: Pass) -> tuple[Any, ...]:
+    """What the host knows of a pass, but for ids, which layers do not read."""
+    rows = run.rows
+    facts = tree_map_only(Tensor, _told, rows.facts)
+    known: Rows = replace(rows, ids=None, facts=facts)
+    return known, run.budgets, run.idle, run.prunes
+
+
+def _fixed(run: Pass) -> dict[tuple[str, torch.device], Tensor]:
+    """What all calls of a kind share: the places of their visual tokens.
+
+    Unless something says where these are that the host does not know.
+    """
+    device = next(run.settings.anatomy.decoder.parameters()).device
+    known = all(value.device.type == "cpu" for value in tensors(run.rows.facts))
+    return {("places", device): run.places_on(device)} if known else {}
+
+
+def _told(value: Tensor) -> Any:
+    """What the host knows of a tensor that says something of images: sizes, but no pixels."""
+    at_hand = value.device.type == "cpu" and not value.is_floating_point()
+    return value.numpy() if at_hand else value
+
+
+def _modes() -> tuple[Any, ...]:
+    """What is set for all of torch, as far as it changes what is launched."""
+    kernels: Any = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        *(getattr(kernels, f"{name}_sdp_enabled")() for name in _KERNELS),
+    )
+
+
+def state(decoder: nn.Module, ours: Collection[int] = ()) -> tuple[Any, ...]:
+    """What the modules of a decoder compute with: weights by address, hooks, and settings.
+
+    Args:
+        decoder: The decoder.
+        ours: Hooks that do not count, by their numbers.
+    """
+    found: list[Any] = []
+    for module in decoder.modules():
+        own = vars(module)
+        found += [id(module), own["training"]]
+        found += [own.get("forward")] if module is not decoder else []  # which leads here
+        for names in ("_parameters", "_buffers"):
+            found += [None if t is None else t.data_ptr() for t in own[names].values()]
+        for names in ("_forward_pre_hooks", "_forward_hooks"):
+            found += [number for number in own[names] if number not in ours]
+        kind: Any = type(module)
+        if not _is_known(kind):  # as of peft, whose adapters are switched on and off
+            found += _settings(own)
+    return tuple(found)
+
+
+def _settings(values: Any) -> Iterator[Any]:
+    """Plain values wherever they stand."""
+    if isinstance(values, _PLAIN):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for own in values:
+            yield from _settings(own)
+    elif isinstance(values, dict):
+        for name, own in values.items():
+            yield name
+            yield from _settings(own)
+
+
+@cache
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _KNOWN
+
+
+def empty_cache(decoder: Any) -> Any:
+    """A cache as decoders make one that are given none."""
+    return DynamicCache(config=decoder.config)
+
+
+def _grows(cache: Any) -> bool:
+    """Whether a cache is empty, and its layers keep all that they are given."""
+    layers = {type(layer) for layer in cache.layers} <= {DynamicLayer}
+    plain = type(cache) is DynamicCache and layers and not cache.offloading
+    return plain and cache.get_seq_length() == 0
+
+
+def _fill(cache: Any, number: int, keys: Tensor, values: Tensor) -> None:
+    """Makes keys and values those of a layer of an empty cache, without a copy."""
+    while len(cache.layers) <= number:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[number]
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
+def _uncached_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Autocast as it is, but for the weights that it has turned before: they live for a moment."""
+    if not torch.is_autocast_enabled("cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
