@@ -183,12 +183,27 @@ def change_weights(model) -> None:
     weight.near = weight.near + 0.5
 
 
-def change_a_hook(model):
-    layer = model.get_decoder().layers[3]
-    return layer.register_forward_hook(lambda module, args, output: output * 2)
+def change_a_setting(model) -> None:
+    model.get_decoder().layers[3].mlp.training = True
 
 
-@pytest.mark.parametrize("change", [change_weights, change_a_hook])
+def test_hooks_of_others_go_on_being_called(models) -> None:
+    near_model, model = models["llava"]
+    strategy, graphs, called = tp.build_strategy("pyramiddrop"), tp.Graphs(2), []
+    own = far(batch(near_model, ROWS[:1]))
+    for _ in range(3):
+        call(model, own, strategy, graphs)
+    handle = model.get_decoder().layers[3].register_forward_hook(lambda *_: called.append(1))
+    with pytest.warns(UserWarning, match="hooks of others"):
+        call(model, own, strategy, graphs)
+    handle.remove()
+    assert len(called) == 2  # and in the step after it
+    assert graphs.replays == 2
+    call(model, own, strategy, graphs)
+    assert graphs.replays == 3
+
+
+@pytest.mark.parametrize("change", [change_weights, change_a_setting])
 def test_a_model_that_was_changed_is_recorded_anew(change) -> None:
     near_model = build("llava")
     model, strategy, graphs = far(near_model), tp.build_strategy("pyramiddrop"), tp.Graphs(2)

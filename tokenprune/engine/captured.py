@@ -56,7 +56,7 @@ def by_graph(
     """
     if not any(run.rows.num_visual):
         return None
-    if (reason := next(_why_not(run, kwargs), None)) is not None:
+    if (reason := next(_why_not(run, kwargs, hooks), None)) is not None:
         graphs.tell(reason)
         return None
     settings, decoder = run.settings, run.settings.anatomy.decoder
@@ -74,7 +74,7 @@ def by_graph(
         graphs.tell(f"a call with {error}")
         return None
     wanted = settings.strategy, settings.schedule, settings.positions, run.attention
-    kind = told, wanted, _modes(), state(decoder, hooks)
+    kind = told, wanted, _modes(), state(decoder)
     with torch.inference_mode(False), torch.no_grad():
         found = graphs.replay(
             kind,
@@ -90,7 +90,7 @@ def by_graph(
     run.cache = theirs
     for number, pair in enumerate(held):
         _fill(theirs, number, *pair)
-    return output(**others, **({} if theirs is None else {_CACHE: theirs}))
+    return output(**others, **({_CACHE: theirs} if caches else {}))
 
 
 def _run(
@@ -134,7 +134,7 @@ def _run(
     return type(output), others, held, own.levels, own.stages
 
 
-def _why_not(run: Pass, kwargs: Mapping[str, Any]) -> Iterator[str]:
+def _why_not(run: Pass, kwargs: Mapping[str, Any], hooks: Collection[int]) -> Iterator[str]:
     """Why a call cannot be recorded, as far as it is known before."""
     settings, rows, mask = run.settings, run.rows, kwargs.get("attention_mask")
     decoder, theirs = settings.anatomy.decoder, kwargs.get(_CACHE)
@@ -150,6 +150,8 @@ def _why_not(run: Pass, kwargs: Mapping[str, Any]) -> Iterator[str]:
         yield "an attention mask over pairs of tokens"
     if len({parameter.device for parameter in decoder.parameters()}) > 1:
         yield "a model on several devices"
+    if _is_hooked(decoder, hooks):
+        yield "hooks of others on the decoder's layers"
     for strategy in settings.strategies:
         if not strategy.keeps_exactly:
             yield f"{type(strategy).__name__}, which says how many tokens it keeps"
@@ -200,13 +202,17 @@ def _modes() -> tuple[Any, ...]:
     )
 
 
-def state(decoder: nn.Module, ours: Collection[int] = ()) -> tuple[Any, ...]:
-    """What the modules of a decoder compute with: weights by address, hooks, and settings.
+def _is_hooked(decoder: nn.Module, ours: Collection[int]) -> bool:
+    """Whether others hear what happens inside the decoder, who would not be called again."""
+    for module in decoder.modules():
+        hooks = [*module._forward_pre_hooks, *module._forward_hooks]
+        if module is not decoder and any(number not in ours for number in hooks):
+            return True
+    return False
 
-    Args:
-        decoder: The decoder.
-        ours: Hooks that do not count, by their numbers.
-    """
+
+def state(decoder: nn.Module) -> tuple[Any, ...]:
+    """What the modules of a decoder compute with: weights by address, and settings."""
     found: list[Any] = []
     for module in decoder.modules():
         own = vars(module)
@@ -214,8 +220,6 @@ def state(decoder: nn.Module, ours: Collection[int] = ()) -> tuple[Any, ...]:
         found += [own.get("forward")] if module is not decoder else []  # which leads here
         for names in ("_parameters", "_buffers"):
             found += [None if t is None else t.data_ptr() for t in own[names].values()]
-        for names in ("_forward_pre_hooks", "_forward_hooks"):
-            found += [number for number in own[names] if number not in ours]
         kind: Any = type(module)
         if not _is_known(kind):  # as of peft, whose adapters are switched on and off
             found += _settings(own)
