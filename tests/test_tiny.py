@@ -59,6 +59,7 @@ def test_pruning_it_is_exact(capsys) -> None:
     assert "drop = mask, decoding" in capsys.readouterr().out
 
 
+@pytest.mark.matrix
 def test_it_answers_and_pruning_matters(tiny) -> None:
     unpruned = answers(tiny)
     assert all(right >= 0.9 for right in unpruned.values()), unpruned

@@ -113,7 +113,7 @@ FOLDERS = [
 @pytest.mark.parametrize(
     ("obstacle", "folder", "number"), FOLDERS, ids=["file", "below", "link", "long", "long below"]
 )
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_f1_a_run_s_folder_that_cannot_be_made(
     name: str,
     key: str,
@@ -161,7 +161,7 @@ WRITERS = [
 
 
 @pytest.mark.parametrize(("name", "path"), fair(WRITERS))
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_f1_something_in_the_way_of_a_file(
     name: str, path: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

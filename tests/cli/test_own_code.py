@@ -63,7 +63,7 @@ def command(name: str, checkpoint: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize(("name", "way"), SAMPLE)
-@pytest.mark.share(4)
+@pytest.mark.share(5)
 def test_i1_i3_a_strategy_of_your_own_works_in_every_command(
     name: str, way: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +122,7 @@ def test_i1_what_a_class_raises_is_one_line(
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_i2_a_broken_import_is_one_line(
     kind: str, own: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +165,7 @@ def test_i2_a_broken_import_is_one_line(
         "list imports=[own_broken]",
     ],
 )
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_i2_a_broken_import_of_anything_is_one_line(
     words: str, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +190,7 @@ def test_i2_a_broken_import_of_anything_is_one_line(
         ("eval -m hydra/sweeper=own_search", "Others come with Hydra's plugins, such as hydra-opt"),
     ],
 )
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_i2_what_is_no_such_thing_is_one_line(
     words: str, message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,6 +181,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["-m", "--config-dir", str(tmp_path / "sweepers"), "hydra/sweeper=search"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("given", "direction"),
     [([], "maximize"), (["hydra.sweeper.direction=minimize"], "minimize")],

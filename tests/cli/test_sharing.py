@@ -98,6 +98,7 @@ def test_f3_what_is_no_evaluation_is_no_row(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "train", "bench"])
+@pytest.mark.share(3)
 def test_f3_a_folder_is_one_run_s_at_a_time(
     command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

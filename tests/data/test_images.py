@@ -249,6 +249,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.share(3)
 def test_e7_show_refuses_in_one_line(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data, told = BROKEN[kind]

@@ -61,7 +61,7 @@ def over_pairs(mask: Tensor, form: str, pads: str = "eye") -> Tensor:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_a1_a_row_of_padding_alone_changes_no_other(family, side, policy, form) -> None:
     model = build(family)
     inputs, visual = split(batch(model, [ROWS[0], ROWS[2]], side))
@@ -107,6 +107,7 @@ def test_a2_a_row_that_hides_its_last_token_is_a_row_without_it(family, policy) 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.share(2)
 def test_a2_rows_of_one_length_that_lose_different_numbers_are_what_they_are_alone(
     policy, kind
 ) -> None:
@@ -288,7 +289,7 @@ def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
     model = build(family)
     config = model.config.get_text_config()
@@ -475,7 +476,7 @@ def trained(model, samples: Samples, folder, **options) -> tuple[dict, dict]:
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 def test_c1_the_trainer_measures_what_the_masked_model_gives(side, smoothing, tmp_path) -> None:
     model, reference = build("llava"), build("llava")
     inputs, labels, _ = answered(model, side)

@@ -77,6 +77,7 @@ def test_a_replay_gives_what_a_run_gives(models, name, positions) -> None:
 
 @pytest.mark.parametrize("logits", ["all", "full"])
 @pytest.mark.parametrize("name", ["pyramiddrop", "random"])
+@pytest.mark.share(2)
 def test_rows_alike_and_full_logits(models, name, logits) -> None:
     near_model, model = models["llava"]
     inputs = batch(near_model, [ROWS[0]] * 2)

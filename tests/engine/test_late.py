@@ -79,6 +79,7 @@ def test_features_follow_their_tokens_and_are_mixed_alike(cuts, strategy) -> Non
 @pytest.mark.filterwarnings("ignore")  # of transformers' own names for checkpointing
 @pytest.mark.parametrize("model_type", [*KINDS, *(pytest.param(o, marks=pytest.mark.matrix)
                                                   for o in OTHERS)])  # fmt: skip
+@pytest.mark.share(2)
 def test_cuts_before_they_are_added_are_exact(model_type) -> None:
     """Ragged batches, generation, training: as where nothing is added."""
     specimen = ZOO[model_type]

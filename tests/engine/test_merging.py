@@ -67,7 +67,7 @@ def embeddings(model, inputs):
     ],
     ids=repr,
 )
-@pytest.mark.share(5)
+@pytest.mark.share(6)
 def test_a_merged_cut_is_mixed_by_hand(family, strategy, layers, positions, attention):
     model = build(family, attention)
     schedule = tp.Schedule.pyramid(layers=layers, lam=0.6)

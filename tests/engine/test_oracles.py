@@ -77,6 +77,7 @@ def fair(pairs, **axes):
 
 
 @fair(RUNNABLE, attention=ATTENTIONS, side=SIDES, policy=POLICIES)
+@pytest.mark.share(2)
 def test_identity(family, strategy, attention, side, policy) -> None:
     model = build(family, attention)
     inputs, mask = split(batch(model, ROWS, side))
@@ -127,6 +128,7 @@ def test_drop_is_mask(family, strategy, attention, side) -> None:
 
 
 @fair(RUNNABLE_DROPPING, side=SIDES)
+@pytest.mark.share(2)
 def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
     """In float64, where rounding hides nothing: what differs by 1e-10 is not the same."""
     model = build(family, "sdpa").double()
@@ -147,6 +149,7 @@ def test_drop_is_mask_to_the_last_digit(family, strategy, side) -> None:
 
 
 @fair(RUNNABLE, attention=ATTENTIONS, side=SIDES, policy=POLICIES)
+@pytest.mark.share(2)
 def test_batch_is_alone(family, strategy, attention, side, policy) -> None:
     seed = seed_of(strategy)
     model = build(family, attention, seed)

@@ -140,7 +140,7 @@ def forms_of(strategy: tp.PruningStrategy, form: str) -> str:
 
 
 @mixed_fairly(runnable(FAMILIES, EVERY), attention=("sdpa", "eager"), form=FORMS, policy=POLICIES)
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 def test_a_sequence_gives_what_it_gives_alone(family, strategy, attention, form, policy) -> None:
     model = build(family, attention, seed_of(strategy))
     packed = pack(model, PACKS, forms_of(strategy, form), seed_of(strategy))
@@ -410,6 +410,7 @@ def test_a_sequence_with_positions_of_several_axes(model_type, strategy, attenti
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", [(0,), (1, 4), (0, 2)])
+@pytest.mark.share(2)
 def test_features_that_come_after_the_first_cut_follow_their_sequences(cuts, form) -> None:
     """Which the model adds between its first layers, by a mask over the columns of the call."""
     specimen = AXES["qwen3_vl"]

@@ -74,7 +74,7 @@ def prepared(model_type: str, attention: str = "sdpa") -> tuple[Specimen, Any, A
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 def test_signals_of_a_forward(model_type, attention, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type, attention)
     with tp.prune(model, strategy, schedule(specimen)):
@@ -83,6 +83,7 @@ def test_signals_of_a_forward(model_type, attention, known) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "mistral3", "smolvlm"])
+@pytest.mark.share(2)
 def test_signals_under_flash_attention(model_type, known) -> None:
     """Where nothing makes a mask, and runs are said in another way."""
     specimen, model, inputs, strategy = prepared(model_type, "eager")
@@ -113,7 +114,7 @@ def test_signals_at_a_later_cut(model_type, known) -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2},
                                      {"do_sample": True, "num_return_sequences": 2}])  # fmt: skip
 @pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.share(4)
+@pytest.mark.share(5)
 def test_signals_of_a_generation(model_type, options, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type)
     if options and "beams" in specimen.unable:
@@ -166,7 +167,7 @@ def test_an_image_of_a_later_turn(model_type) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_training(model_type, checkpointing, known) -> None:
     """Labels and gradient checkpointing: recomputed layers of the tower change nothing."""
     specimen, model, inputs, strategy = prepared(model_type)

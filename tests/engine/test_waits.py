@@ -63,7 +63,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "positions", "rows"), [*cases()])
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 def test_a_call_with_images_asks_once(models, name, positions, rows) -> None:
     """Of the tower there goes up which patches make a token, of a grid where each token is."""
     near_model, model = models["llava_next" if rows == "one" else "llava"]
@@ -127,6 +127,7 @@ def test_a_decoding_step_asks_nothing(models, positions, rows) -> None:
 
 @pytest.mark.parametrize("logits", ["all", "supervised"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.share(2)
 def test_a_training_step_asks_once(logits, checkpointing) -> None:
     near_model = build("llava").train()
     if checkpointing:

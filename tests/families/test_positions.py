@@ -51,6 +51,7 @@ def test_the_table_says_which_models_take_renumbered_positions(model_type: str) 
         ("blip-2", "OPTDecoder, which adds positions before its first layer"),
     ],
 )
+@pytest.mark.share(3)
 def test_auto_is_original_where_the_model_takes_nothing_else(
     model_type: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

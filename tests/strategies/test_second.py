@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
     ids=["few", "many"],
 )
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.share(3)
 def test_the_same_picks_and_the_same_mixes(name: str, seeds: range) -> None:
     for seed in seeds:
         compare(name, made(seed))
@@ -79,6 +80,7 @@ def compare(name: str, batch: Made) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.share(3)
 def test_who_keeps_all_changes_nothing(name: str) -> None:
     strategy, _ = METHODS[name]
     for seed in range(60):

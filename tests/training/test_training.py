@@ -157,6 +157,7 @@ def fit(module: FineTune, data: VQADataModule, **options) -> None:
     trainer.fit(module, datamodule=data)
 
 
+@pytest.mark.matrix
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     checkpoint, tmp_path, monkeypatch
 ):
@@ -320,7 +321,7 @@ def test_a_failing_step_leaves_the_model_unhooked(loaded, monkeypatch, where):
         ),
     ],
 )
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_bad_input_is_refused(checkpoint, tmp_path, overrides, message):
     base = [item for item in overrides if item.startswith("data=")]
     own = configs.compose("train", ["model=hub", f"model.path={checkpoint}", *base, *overrides])
@@ -749,6 +750,7 @@ def test_interrupted_curves_become_one(checkpoint, tmp_path, monkeypatch):
     assert files == ["hparams.yaml", "metrics.csv"]
 
 
+@pytest.mark.matrix
 def test_tensorboard_gets_the_curves(checkpoint, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
