@@ -23,6 +23,10 @@ FAR, HOST = torch.device("meta"), torch.device("cpu")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal")
 
 
+#: Operations that have one if they are given marks for indices.
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
 class Far(Tensor):
     """A tensor of the device: `near` is what it holds."""
 
@@ -177,6 +181,8 @@ class Tape(TorchDispatchMode):
         if kind == "host":
             reads = function.__name__.split(".")[0] in READS
             kind = "read" if reads else "view" if is_view(function) else "launch"
+        if counts(function.__name__.split(".")[0], args):
+            kind = "read"
         if kind in ("read", "upload"):
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         if kind == "launch":
@@ -190,7 +196,14 @@ class Tape(TorchDispatchMode):
                     near(old).copy_(near(new))
 
 
-def capture(graphs: Any, work: Any, own: Any) -> Any:
+def counts(name: str, args: Any) -> bool:
+    """Whether an operation has to count on the device how much it makes."""
+    marks = (torch.bool, torch.uint8)
+    of_marks = name in INDEXING and any(own is not None and own.dtype in marks for own in args[1])
+    return of_marks or name == "repeat_interleave"
+
+
+def capture(graphs: Any, work: Any, device: Any) -> Any:
     """In place of `Graphs._capture`, on the device that is far away."""
     tape = Tape()
     with tape:

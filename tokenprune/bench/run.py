@@ -88,7 +88,7 @@ def _measure(
     optimizer = prepare_training(model, config) if config.measure == "train" else None
     variants = bench.variants(config.measure, optimizer)
     timing = interleave(bench, variants, config.rounds, config.warmup)
-    bench.check_graphs(config.rounds)
+    bench.check_graphs(config.warmup + config.rounds)
     found = summarise(bench, config.measure, timing)
     found |= {"positions": pruning.positions, "weights_mb": weights / 1e6}
     if config.measure != "train":

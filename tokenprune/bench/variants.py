@@ -132,16 +132,16 @@ class Bench:
             graphs=self.graphs,
         )
 
-    def check_graphs(self, rounds: int) -> None:
+    def check_graphs(self, calls: int) -> None:
         """Refuses figures of captured prefills that were none.
 
         Args:
-            rounds: How often each was timed.
+            calls: Of each variant, the untimed ones, too.
 
         Raises:
             ValueError: If they ran as without graphs.
         """
-        if self.graphs is not None and self.graphs.replays < 2 * rounds:
+        if self.graphs is not None and self.graphs.replays < len(CAPTURED) * (calls - 1):
             raise ValueError(
                 "graph: expected prefills that can be captured as CUDA graphs, got "
                 f"{'; '.join(self.graphs.told) or 'none'}. Set graph=false."

@@ -38,6 +38,7 @@ from tokenprune.engine.settings import Settings
 from tokenprune.engine.trace import Trace
 from tokenprune.engine.vision import METHODS, Watch
 from tokenprune.families.anatomy import examine, rotary_modules
+from tokenprune.families.inputs import takes_late_features
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import BeforeProjector, PruningStrategy
 
@@ -70,6 +71,7 @@ class Handle:
         self._shadowed: list[Any] = []
         self._names: dict[nn.Module, list[str]] = {}
         self._told = False
+        self._first = 0
         needs = settings.vision_needs
         parts = settings.anatomy.vision if needs else None
         mixes = BeforeProjector() in settings.needs
@@ -97,6 +99,9 @@ class Handle:
                 hook = module.register_forward_hook(self._rotated, with_kwargs=True)
                 self._hooks.append(hook)
         first = min(settings.cuts, default=len(settings.anatomy.layers))
+        self._first = first
+        if self._graphs is not None and takes_late_features(self._names[settings.anatomy.decoder]):
+            first, self._first = 0, -1  # the model adds them by a mask, which waits for the device
         for index, layer in enumerate(settings.anatomy.layers):
             site = Site(settings, index, _names(layer))
             # A cut may read the layer before it, and what enters the first.
@@ -273,7 +278,7 @@ class Handle:
         self._tell_of_labels(run)
         changed = named.pop("visual_mask", None) is not None
         if run.prunes:
-            named, run.late = late.take_out(run, named)
+            named, run.late = late.take_out(run, named, self._first)
             changed |= run.late is not None
         return (rest, named) if changed else None
 

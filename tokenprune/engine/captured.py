@@ -10,25 +10,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tokenprune.engine import masks
 from tokenprune.engine.graphs import Graphs, NotRecorded
+from tokenprune.engine.modules import Modules, walk
 from tokenprune.engine.passes import Pass
 from tokenprune.engine.rows import Rows
 from tokenprune.engine.trees import form, tensors
 from tokenprune.strategy import Question
 
-#: Libraries whose modules do what their arguments, weights and hooks say.
-_KNOWN = ("torch", "transformers")
-_PLAIN = (bool, int, float, str, type(None))
 _CACHE = "past_key_values"
 #: Of scaled_dot_product_attention.
 _KERNELS = ("flash", "mem_efficient", "math", "cudnn")
@@ -56,10 +55,11 @@ def by_graph(
     """
     if not any(run.rows.num_visual):
         return None
-    if (reason := next(_why_not(run, kwargs, hooks), None)) is not None:
+    settings, decoder = run.settings, run.settings.anatomy.decoder
+    modules = walk(decoder, hooks)
+    if (reason := next(_why_not(run, kwargs, modules), None)) is not None:
         graphs.tell(reason)
         return None
-    settings, decoder = run.settings, run.settings.anatomy.decoder
     caches = kwargs.get("use_cache")
     caches = getattr(decoder.config, "use_cache", True) if caches is None else caches
     theirs = kwargs.get(_CACHE)
@@ -68,20 +68,20 @@ def by_graph(
     # transformers looks for packed sequences among the positions.
     named = kwargs | {_CACHE: None, "attention_mask": None, "use_cache": True}
     given = args, named, run.plan, run.levels, run.seen, run.late
+    wanted = settings.strategy, settings.schedule, settings.positions, run.attention
     try:
-        told = form((given, _host(run), theirs is None))
+        kind = form((given, _host(run), theirs is None)), wanted, _modes(), modules.state
+        hash(kind)
     except TypeError as error:
         graphs.tell(f"a call with {error}")
         return None
-    wanted = settings.strategy, settings.schedule, settings.positions, run.attention
-    kind = told, wanted, _modes(), state(decoder)
     with torch.inference_mode(False), torch.no_grad():
         found = graphs.replay(
             kind,
             given,
             fixed=partial(_fixed, run),
             work=partial(_run, run, forward, runs, theirs is not None),
-            alive=(settings.strategy, decoder),
+            owner=decoder,
         )
     if found is None:
         return None
@@ -134,7 +134,7 @@ def _run(
     return type(output), others, held, own.levels, own.stages
 
 
-def _why_not(run: Pass, kwargs: Mapping[str, Any], hooks: Collection[int]) -> Iterator[str]:
+def _why_not(run: Pass, kwargs: Mapping[str, Any], modules: Modules) -> Iterator[str]:
     """Why a call cannot be recorded, as far as it is known before."""
     settings, rows, mask = run.settings, run.rows, kwargs.get("attention_mask")
     decoder, theirs = settings.anatomy.decoder, kwargs.get(_CACHE)
@@ -148,9 +148,13 @@ def _why_not(run: Pass, kwargs: Mapping[str, Any], hooks: Collection[int]) -> It
         yield "a later turn of a conversation"
     if mask is not None and masks.padding(mask) is None:
         yield "an attention mask over pairs of tokens"
-    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+    if run.attention.startswith("flash") and rows.shape[0] == 1:
+        yield "flash attention at batch 1, for which transformers looks at the positions"
+    if len(modules.devices) > 1:
         yield "a model on several devices"
-    if _is_hooked(decoder, hooks):
+    if not modules.addressed:
+        yield "weights of a kind that has no address"
+    if modules.heard:
         yield "hooks of others on the decoder's layers"
     for strategy in settings.strategies:
         if not strategy.keeps_exactly:
@@ -161,9 +165,8 @@ def _why_not(run: Pass, kwargs: Mapping[str, Any], hooks: Collection[int]) -> It
         yield "a call for the attention or the hidden states of each layer"
     if kwargs.get("return_dict") is False:
         yield "return_dict=False"
-    for own in (theirs, empty_cache(decoder)):
-        if own is not None and not _grows(own):
-            yield f"a {type(own).__name__} that does more than grow, or holds something"
+    if not _makes_plain(decoder) or (theirs is not None and not _grows(theirs)):
+        yield "a cache that does more than grow, or holds something"
 
 
 def _host(run: Pass) -> tuple[Any, ...]:
@@ -196,57 +199,25 @@ def _modes() -> tuple[Any, ...]:
     return (
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
+        getattr(kernels.matmul, "fp32_precision", None) or kernels.matmul.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
         *(getattr(kernels, f"{name}_sdp_enabled")() for name in _KERNELS),
     )
 
 
-def _is_hooked(decoder: nn.Module, ours: Collection[int]) -> bool:
-    """Whether others hear what happens inside the decoder, who would not be called again."""
-    for module in decoder.modules():
-        hooks = [*module._forward_pre_hooks, *module._forward_hooks]
-        if module is not decoder and any(number not in ours for number in hooks):
-            return True
-    return False
-
-
-def state(decoder: nn.Module) -> tuple[Any, ...]:
-    """What the modules of a decoder compute with: weights by address, and settings."""
-    found: list[Any] = []
-    for module in decoder.modules():
-        own = vars(module)
-        found += [id(module), own["training"]]
-        found += [own.get("forward")] if module is not decoder else []  # which leads here
-        for names in ("_parameters", "_buffers"):
-            found += [None if t is None else t.data_ptr() for t in own[names].values()]
-        kind: Any = type(module)
-        if not _is_known(kind):  # as of peft, whose adapters are switched on and off
-            found += _settings(own)
-    return tuple(found)
-
-
-def _settings(values: Any) -> Iterator[Any]:
-    """Plain values wherever they stand."""
-    if isinstance(values, _PLAIN):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for own in values:
-            yield from _settings(own)
-    elif isinstance(values, dict):
-        for name, own in values.items():
-            yield name
-            yield from _settings(own)
-
-
-@cache
-def _is_known(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in _KNOWN
-
-
 def empty_cache(decoder: Any) -> Any:
     """A cache as decoders make one that are given none."""
     return DynamicCache(config=decoder.config)
+
+
+_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _makes_plain(decoder: Any) -> bool:
+    """Whether the caches that a decoder makes for itself just grow."""
+    if decoder not in _plain:
+        _plain[decoder] = _grows(empty_cache(decoder))
+    return _plain[decoder]
 
 
 def _grows(cache: Any) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,15 +36,17 @@ class _Graph:
 
     Attributes:
         given: What it reads, in the order of `trees.tensors`.
+        fixed: What it reads besides.
         made: What it makes, a tree.
         replay: Makes it anew.
-        alive: What its kind names by its address.
+        owner: Whose work it is, by its `id`.
     """
 
     given: list[Tensor]
+    fixed: Any
     made: Any
     replay: Callable[[], None]
-    alive: Any
+    owner: int
 
 
 class Graphs:
@@ -50,11 +54,13 @@ class Graphs:
 
     The second call of a kind is recorded, and further ones replay it: of the same numbers of
     tokens, images in the same columns, on the same weights. Results are those of a call that runs;
-    a call that cannot be recorded runs, and one warning says why. Threads take turns.
+    a call that cannot be recorded runs, and one warning says why. Threads take turns. Strategies
+    are told apart by `==`: one that is changed in place is taken for what it was.
 
     Args:
-        most: How many are kept; the one that was not used for longest makes room. Each keeps what
-            its prefill made, keys and values above all; they share the memory of everything else.
+        most: How many are kept; the one that was not used for longest makes room. Each has what
+            its prefill is given and what it makes, keys and values above all; what it needs on
+            the way they share. A model that is gone takes its graphs along.
     """
 
     def __init__(self, most: int = 8) -> None:
@@ -64,10 +70,13 @@ class Graphs:
             )
         self.most = most
         self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._met: OrderedDict[Hashable, None] = OrderedDict()
+        #: Kinds that were met once, or, if so, cannot be recorded.
+        self._met: OrderedDict[Hashable, bool] = OrderedDict()
+        self._owners: dict[int, weakref.finalize[Any, Any]] = {}
         self._lock = threading.RLock()
-        self._pool: Any = None
-        self._stream: Any = None
+        self._pools: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, Any] = {}
+        self._latest: dict[torch.device, Any] = {}
         #: Calls that were replayed.
         self.replays = 0
         #: Why others were not recorded.
@@ -77,11 +86,11 @@ class Graphs:
         return len(self._known)
 
     def clear(self) -> None:
-        """Forgets all graphs, and gives their memory back."""
+        """Forgets all graphs; their memory is torch's again."""
         with self._lock:
             self._known.clear()
             self._met.clear()
-            self._pool = None
+            self._pools.clear()
 
     def replay(
         self,
@@ -89,31 +98,30 @@ class Graphs:
         given: Any,
         fixed: Callable[[], Any],
         work: Callable[[Any, Any], Any],
-        alive: Any,
+        owner: Any,
     ) -> Any | None:
         """What some work makes, from a graph; None if it has to be run.
 
         Args:
             kind: All that the work depends on but the numbers in the given tensors.
-            given: A tree of what it reads.
+            given: A tree of what it reads, on one device.
             fixed: Makes what it reads besides, the same for all calls of the kind.
             work: Of both, a tree of what it makes; without looking at any number.
-            alive: What must live as long as the graph.
+            owner: Whose work it is: while it lives, `kind` may name its parts by their addresses.
         """
         with self._lock:
             graph = self._known.get(kind)
             if graph is None:
-                if kind not in self._met:
-                    self._remember(kind)
+                if not self._is_due(kind):
                     return None
-                graph = self._record(given, fixed, work, alive)
+                while len(self._known) >= self.most:  # before its like is made
+                    self._met.pop(self._known.popitem(last=False)[0], None)
+                graph = self._record(given, fixed, work, owner)
                 if graph is None:
                     return None
-                while len(self._known) >= self.most:
-                    self._known.popitem(last=False)
-                self._known[kind] = graph
+                self._known[kind], self._met[kind] = graph, True
             self._known.move_to_end(kind)
-            self._follow_stream()
+            self._follow_stream(graph.given[0].device)
             _copy(graph.given, [*tensors(given)])
             graph.replay()
             self.replays += 1
@@ -121,63 +129,117 @@ class Graphs:
 
     def tell(self, reason: str) -> None:
         """Warns once of why calls are not recorded."""
-        if reason not in self.told:
-            self.told.append(reason)
-            warnings.warn(
-                f"prune: expected prefills that can be captured as CUDA graphs, got {reason}. "
-                "Such calls run as without graphs.",
-                UserWarning,
-                stacklevel=2,
-            )
+        if reason in self.told:
+            return
+        self.told.append(reason)
+        warnings.warn(
+            f"prune: expected prefills that can be captured as CUDA graphs, got {reason}. "
+            "Such calls run as without graphs.",
+            UserWarning,
+            stacklevel=2,
+        )
 
-    def _remember(self, kind: Hashable) -> None:
-        self._met[kind] = None
+    def _is_due(self, kind: Hashable) -> bool:
+        """Whether a kind was met before, and is to be recorded now; that once, if it fails."""
+        due = kind in self._met and self._met[kind]
+        self._met[kind] = kind not in self._met
+        self._met.move_to_end(kind)
         while len(self._met) > 16 * self.most:
             self._met.popitem(last=False)
+        return due
 
     def _record(
-        self,
-        given: Any,
-        fixed: Callable[[], Any],
-        work: Callable[[Any, Any], Any],
-        alive: Any,
+        self, given: Any, fixed: Callable[[], Any], work: Callable[[Any, Any], Any], owner: Any
     ) -> _Graph | None:
-        # A kind that cannot be recorded is tried again only after it was forgotten, and met anew.
         own = {id(tensor): tensor.clone() for tensor in tensors(given)}
-        try:
-            made, replay = self._capture(partial(work, exchanged(given, own), fixed()), own)
-        except NotRecorded as reason:
-            self.tell(str(reason))
+        if len(devices := {tensor.device for tensor in own.values()}) != 1:
+            self.tell("inputs on several devices")
             return None
-        except Exception as error:
-            cause: BaseException = error
-            while cause.__context__ is not None:  # that a capture could not end says nothing
-                cause = cause.__context__
-            first = str(cause).strip().partition("\n")[0].rstrip(".")
-            self.tell(f"work that is not the device's alone ({first})")
-            return None
-        return _Graph([own[id(tensor)] for tensor in tensors(given)], made, replay, alive)
+        reads, failed = fixed(), []
 
-    def _capture(self, work: Callable[[], Any], own: dict[int, Tensor]) -> Recording:
-        device = next(iter(own.values())).device
+        def noting() -> Any:
+            try:
+                return work(exchanged(given, own), reads)
+            except Exception as error:  # what ends a capture too early says less
+                failed.append(error)
+                raise
+
+        try:
+            made, replay = self._capture(noting, devices.pop())
+        except Exception as error:
+            self.tell(_reason(failed[0] if failed else error))
+            return None
+        self._watch(owner)
+        return _Graph([own[id(each)] for each in tensors(given)], reads, made, replay, id(owner))
+
+    def _capture(self, work: Callable[[], Any], device: torch.device) -> Recording:
         if device.type != "cuda":
             raise NotRecorded(f"a model on {device.type}")
         with torch.cuda.device(device):
+            stream = self._streams.get(device) or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._streams[device] = stream
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
-            # Other threads, such as those that load data, may go on meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                made = work()
-            self._pool = graph.pool()
+            with torch.cuda.stream(stream), _no_waiting():
+                # Other threads, such as those that load data, may go on meanwhile.
+                pool = self._pools.get(device)
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    made = work()
+                finally:
+                    graph.capture_end()
+            self._pools[device] = graph.pool()
         return made, graph.replay
 
-    def _follow_stream(self) -> None:
+    def _follow_stream(self, device: torch.device) -> None:
         """What is copied out of a graph is copied before another stream writes there."""
-        if not torch.cuda.is_available():
+        if device.type != "cuda":
             return
-        stream = torch.cuda.current_stream()
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        stream = torch.cuda.current_stream(device)
+        latest = self._latest.setdefault(device, stream)
+        if latest != stream:
+            stream.wait_stream(latest)
+        self._latest[device] = stream
+
+    def _watch(self, owner: Any) -> None:
+        """Forgets the graphs of an owner with it: another may come to its address."""
+        if id(owner) not in self._owners:
+            forget = partial(_forget, weakref.ref(self), id(owner))
+            self._owners[id(owner)] = weakref.finalize(owner, forget)
+
+
+def _forget(graphs: weakref.ref[Graphs], owner: int) -> None:
+    """Drops the graphs of an owner that is gone."""
+    if (own := graphs()) is None:
+        return
+    with own._lock:
+        own._owners.pop(owner, None)
+        gone = [kind for kind, graph in own._known.items() if graph.owner == owner]
+        for kind in gone:
+            del own._known[kind]
+        own._met.clear()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Operations that wait for the device are errors, before they spoil a capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _reason(error: Exception) -> str:
+    """Why something was not recorded, in a line."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, NotRecorded):
+        return said
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"too little memory for a graph ({said})"
+    return f"work that is not the device's alone ({said})"
 
 
 def copied(tree: Any) -> Any:

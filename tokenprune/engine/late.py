@@ -19,18 +19,19 @@ from tokenprune.families.inputs import without_late_features
 from tokenprune.tensors import take, to_device
 
 
-def take_out(run: Pass, named: Mapping[str, Any]) -> tuple[dict[str, Any], Late | None]:
-    """The decoder's arguments without the features that come after the first cut, and those.
+def take_out(run: Pass, named: Mapping[str, Any], first: int) -> tuple[dict[str, Any], Late | None]:
+    """The decoder's arguments without the features that come after a layer, and those.
 
     Args:
         run: The pass that begins.
         named: The decoder's arguments.
+        first: The layer, before the first cut or there.
 
     Raises:
         ValueError: If features come after the last layer, or are not of the visual tokens.
     """
     anatomy, cuts = run.settings.anatomy, run.settings.cuts
-    left, marked, features = without_late_features(named, cuts[0])
+    left, marked, features = without_late_features(named, first)
     if not features:
         return left, None
     assert marked is not None

@@ -36,7 +36,8 @@ def exchanged(tree: Any, others: Mapping[int, Tensor]) -> Any:
         if isinstance(tree, Tensor):
             return others.get(id(tree), tree)
         if isinstance(tree, (list, tuple)):
-            return type(tree)(map(of, tree))
+            parts = map(of, tree)
+            return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
         if isinstance(tree, dict):
             return {key: of(own) for key, own in tree.items()}
         if isinstance(tree, partial):

@@ -5,7 +5,7 @@ Shape suffixes: B batch rows, T sequence positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def without_late_features(
 
     Args:
         inputs: The arguments.
-        first: A layer before which features may still be added.
+        first: A layer before which features may still be added; -1 for none.
 
     Returns:
         The rest of the arguments; bool (B, T), the columns whose features these are; the features,
@@ -30,14 +30,20 @@ def without_late_features(
     left = dict(inputs)
     marked, late = None, {}
     if (listed := left.get("deepstack_visual_embeds")) is not None:
-        late = {layer + 1: listed[layer] for layer in range(first, len(listed))}
+        kept = max(first, 0)
+        late = {layer + 1: listed[layer] for layer in range(kept, len(listed))}
         marked = left["visual_pos_masks"]
-        left["deepstack_visual_embeds"] = listed[:first]
+        left["deepstack_visual_embeds"] = listed[:kept]
     if (named := left.get("deepstack_features")) is not None:
         late = {layer: features for layer, features in named.items() if layer > first}
         marked = left["vision_mask"].squeeze(-1)
         left["deepstack_features"] = {k: v for k, v in named.items() if k <= first}
     return left, marked, late
+
+
+def takes_late_features(names: Collection[str]) -> bool:
+    """Whether a decoder, by the names of its arguments, adds visual features between its layers."""
+    return not {"deepstack_visual_embeds", "deepstack_features"}.isdisjoint(names)
 
 
 def shows_images(inputs: Mapping[str, Any]) -> bool:
