@@ -74,7 +74,7 @@ class Graphs:
         self._met: OrderedDict[Hashable, bool] = OrderedDict()
         self._owners: dict[int, weakref.finalize[Any, Any]] = {}
         self._lock = threading.RLock()
-        self._pools: dict[torch.device, Any] = {}
+        self._memory: dict[torch.device, Any] = {}
         self._streams: dict[torch.device, Any] = {}
         self._latest: dict[torch.device, Any] = {}
         #: Calls that were replayed.
@@ -90,7 +90,7 @@ class Graphs:
         with self._lock:
             self._known.clear()
             self._met.clear()
-            self._pools.clear()
+            self._memory.clear()
 
     def replay(
         self,
@@ -183,13 +183,13 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream), _no_waiting():
                 # Other threads, such as those that load data, may go on meanwhile.
-                pool = self._pools.get(device)
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                memory = self._memory.get(device)
+                graph.capture_begin(pool=memory, capture_error_mode="thread_local")
                 try:
                     made = work()
                 finally:
                     graph.capture_end()
-            self._pools[device] = graph.pool()
+            self._memory[device] = graph.pool()
         return made, graph.replay
 
     def _follow_stream(self, device: torch.device) -> None:
