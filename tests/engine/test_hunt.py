@@ -25,7 +25,7 @@ from hunt import beasts, cage, draw, verdict
 FEW = ("gemma3", "internvl", "qwen2_5_vl", "smolvlm")
 
 
-def hunt(case: Any, check: Callable[[Any], str]) -> None:
+def hunt(case: Any, check: Callable[[Any], list[str]]) -> None:
     try:
         check(case)
     except Exception as error:
@@ -65,14 +65,14 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print cases that go wrong")
     options = parser.parse_args()
     drawn: Callable[[str], Any] = beasts.draw_beast if options.zoo else draw.draw_case
-    check: Callable[[Any], str] = cage.check if options.zoo else verdict.check
+    check: Callable[[Any], list[str]] = cage.check if options.zoo else verdict.check
     torch.set_num_threads(1)
     outcomes: collections.Counter[str] = collections.Counter()
     faults, start = [], time.monotonic()
     for number in range(options.first, options.first + options.cases):
         seed = f"{options.seed}:{number}"
         try:
-            outcomes[check(drawn(seed))] += 1
+            outcomes.update(check(drawn(seed)))
         except Exception as error:
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             faults.append(seed)

@@ -34,10 +34,10 @@ class Impossible(Exception):
     """The unmodified model cannot do it."""
 
 
-def check(case: Beast) -> str:
+def check(case: Beast) -> list[str]:
     """`exact`, or why it was refused or is impossible; an error otherwise."""
     with stand_in() if case.attention.startswith("flash") else nullcontext():
-        return _check(case)
+        return [_check(case)]
 
 
 def _check(case: Beast) -> str:

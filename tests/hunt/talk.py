@@ -94,7 +94,7 @@ class Conversation:
 
     def run(self) -> None:
         case = self.case
-        mask = _marks(case) if case.told == "start" else None
+        mask = self._marks() if case.told == "start" else None
         trains = case.training != "no"
         low = torch.autocast("cpu", torch.bfloat16) if case.precision != "float32" else None
         with (
@@ -112,6 +112,17 @@ class Conversation:
             if trains and torch.isfinite(self.output.loss):
                 self.output.loss.backward()
                 self.gradients = gradients(self.model)
+
+    def _marks(self) -> Tensor:
+        """Which columns of the conversation are visual, bool (B, T)."""
+        parts = []
+        for turn in self.case.turns:
+            part = torch.zeros(len(turn.rows), turn.width, dtype=torch.bool)
+            for row, tokens in enumerate(turn.rows):
+                for token, column in zip(tokens, turn.columns(row), strict=True):
+                    part[row, column] = token.visual
+            parts.append(part)
+        return torch.cat(parts, 1)
 
     @contextmanager
     def _heard(self, trace: tp.Trace) -> Iterator[None]:
@@ -399,18 +410,6 @@ class Conversation:
             attention_mask=more,
             past_key_values=cache,
         )
-
-
-def _marks(case: Case) -> Tensor:
-    """Which columns of a conversation are visual, bool (B, T)."""
-    parts = []
-    for turn in case.turns:
-        part = torch.zeros(len(turn.rows), turn.width, dtype=torch.bool)
-        for row, tokens in enumerate(turn.rows):
-            for token, column in zip(tokens, turn.columns(row), strict=True):
-                part[row, column] = token.visual
-        parts.append(part)
-    return torch.cat(parts, 1)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from zoo.flash import stand_in
 
 import tokenprune as tp
 from hunt.cases import NEW_TOKENS, Case, reasons
+from hunt.packed import PackedConversation, draw_packs
 from hunt.pictures import model_of, picture
 from hunt.reference import Row, as_cut, tower
 from hunt.talk import BEAMS, Conversation, gradients
@@ -28,14 +29,22 @@ SPARED = ("expected at least one token to be left", "expected an image in one ca
 ROUGH = 0.35
 
 
-def check(case: Case) -> str:
-    """`exact`, or why it was refused; an AssertionError, or another error, otherwise."""
+def check(case: Case) -> list[str]:
+    """Of each way to have the conversation `exact`, or why it was refused; an error otherwise."""
     with stand_in() if case.attention.startswith("flash") else nullcontext():
-        return _check(case)
+        outcomes = [_check(Conversation(case))]
+        packs = draw_packs(case)
+        if packs is not None:
+            try:
+                outcomes.append(f"packed: {_check(PackedConversation(case, packs))}")
+            except Exception as error:
+                error.add_note(str(packs))
+                raise
+    return outcomes
 
 
-def _check(case: Case) -> str:
-    conversation = Conversation(case)
+def _check(conversation: Conversation) -> str:
+    case = conversation.case
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="prune: expected labels on answers alone")
