@@ -216,6 +216,22 @@ def test_hooks_of_others_go_on_being_called(models) -> None:
     assert graphs.replays == 3
 
 
+def test_a_model_that_was_asked_for_its_attention_is_replayed() -> None:
+    """transformers leaves hooks on its layers, which hear only calls that ask again."""
+    near_model = build("llava", "eager")
+    inputs = batch(near_model, ROWS[:1])
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        near_model(**inputs, **asked)
+    model, strategy, graphs = far(near_model), tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    assert_alike(graphs, model, inputs, strategy, times=3)
+    pruning = tp.prune(model, strategy, SCHEDULE, graphs=graphs)
+    said = pytest.warns(UserWarning, match="the attention or the hidden states")
+    with Device(), torch.no_grad(), pruning, said:
+        output = model(**far(inputs), **asked)
+    assert len(output.attentions) == len(output.hidden_states) - 1 == 6
+
+
 @pytest.mark.parametrize(
     "change", [change_weights, change_a_mode, change_a_setting, change_the_config]
 )

@@ -22,6 +22,7 @@ from zoo.specimen import TEXT
 
 import tokenprune as tp
 from hunt.beasts import Beast, model_of
+from hunt.replayed import held, replayed, traced
 from hunt.verdict import CLOSE, same_choice
 from tokenprune.families.anatomy import examine
 from tokenprune.strategy import DecoderKeys
@@ -37,33 +38,50 @@ class Impossible(Exception):
 def check(case: Beast) -> list[str]:
     """`exact`, or why it was refused or is impossible; an error otherwise."""
     with stand_in() if case.attention.startswith("flash") else nullcontext():
-        return [_check(case)]
+        return _check(case)
 
 
-def _check(case: Beast) -> str:
+def _check(case: Beast) -> list[str]:
     model = model_of(case.model_type, case.attention)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models warn of much that is their own affair
         if CHECKED.get(case.way) in case.specimen.unable:
-            return "impossible unpruned"
+            return ["impossible unpruned"]
         try:
             inputs = case.specimen.batch(model, case.prompts, case.side)
             with torch.no_grad():
                 model(**inputs, use_cache=False)
         except (RuntimeError, ValueError, IndexError, TypeError):
-            return "impossible unpruned"
+            return ["impossible unpruned"]
         does = {"forward": _forward, "labels": _labels, "train": _train, "turns": _turns}
         try:
             does.get(case.way, _generates)(case, model, inputs)
         except Impossible:
-            return "impossible unpruned"
+            return ["impossible unpruned"]
         except ValueError as error:
-            return refusal(error).split(", got")[0].split(", for a strategy")[0]
-    return "exact"
+            return [refusal(error).split(", got")[0].split(", for a strategy")[0]]
+        if case.way not in ("forward", "greedy"):
+            return ["exact"]
+        by = functools.partial(_results, case, model, inputs)
+        return ["exact", replayed(by(None), by)]
 
 
-def _prune(case: Beast, model: PreTrainedModel) -> Any:
-    return tp.prune(model, case.strategy, case.schedule, case.policy, case.logits)
+def _prune(case: Beast, model: PreTrainedModel, graphs: tp.Graphs | None = None) -> Any:
+    options = case.policy, case.logits
+    return tp.prune(model, case.strategy, case.schedule, *options, graphs=graphs)
+
+
+def _results(
+    case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor], graphs: tp.Graphs | None
+) -> list[Tensor]:
+    """All that a call gives."""
+    with torch.no_grad(), _prune(case, model, graphs) as trace:
+        if case.way == "greedy":
+            output = generate(model, inputs)
+            return [*output.logits, output.sequences, *held(output.past_key_values)]
+        output = model(**inputs)
+        given = [output.logits, *traced(trace.stages)]
+        return [*given, *held(getattr(output, "past_key_values", None))]
 
 
 def _known(case: Beast, trace: tp.Trace) -> bool:
@@ -264,6 +282,7 @@ def _train(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
         _near(found[0], _gradients(model))
     finally:
         model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()  # whose hooks stay otherwise
         model.zero_grad()
         model.eval()
         for buffer, before in counted:

@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 import tokenprune as tp
 from hunt.cases import FIXED, NEW_TOKENS, Case, Token, Turn
 from hunt.pictures import model_of, picture
+from hunt.replayed import held
 from hunt.witness import Witness
 
 BEAMS = 2
@@ -72,8 +73,8 @@ class Conversation:
         output: What the last turn gave.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, graphs: tp.Graphs | None = None) -> None:
+        self.case, self.graphs = case, graphs
         self.model = model_of(case.family, case.attention)
         self.cache: Any = None
         config = self.model.config.get_text_config()
@@ -102,8 +103,14 @@ class Conversation:
             _training(self.model, case.training),
             low or nullcontext(),
             tp.prune(
-                self.model, case.strategy, case.schedule, case.policy, case.logits, mask
-            ) as trace,
+                self.model,
+                case.strategy,
+                case.schedule,
+                case.policy,
+                case.logits,
+                mask,
+                graphs=self.graphs,
+            ) as trace,  # fmt: skip
             self._heard(trace),
         ):
             for turn in case.turns:
@@ -123,6 +130,18 @@ class Conversation:
                     part[row, column] = token.visual
             parts.append(part)
         return torch.cat(parts, 1)
+
+    def results(self) -> list[Tensor]:
+        """All that was given: logits and words, what cuts did, and what the cache holds."""
+        found = held(self.cache)
+        for told in (told for own in self.told for told in own):
+            found += [] if told.logits is None else [told.logits]
+            for stage in told.stages:
+                found.append(torch.tensor(stage.kept, dtype=torch.int64))
+                found += [own for own in (stage.scores, stage.weights) if own is not None]
+        if self.case.turns[-1].generates:
+            return [*found, self.output.sequences]
+        return [*found, self.output.logits]
 
     @contextmanager
     def _heard(self, trace: tp.Trace) -> Iterator[None]:
@@ -428,6 +447,7 @@ def _training(model: Any, how: str) -> Iterator[None]:
             yield
         finally:
             model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()  # whose hooks stay otherwise
             model.zero_grad(set_to_none=True)
             model.eval()
 

@@ -16,6 +16,7 @@ from hunt.cases import NEW_TOKENS, Case, reasons
 from hunt.packed import PackedConversation, draw_packs
 from hunt.pictures import model_of, picture
 from hunt.reference import Row, as_cut, tower
+from hunt.replayed import is_replayed, replayed
 from hunt.talk import BEAMS, Conversation, gradients
 from hunt.witness import Witness
 from tokenprune.strategy import DecoderKeys, Entered, Normed, decoder_rows
@@ -32,7 +33,10 @@ ROUGH = 0.35
 def check(case: Case) -> list[str]:
     """Of each way to have the conversation `exact`, or why it was refused; an error otherwise."""
     with stand_in() if case.attention.startswith("flash") else nullcontext():
-        outcomes = [_check(Conversation(case))]
+        conversation = Conversation(case)
+        outcomes = [_check(conversation)]
+        if outcomes == ["exact"] and is_replayed(case):
+            outcomes.append(replayed(conversation.results(), lambda graphs: _by(graphs, case)))
         packs = draw_packs(case)
         if packs is not None:
             try:
@@ -41,6 +45,13 @@ def check(case: Case) -> list[str]:
                 error.add_note(str(packs))
                 raise
     return outcomes
+
+
+def _by(graphs: tp.Graphs, case: Case) -> list[Tensor]:
+    """All that a case gives by graphs."""
+    conversation = Conversation(case, graphs)
+    conversation.run()
+    return conversation.results()
 
 
 def _check(conversation: Conversation) -> str:

@@ -5,6 +5,7 @@ Two calls on which it is the same launch the same on the same weights, as far as
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn.modules import module as torch_module
 _ANY = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _TABLES = ("_parameters", "_buffers")
+#: Where transformers has hooks by which it collects hidden states and attention weights.
+_OUTPUTS = "transformers.utils.output_capturing"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -86,5 +89,9 @@ def _hooks(own: dict[str, Any], numbers: Collection[int]) -> Iterator[Any]:
 
 
 def _is_others(hook: Any) -> bool:
-    """Whether a hook is neither the engine's nor one by which transformers collects outputs."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    """Whether a hook is not one that transformers leaves for outputs, deaf until it is asked."""
+    known = sys.modules.get(_OUTPUTS)
+    if known is None or getattr(hook, "__module__", None) != _OUTPUTS:
+        return True
+    collector: Any = vars(known).get("_active_collector")
+    return collector is None or bool(collector.get())

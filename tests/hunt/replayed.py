@@ -1,0 +1,70 @@
+"""The same call thrice by `tp.Graphs`: bit for bit what it gives without, replayed or refused.
+
+Graphs are the tape of `far.py`, which works on the host as well.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
+
+import torch
+from far import capture
+from torch import Tensor
+
+import tokenprune as tp
+from hunt.cases import Case
+from tokenprune.engine.graphs import Graphs
+
+
+def is_replayed(case: Case) -> bool:
+    """Whether a case is; of those with pads, which are refused, a few."""
+    if case.training != "no" or case.turns[-1].labelled:
+        return False
+    padded = len({len(row) for row in case.turns[0].rows}) > 1
+    return not padded or random.Random(f"{case.seed}:replayed").random() < 0.1
+
+
+def replayed(expected: Sequence[Tensor], run: Callable[[Graphs], Sequence[Tensor]]) -> str:
+    """`replayed`, or why not.
+
+    Args:
+        expected: What a call gives without graphs.
+        run: What it gives with them; the first call runs, the second is recorded.
+    """
+    graphs = tp.Graphs(2)
+    with patch.object(Graphs, "_capture", capture), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="prune: expected prefills that can be captured")
+        for _ in range(3):
+            found = run(graphs)
+            assert len(found) == len(expected), "another number of results by graphs"
+            for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+                assert _is_same(ours, theirs), f"result {number} by graphs"
+            if graphs.told and not graphs._met:
+                break  # what cannot be recorded is not recorded the next time
+    if graphs.replays:
+        return "replayed"
+    reason = graphs.told[0] if graphs.told else "nothing to prune"
+    strategy, comma, words = reason.partition(", which ")
+    return "not replayed: " + (words if comma else strategy.partition(" (")[0])
+
+
+def _is_same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether all numbers are, and what is no number."""
+    if torch.equal(ours, theirs):
+        return True
+    return ours.shape == theirs.shape and torch.equal(ours.nan_to_num(0.5), theirs.nan_to_num(0.5))
+
+
+def traced(stages: Sequence[tp.TracedStage]) -> list[Tensor]:
+    """All that a trace says."""
+    tables = [own for stage in stages for own in (stage.kept, stage.scores, stage.weights)]
+    return [row for own in tables for row in own or []]
+
+
+def held(cache: object) -> list[Tensor]:
+    """Keys and values of a cache."""
+    layers = getattr(cache, "layers", [])
+    return [own for layer in layers for own in (layer.keys, layer.values) if own is not None]
