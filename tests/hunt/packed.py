@@ -38,15 +38,20 @@ class Packs:
     pads: int
 
 
-def draw_packs(case: Case) -> Packs | None:
-    """How a case is packed; None if it is not: rows with holes or a cache cannot be."""
+def draw_packs(case: Case, often: float) -> Packs | None:
+    """How a case is packed; None if it is not: rows with holes or a cache cannot be.
+
+    Args:
+        case: The case.
+        often: As a share of `SHARE`.
+    """
     rng, turn = random.Random(f"{case.seed}:packed"), case.turns[0]
     fits = len(case.turns) == 1 and not turn.generates and case.precision == "float32"
     holes = any(token.hidden for row in turn.rows for token in row)
     usable = [number for number, row in enumerate(turn.rows) if row]
     # A token that sees nothing but itself is a pad at the end of a row, and by sight at its start.
     ends = [number for number in usable if len(turn.rows[number]) > 1]
-    if not fits or holes or not ends or rng.random() >= SHARE:
+    if not fits or holes or not ends or rng.random() >= SHARE * often:
         return None
     flash = case.attention.startswith("flash")
     members = []

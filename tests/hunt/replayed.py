@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -19,12 +20,25 @@ from hunt.cases import Case
 from tokenprune.engine.graphs import Graphs
 
 
-def is_replayed(case: Case) -> bool:
-    """Whether a case is; of those with pads, which are refused, a few."""
-    if case.training != "no" or case.turns[-1].labelled:
-        return False
-    padded = len({len(row) for row in case.turns[0].rows}) > 1
-    return not padded or random.Random(f"{case.seed}:replayed").random() < 0.1
+def draw_replayed(case: Case, often: float) -> Case | None:
+    """What of a case is tried; None if nothing is. Rows with pads are refused, mostly one is left.
+
+    Args:
+        case: The case.
+        often: As a share of what can be.
+    """
+    rng = random.Random(f"{case.seed}:replayed")
+    if case.training != "no" or case.turns[-1].labelled or rng.random() >= often:
+        return None
+    if len({len(row) for row in case.turns[0].rows}) == 1 or rng.random() < 0.2:
+        return case
+    # A row that says something in each turn.
+    spoken = [all(turn.rows[n] for turn in case.turns) for n in range(len(case.turns[0].rows))]
+    if not any(spoken):
+        return None
+    row = slice(spoken.index(True), spoken.index(True) + 1)
+    turns = [replace(own, rows=own.rows[row], images=own.images[row]) for own in case.turns]
+    return replace(case, turns=turns)
 
 
 def replayed(expected: Sequence[Tensor], run: Callable[[Graphs], Sequence[Tensor]]) -> str:
