@@ -338,42 +338,66 @@ def test_no_sequence_is_predicted_by_the_one_before_it(way, logits) -> None:
 # --------------------------------------------------------------------- several axes, flash kernels
 
 
-def of_axes(specimen, model, form: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Prompts of a model with M-RoPE packed into a row, and each alone."""
-    prompts = [(3, "image", 5), (9,), (2, "image", 3, "image", 7), (1, "image", 12)]
+#: Sequences of each packed row: all in one, or in rows of different lengths.
+ONE, SEVERAL = [[0, 1, 2, 3]], [[0, 1], [2], [3, 0, 1]]
+
+
+def of_axes(
+    specimen, model, form: str, packs=ONE, pads: int = 0
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Prompts of a model with M-RoPE packed into rows with pads on the right, and each alone."""
+    kinds = [(3, "image", 5), (9,), (2, "image", 3, "image", 7), (1, "image", 12)]
+    prompts = [kinds[number] for own in packs for number in own]
     alone = [specimen.batch(model, [prompt]) for prompt in prompts]
     whole = specimen.batch(model, prompts, "right")
     real = whole.pop("attention_mask").bool()
-    call = {k: v[real][None] if v.shape == real.shape else v for k, v in whole.items()}
-    positions, blocks = [], []
+    lengths, numbers = real.sum(1).tolist(), iter(range(len(prompts)))
+    members = [[next(numbers) for _ in own] for own in packs]
+    width = max(sum(lengths[number] for number in own) for own in members) + pads
+
+    def laid(parts: list[Tensor]) -> Tensor:
+        """Tables (..., t) of each sequence as one (..., B, T)."""
+        rows = [torch.cat([parts[number] for number in own], -1) for own in members]
+        return torch.stack([pad(row, (0, width - row.shape[-1])) for row in rows], -2)
+
+    call = {
+        key: laid([row[own] for row, own in zip(value, real, strict=True)])
+        if value.shape == real.shape
+        else value
+        for key, value in whole.items()
+    }
+    positions = []
     for one in alone:
         grids = {key: one[key] for key in ("image_grid_thw",) if key in one}
         axes, _ = model.model.get_rope_index(one["input_ids"], one["mm_token_type_ids"], **grids)
         length = axes.shape[-1]
-        positions.append(torch.cat([torch.arange(length)[None, None], axes.long()]))
-        blocks.append(torch.ones(length, length).tril())
-    call["position_ids"] = torch.cat(positions, 2)
+        positions.append(torch.cat([torch.arange(length)[None], axes[:, 0].long()]))
+    call["position_ids"] = laid(positions)
     if form != "positions":
-        call["attention_mask"] = over_pairs(model, torch.block_diag(*blocks).bool()[None])
+        apart = torch.eye(width).bool().repeat(len(packs), 1, 1)
+        for row, own in enumerate(members):
+            block = torch.block_diag(*(torch.ones(lengths[n], lengths[n]).tril() for n in own))
+            apart[row, : len(block), : len(block)] = block.bool()
+        call["attention_mask"] = over_pairs(model, apart)
     if form == "mask":  # no axis of text
         call["position_ids"] = call["position_ids"][1:]
     return call, alone
 
 
-def assert_as_alone(model, strategy, schedule, call, alone) -> None:
-    """Each sequence of a packed row gives what it gives alone."""
-    end = 0
+def assert_as_alone(model, strategy, schedule, call, alone, packs=ONE) -> None:
+    """Each sequence of packed rows gives what it gives alone."""
+    ends, rows = [0] * len(packs), [row for row, own in enumerate(packs) for _ in own]
     with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
-        together = model(**call, use_cache=False).logits[0]
+        together = model(**call, use_cache=False).logits
         stages, lengths = trace.stages, trace.lengths[-1].tolist()
-        for number, one in enumerate(alone):
+        for number, (one, row) in enumerate(zip(alone, rows, strict=True)):
             expected = model(**one).logits[0]
             if trace.stages:
                 assert_same_choice(stages, trace.stages, [(number, 0)])
             assert lengths[number] == len(expected)
-            assert_close(together[end : end + len(expected)], expected, ALONE)
-            end += len(expected)
-    assert end == len(together)
+            start, ends[row] = ends[row], ends[row] + len(expected)
+            assert_close(together[row, start : ends[row]], expected, ALONE)
+    assert max(ends) == together.shape[1]
 
 
 AXES = {
@@ -418,6 +442,18 @@ def test_features_that_come_after_the_first_cut_follow_their_sequences(cuts, for
     call, alone = of_axes(specimen, model, form)
     stages = tuple(tp.Stage(cut, 0.6 ** (number + 1)) for number, cut in enumerate(cuts))
     assert_as_alone(model, PDROP, tp.Schedule(stages), call, alone)
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_several_rows_with_pads_and_positions_of_several_axes(model_type, form, pads) -> None:
+    """Also where features come after the first cut."""
+    specimen = AXES[model_type]
+    model = specimen.build("sdpa")
+    call, alone = of_axes(specimen, model, form, SEVERAL, pads)
+    schedule = tp.Schedule((tp.Stage(1, 0.6), tp.Stage(4, 0.4)))
+    assert_as_alone(model, PDROP, schedule, call, alone, SEVERAL)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
