@@ -9,6 +9,8 @@ import tokenprune as tp
 from tokenprune.strategy import vision_needs
 
 NEW_TOKENS = 3
+#: Ways to generate that try out guesses; a placeholder is a guess like any other, unpruned too.
+GUESSING = ("lookup", "assisted")
 FIXED = 400  # entries of a cache of fixed size
 
 
@@ -33,10 +35,12 @@ class Turn:
         mask: `"none"`, `"2d"`, `"bool"` or `"float"`.
         pads: What a pad sees under a mask over pairs: `"eye"`, `"open"`, or `"row"`.
         labelled: Whether labels are given.
-        way: `"forward"`, or of a `generate`: `"greedy"`, `"beams"`, `"lookup"`, or `"chunks"`.
+        way: `"forward"`, or of a `generate`: `"greedy"`, `"beams"`, `"lookup"`, `"chunks"`,
+            `"sample"` or `"assisted"`.
         to_keep: Of how many last columns logits are asked; 0 for all.
         chunk: Columns of a chunk of the prefill.
         after: What is done to the cache afterwards.
+        assistant: The model that guesses: `"same"`, `"other"` or `"llama"`.
     """
 
     rows: list[list[Token]]
@@ -49,10 +53,16 @@ class Turn:
     to_keep: int = 0
     chunk: int = 0
     after: str = "nothing"
+    assistant: str = ""
 
     @property
     def generates(self) -> bool:
         return self.way != "forward"
+
+    @property
+    def new_tokens(self) -> int:
+        """How many are generated; a few rounds where they are guessed."""
+        return 3 * NEW_TOKENS if self.way == "assisted" else NEW_TOKENS
 
     @property
     def width(self) -> int:
@@ -170,6 +180,6 @@ def reasons(case: Case) -> list[str]:
         found.append("expected a cache that grows, for images of a later turn")
     if case.turns[-1].way == "chunks" and any(map(vision_needs, case.strategies)):
         found.append("expected images that the vision tower encodes")
-    if case.turns[-1].way == "lookup":  # a placeholder is a guess like any other, unpruned too
+    if case.turns[-1].way in GUESSING:
         found.append("Image features and image tokens do not match")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from models import IMAGE, NUM_LAYERS
 from oracles import EVERY, runnable
@@ -104,6 +105,25 @@ def draw_case(seed: str) -> Case:
         if not turn.labelled and all(turn.rows) and rng.random() < 0.1:
             turn.to_keep = pick([1, 2, 5])
     return case
+
+
+def draw_ways(case: Case, often: float) -> list[Case]:
+    """A case whose last turn generates, in other ways: sampled, or with an assistant.
+
+    Args:
+        case: The case.
+        often: As a share of the usual.
+    """
+    rng, last = random.Random(f"{case.seed}:ways"), case.turns[-1]
+    found = []
+    if last.way == "greedy" and rng.random() < 0.4 * often:
+        found.append(replace(last, way="sample"))
+    lone = len(case.turns) == len(last.rows) == 1 and case.cache != "static"
+    guesses = lone and last.way in ("greedy", "lookup") and case.words == "ids"
+    if guesses and rng.random() < often:
+        assistant = rng.choice(["same", "same", "other", "llama"])
+        found.append(replace(last, way="assisted", assistant=assistant))
+    return [replace(case, turns=[*case.turns[:-1], own]) for own in found]
 
 
 def _draw_strategy(rng: random.Random, family: str, layers: list[int]) -> tp.PruningStrategy:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import build
+from models import SEED, build
 from torch import Tensor
 
 import tokenprune as tp
@@ -23,6 +23,12 @@ def model_of(family: str, attention: str) -> Any:
         if hasattr(module, "config"):
             module.config._attn_implementation_internal = attention
     return model
+
+
+@functools.cache
+def assistant(family: str, kind: str) -> Any:
+    """A model that guesses what another says: `"same"`, `"other"` weights, or a `"llama"`."""
+    return build("llama" if kind == "llama" else family, seed=SEED + (kind != "same"))
 
 
 @dataclass

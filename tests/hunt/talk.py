@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import tokenprune as tp
-from hunt.cases import FIXED, NEW_TOKENS, Case, Token, Turn
-from hunt.pictures import model_of, picture
+from hunt.cases import FIXED, GUESSING, Case, Token, Turn
+from hunt.pictures import assistant, model_of, picture
 from hunt.replayed import held
 from hunt.witness import Witness
 
 BEAMS = 2
+CHANCE, TEMPERATURE = 5, 1.3
 
 
 @dataclass
@@ -249,23 +250,26 @@ class Conversation:
         call["input_ids"], call["attention_mask"] = self.ids, self.real.long()
         if self.case.words == "embeds":
             call["inputs_embeds"] = self.model.get_input_embeddings()(call.pop("input_ids"))
-        more = {
-            "greedy": {},
+        more: dict[str, Any] = {
             "beams": {"num_beams": BEAMS, "num_return_sequences": BEAMS, "output_scores": True},
             "lookup": {"prompt_lookup_num_tokens": 2},
             "chunks": {"prefill_chunk_size": turn.chunk},
-        }[turn.way]
+            "sample": {"do_sample": True, "top_k": 0, "temperature": TEMPERATURE},
+        }.get(turn.way, {})
         if self.case.cache == "static":
             more["disable_compile"] = True
-        return self.model.generate(
-            **call,
-            past_key_values=self.cache,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **more,
-        )
+        if turn.way == "assisted":
+            more["assistant_model"] = assistant(self.case.family, turn.assistant)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(CHANCE)
+            return self.model.generate(
+                **call,
+                past_key_values=self.cache,
+                max_new_tokens=turn.new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **{"do_sample": False, **more},
+            )
 
     # -- notes -----------------------------------------------------------------------------------
 
@@ -287,7 +291,7 @@ class Conversation:
             for row, tokens in enumerate(turn.rows)
         ]  # fmt: skip
         shows = any(token.visual for row in rows for token, _ in row)
-        counts = shows and turn.way != "lookup"  # there the trace counts guesses, too
+        counts = shows and turn.way not in GUESSING  # there the trace counts guesses, too
         if shows:
             assert [stage.layer for stage in traced] == self.case.cuts
         for row, own in enumerate(rows):
@@ -377,15 +381,15 @@ class Conversation:
             if times > 1:
                 continue
             before = told.positions[-1]
-            for step in range(NEW_TOKENS - 1):
-                token = int(self.output.sequences[row, step - NEW_TOKENS])
+            for step in range(turn.new_tokens - 1):
+                token = int(self.output.sequences[row, step - turn.new_tokens])
                 logits = self.output.logits[step + 1][row][None]
                 position = before + step + 1
                 self.told[row].append(
                     Told([Token(token)], [], [position], logits=logits, which=[0])
                 )
         if times == 1:  # what was said last is in no cache, and is left unsaid
-            said = self.output.sequences[:, -NEW_TOKENS:-1]
+            said = self.output.sequences[:, -turn.new_tokens : -1]
             self.ids = torch.cat([self.ids, said], 1)
             self.real = nn.functional.pad(self.real, (0, said.shape[1]), value=True)
             self.visual = nn.functional.pad(self.visual, (0, said.shape[1]))

@@ -13,11 +13,12 @@ from zoo.flash import stand_in
 
 import tokenprune as tp
 from hunt.cases import NEW_TOKENS, Case, reasons
+from hunt.draw import draw_ways
 from hunt.packed import PackedConversation, draw_packs
 from hunt.pictures import model_of, picture
 from hunt.reference import Row, as_cut, tower
 from hunt.replayed import draw_replayed, replayed
-from hunt.talk import BEAMS, Conversation, gradients
+from hunt.talk import BEAMS, CHANCE, TEMPERATURE, Conversation, gradients
 from hunt.witness import Witness
 from tokenprune.strategy import DecoderKeys, Entered, Normed, decoder_rows
 from tokenprune.tensors import top_k
@@ -46,10 +47,30 @@ def check(case: Case, often: float = 1.0) -> list[str]:
             except Exception as error:
                 error.add_note(str(packs))
                 raise
+        for other in draw_ways(case, often):
+            outcomes.append(_check_way(other))
         own = draw_replayed(case, often)
         if own is not None and outcomes[0] == "exact":
             outcomes.append(_check_replayed(own))
     return outcomes
+
+
+def _check_way(case: Case) -> str:
+    """A generation by chance, or with guesses: logits as ever, and the words that they call for."""
+    conversation, last = Conversation(case), case.turns[-1]
+    outcome = _check(conversation)
+    if outcome == "exact":
+        said = conversation.output.sequences[:, -last.new_tokens :]
+        logits = conversation.output.logits
+        assert len(logits) == last.new_tokens
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(CHANCE)
+            for step, own in enumerate(logits):
+                chances = (own.float() / TEMPERATURE).softmax(-1)
+                drawn = torch.multinomial(chances, 1)[:, 0]
+                words = drawn if last.way == "sample" else own.argmax(-1)
+                assert torch.equal(said[:, step], words), f"word {step}"
+    return f"{last.way}: {outcome}"
 
 
 def _check_replayed(case: Case) -> str:
