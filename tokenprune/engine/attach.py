@@ -359,6 +359,7 @@ class Handle:
             caches.write(
                 past,
                 self._settings.policy,
+                self._settings.level_of,
                 run.record,
                 run.levels,
                 run.prunes,

@@ -31,11 +31,12 @@ class PrunedCache:
         """
         record = record_of(self)
         own: Any = super()
+        first = 0 if record is None else int(0 in record.policy.cuts)  # the level of layer 0
         if record is not None and is_fixed(self):
-            return record.num_columns
+            gone = record.num_columns - record.length(first) if first else 0
+            return own.get_seq_length(0) + gone
         if record is None or (layer_idx is not None and not record.in_call):
             return own.get_seq_length(layer_idx or 0)
-        first = int(0 in record.policy.cuts)  # the level of layer 0
         return record.num_columns + own.get_seq_length(0) - record.length(first)
 
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +109,18 @@ def record_of(cache: Any) -> Record | None:
 def is_fixed(cache: Any) -> bool:
     """Whether a cache has a fixed size, and shows entries that are not filled yet."""
     return bool(getattr(cache, "is_compileable", False))
+
+
+def settle(cache: Any, record: Record) -> None:
+    """Counts what a cache of fixed size has been given since its record was written.
+
+    It waits for the device. Steps of a generation do not count: a graph of one that did would be of
+    that one alone.
+    """
+    if is_fixed(cache) and record_of(cache) is record:
+        more = int(cache.get_seq_length()) - record.num_columns
+        record.num_columns += more
+        record.tail += more
 
 
 def in_call(cache: Any, begins: bool) -> None:
@@ -207,6 +220,7 @@ def _of_unpruned(held: list[int], policy: Policy, num_rows: int) -> Record:
 def write(
     cache: Any,
     policy: Policy,
+    level_of: Sequence[int],
     before: Record | None,
     levels: Sequence[Level],
     pruned: bool,
@@ -219,6 +233,7 @@ def write(
     Args:
         cache: The cache.
         policy: What it must be continued with.
+        level_of: Level of each layer of the decoder.
         before: What it held before the pass.
         levels: One per cut, and level 0.
         pruned: Whether the pass had visual tokens.
@@ -228,12 +243,13 @@ def write(
     """
     length = levels[0].length
     if before is not None and not pruned and real_BT is None:
-        before.num_columns += length
+        if not is_fixed(cache):
+            before.num_columns += length
+            before.tail += length
         if any(ends_visual):  # a schedule without cuts
             before.seen, before.ended = before.num_visual, ends_visual
         elif any(before.ended):  # now no row does, in whichever order
             before.ended = [False] * len(before.ended)
-        before.tail += length
         keep(cache, before)
         return
     held: list[Held] = []
@@ -269,6 +285,12 @@ def write(
         real=real,
         held=held,
     )
+    if is_fixed(cache):
+        by_level: dict[int, Any] = {}
+        for number, layer in zip(level_of, cache.layers, strict=False):
+            by_level.setdefault(number, layer)
+        # Levels that no layer runs on have no size.
+        record.lay_out([getattr(by_level.get(n), "max_cache_len", 0) for n in range(len(held))])
     keep(cache, record)
 
 

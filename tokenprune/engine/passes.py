@@ -18,7 +18,7 @@ from tokenprune.engine import caches, chance
 from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.packing import Layout, check_cache, packed, regroup
 from tokenprune.engine.record import Record
-from tokenprune.engine.rows import Ints, Rows, columns, counts, read_rows
+from tokenprune.engine.rows import Ints, Rows, columns, counts, is_step, read_rows
 from tokenprune.engine.sequences import not_apart
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.engine.upload import HOST, bring
@@ -150,7 +150,7 @@ class Pass:
 
     @property
     def offset(self) -> int:
-        """Columns of the conversation before this pass."""
+        """Columns of the conversation before this pass, but for a step of a fixed cache."""
         return 0 if self.record is None else self.record.num_columns
 
     def held(self, level: int) -> int:
@@ -301,7 +301,12 @@ def plan_pass(
     num_rows, length = tokens.shape[:2]
     past = inputs.get("past_key_values")
     record = caches.read(past, settings.policy, settings.level_of, num_rows)
-    offset = 0 if record is None else record.num_columns
+    offset = 0
+    if record is not None and caches.is_fixed(past) and is_step(settings, inputs, length):
+        offset = 1  # something: how much, the device knows, and nobody asks
+    elif record is not None:
+        caches.settle(past, record)
+        offset = record.num_columns
     # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
     tries = generating and past is not None and isinstance(to_keep, int)

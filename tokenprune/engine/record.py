@@ -6,7 +6,7 @@ Shape suffixes: B batch rows, N tokens held.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,23 @@ class Held:
             all of them.
         ragged: Whether there are pads.
         shift: int64 (B, 1), the model's position minus the layers', or None if they agree.
+        slots: Of layers of a fixed size, int64 (B, size): columns of their entries, also of those
+            that the tail fills and will fill; None for others.
+        exists: Bool (B, size), which of them are no pads, or None if none is one.
     """
 
     length: int
     columns: Tensor | None
     ragged: bool
     shift: Tensor | None
+    slots: Tensor | None = None
+    exists: Tensor | None = None
+    #: Whether these are not all tokens. A compiled step that looked at `columns` for it would be
+    #: compiled anew for each number of them.
+    cut: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cut", self.columns is not None)
 
 
 @dataclass(eq=False)
@@ -114,6 +125,35 @@ class Record:
         known = known.clamp_min(0) if held.ragged else known
         return torch.cat([known, new.expand(known.shape[0], -1)], 1)
 
+    def lay_out(self, sizes: list[int]) -> None:
+        """Notes what the entries of layers of a fixed size are for, as they fill.
+
+        Once, so that steps of a generation have no number of their own: how far a layer is filled
+        is the cache's to say.
+
+        Args:
+            sizes: Entries that the layers of each level have.
+        """
+        start, size_of = (
+            self.num_columns - self.tail,
+            dict(zip(map(id, self.held), sizes, strict=True)),
+        )
+
+        def laid_out(held: Held) -> Held:
+            if held.columns is None:
+                return held
+            size, device = size_of[id(held)], held.columns.device
+            new = torch.arange(start, start + size - held.length, device=device)
+            slots = torch.cat([held.columns, new.expand(len(held.columns), -1)], 1)
+            exists = slots >= 0 if held.ragged else None
+            if self.real is not None:
+                real = nn.functional.pad(self.real.to(device), (0, size), value=True)
+                real = take(real, slots.clamp_min(0))
+                exists = real if exists is None else real & exists
+            return replace(held, slots=slots.clamp_min(0), exists=exists)
+
+        self._each(laid_out)
+
     def known(self, level: int, device: torch.device) -> Tensor | None:
         """Which of them are no pads, bool (B, length), or None if all are real."""
         known = None if self.real is None else self.real.to(device)
@@ -129,7 +169,7 @@ class Record:
 
     def differs(self, level: int) -> bool:
         """Whether layers of this level hold something else than an unpruned layer would."""
-        return self.held[level].columns is not None
+        return self.held[level].cut
 
     @property
     def cut(self) -> bool:
@@ -173,7 +213,13 @@ class Record:
 
         self.real = picked(self.real)
         self._each(
-            lambda held: replace(held, columns=picked(held.columns), shift=picked(held.shift))
+            lambda held: replace(
+                held,
+                columns=picked(held.columns),
+                shift=picked(held.shift),
+                slots=picked(held.slots),
+                exists=picked(held.exists),
+            )
         )
 
     def _each(self, change: Callable[[Held], Held]) -> None:

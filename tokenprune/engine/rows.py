@@ -257,6 +257,21 @@ def read_rows(
     )
 
 
+def is_step(settings: Settings, inputs: Mapping[str, Any], length: int) -> bool:
+    """Whether a call goes on by one token of text, of which nobody asks where it stands.
+
+    Flash kernels do: by a mask whose length says how much of a fixed cache is filled.
+
+    Args:
+        settings: What `attach` was asked for.
+        inputs: Arguments of the decoder and of the modules above it.
+        length: Tokens of the call.
+    """
+    marked = inputs.get("visual_mask", settings.visual_mask) is not None
+    asked = marked or settings.window is not None or settings.anatomy.attention.startswith("flash")
+    return length == 1 and not asked and not shows_images(inputs)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def text(num_rows: int, length: int) -> Rows:
     """Rows of text without pads; the same ones for every step of a generation."""

@@ -21,6 +21,7 @@ from tokenprune.engine.caches import is_fixed
 from tokenprune.engine.levels import Level
 from tokenprune.engine.packing import check_cache, packed
 from tokenprune.engine.passes import Asked, Pass, Rotation
+from tokenprune.engine.record import Record
 from tokenprune.tensors import causal, hide_pads, take, to_device
 
 _ROTARY = "position_embeddings"
@@ -38,7 +39,9 @@ def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device) ->
     given = named.get("position_ids")
     num_rows, length = run.rows.shape
     if given is None:
-        given = torch.arange(run.offset, run.offset + length, device=device)[None]
+        given = torch.arange(length, device=device)[None]
+        # A fixed cache has its length on the device.
+        given = given + (run.cache.get_seq_length() if is_fixed(run.cache) else run.offset)
     given = given[0] if given.dim() > 2 else given
     given = given.expand(num_rows, -1)
     # A view would keep alive the tensor by which a recomputed layer finds its pass.
@@ -298,9 +301,11 @@ def allowed_keys(
 def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     """The attention mask of a level, in the form that the attention implementation reads."""
     device, attention = hidden.device, run.attention
-    level, before = run.laid(number, device), run.held(number)
+    level, fixed = run.laid(number, device), is_fixed(run.cache)
+    if fixed and run.record is not None and level.length == 1 and not attention.startswith("flash"):
+        return _mask_of_step(run, run.record, number, mask, hidden)
+    before = run.held(number)
     known = known_keys(run, level, number, device)
-    fixed = is_fixed(run.cache)
     if attention.startswith("flash"):
         if fixed and known is None:  # a mask's length says how much of the cache is filled
             filled = before + level.length
@@ -324,6 +329,28 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
         whole = isinstance(mask, Tensor) and mask.dim() == 4
         size = mask.shape[-1] if whole else run.cache.layers[0].max_cache_len
     return masks.form(allowed, attention, hidden.dtype, size)
+
+
+def _mask_of_step(run: Pass, record: Record, number: int, mask: Any, hidden: Tensor) -> Any:
+    """The mask of one token more over a cache of fixed size: nothing in it is a number of the host.
+
+    So that a compiled step is the same at every one.
+    """
+    device, held = hidden.device, record.held[number]
+    columns_BK, known = to_device(held.slots, device), to_device(held.exists, device)
+    assert columns_BK is not None
+    own = run.cache.layers[run.settings.level_of.index(number)]
+    given = to_device(masks.dense(mask, len(columns_BK)), device)
+    if given is None:
+        order = torch.arange(own.max_cache_len, device=device)
+        filled = (order <= own.get_seq_length()).expand(len(columns_BK), -1)
+    else:  # what is not filled yet is later than the token, which the mask of the whole hides
+        num_columns = given.shape[3]
+        filled = columns_BK < num_columns
+        given = take(given, columns_BK.clamp_max(num_columns - 1), dim=3)
+    filled = filled if known is None else filled & known
+    allowed = filled[:, None, None] if given is None else hide_pads(given, filled, None)
+    return masks.form(allowed, run.attention, hidden.dtype, own.max_cache_len)
 
 
 # ----------------------------------------------------------------------------- rotary embeddings
