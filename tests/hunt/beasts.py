@@ -90,6 +90,14 @@ def model_of(model_type: str, attention: str) -> PreTrainedModel:
     return model
 
 
+@functools.cache
+def assistant_of(model_type: str) -> PreTrainedModel:
+    """A model of the same weights that is never pruned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ZOO[model_type].build("eager")
+
+
 def draw_beast(seed: str, types: Sequence[str] = TYPES) -> Beast:
     rng = random.Random(seed)
     pick = rng.choice

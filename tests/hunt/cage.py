@@ -22,7 +22,7 @@ from zoo.flash import stand_in
 from zoo.specimen import TEXT
 
 import tokenprune as tp
-from hunt.beasts import Beast, model_of
+from hunt.beasts import Beast, assistant_of, model_of
 from hunt.replayed import held, replayed, traced
 from hunt.verdict import CLOSE, same_choice
 from tokenprune.families.anatomy import examine
@@ -36,13 +36,18 @@ class Impossible(Exception):
     """The unmodified model cannot do it."""
 
 
-def check(case: Beast) -> list[str]:
-    """`exact`, or why it was refused or is impossible; an error otherwise."""
+def check(case: Beast, often: float = 1.0) -> list[str]:
+    """`exact`, or why it was refused or is impossible; an error otherwise.
+
+    Args:
+        case: The case.
+        often: How often it is had in other ways, as a share of the usual.
+    """
     with stand_in() if case.attention.startswith("flash") else nullcontext():
-        return _check(case)
+        return _check(case, often)
 
 
-def _check(case: Beast) -> list[str]:
+def _check(case: Beast, often: float) -> list[str]:
     model = model_of(case.model_type, case.attention)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # models warn of much that is their own affair
@@ -61,18 +66,35 @@ def _check(case: Beast) -> list[str]:
             return ["impossible unpruned"]
         except ValueError as error:
             return [refusal(error).split(", got")[0].split(", for a strategy")[0]]
-        if case.way not in ("forward", "greedy"):
-            return ["exact"]
-        if not inputs["attention_mask"].all():  # rows with pads are refused
-            inputs = case.specimen.batch(model, case.prompts[:1])
-        by = functools.partial(_results, case, model, inputs)
-        try:
-            expected = by(None)
-        except ValueError as error:  # text of another row spared it that
-            if "expected at least one token to be left" in str(error):
-                return ["exact"]
+        return ["exact", *_in_other_ways(case, model, inputs, often)]
+
+
+def _in_other_ways(
+    case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor], often: float
+) -> Iterator[str]:
+    """A call without gradients by graphs; a generation by chance, and with an assistant."""
+    rng = random.Random(f"{case.seed}:ways")
+    if case.way in ("forward", "greedy") and rng.random() < often:
+        yield from _replayed(case, model, inputs)
+    if case.way != "greedy":
+        return
+    if rng.random() < 0.4 * often:
+        yield _by_chance(case, model, inputs)
+    if rng.random() < often:
+        yield from _assisted(case, model)
+
+
+def _replayed(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[str]:
+    if not inputs["attention_mask"].all():  # rows with pads are refused
+        inputs = case.specimen.batch(model, case.prompts[:1])
+    by = functools.partial(_results, case, model, inputs)
+    try:
+        expected = by(None)
+    except ValueError as error:  # text of another row spared it that
+        if "expected at least one token to be left" not in str(error):
             raise
-        return ["exact", replayed(expected, by)]
+    else:
+        yield replayed(expected, by)
 
 
 def _prune(case: Beast, model: PreTrainedModel, graphs: tp.Graphs | None = None) -> Any:
@@ -354,6 +376,55 @@ def _generates(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -
         torch.testing.assert_close(got.sequences_scores, expected.sequences_scores, **CLOSE)
     else:
         _same_words(got, expected)
+
+
+def _by_chance(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
+    """Logits of each step are right, up to another word, and words are drawn from them."""
+    options = {"do_sample": True, "top_k": 0, "output_scores": True}
+
+    def drawn() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            output = generate(model, inputs, **options)
+            torch.manual_seed(0)
+            words = [torch.multinomial(own.softmax(-1), 1) for own in output.scores]
+        assert torch.equal(output.sequences[:, -len(words) :], torch.cat(words, 1)), "words"
+        return output
+
+    with torch.no_grad(), _prune(case, model) as trace:
+        model(**inputs, use_cache=False)
+        seen = tp.Trace(stages=list(trace.stages))
+        ours = drawn()
+    if _known(case, trace) and not _by_position(case):
+        with torch.no_grad(), masked(model, inputs, seen):
+            theirs = drawn()
+        for step, pair in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+            torch.testing.assert_close(*pair, **CLOSE)
+            words = [each.sequences[:, step - len(ours.logits)] for each in (ours, theirs)]
+            if not torch.equal(*words):
+                break  # rounding, at the edge of a chance
+    return "sample: exact"
+
+
+def _assisted(case: Beast, model: PreTrainedModel) -> Iterator[str]:
+    """What a model without pruning guesses changes no word of the first row's."""
+    if "prompt_lookup" in case.specimen.unable:
+        return
+    inputs = case.specimen.batch(model, case.prompts[:1])
+    helps = {"assistant_model": assistant_of(case.model_type), "max_new_tokens": 8}
+    try:
+        generate(model, inputs, **helps)
+    except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
+        return
+    try:
+        with torch.no_grad(), _prune(case, model):
+            plain = generate(model, inputs, max_new_tokens=8)
+            guessed = generate(model, inputs, **helps)
+    except ValueError as error:
+        yield f"assisted: {refusal(error)}".split(", got")[0]
+    else:
+        _same_words(guessed, plain)
+        yield "assisted: exact"
 
 
 def _same_words(ours: Any, theirs: Any) -> None:

@@ -148,6 +148,8 @@ class Conversation:
     def _heard(self, trace: tp.Trace) -> Iterator[None]:
         """Notes what the trace and witnesses say after each call of the decoder."""
         witnesses = [own for own in self.case.strategies if isinstance(own, Witness)]
+        for witness in witnesses:
+            witness.notes.clear()  # of other runs
 
         def note(*args: Any) -> None:
             seen: dict[int, Any] = {}
