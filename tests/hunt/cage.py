@@ -300,7 +300,7 @@ def _train(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
                 loss.backward()
                 seen = tp.Trace(stages=list(trace.stages))
             found.append(_gradients(model))
-            model.gradient_checkpointing_disable()
+            _uncheckpointed(model)
         for other in found[1:]:  # reentrant ones stop at the tower, whose input needs no gradient
             _near(other, {name: found[0][name] for name in other}, "checkpoints: ")
         if not _known(case, trace):
@@ -313,8 +313,7 @@ def _train(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) -> No
         expected.backward()
         _near(found[0], _gradients(model))
     finally:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()  # whose hooks stay otherwise
+        _uncheckpointed(model)
         model.zero_grad()
         model.eval()
         for buffer, before in counted:
@@ -329,8 +328,13 @@ def _takes_reentrant(model: PreTrainedModel, inputs: dict[str, Tensor], labels: 
     except RuntimeError:
         return False
     finally:
-        model.gradient_checkpointing_disable()
+        _uncheckpointed(model)
     return True
+
+
+def _uncheckpointed(model: PreTrainedModel) -> None:
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()  # whose hooks stay otherwise
 
 
 def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
