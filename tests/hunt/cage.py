@@ -88,13 +88,15 @@ def _replayed(case: Beast, model: PreTrainedModel, inputs: dict[str, Tensor]) ->
     if not inputs["attention_mask"].all():  # rows with pads are refused
         inputs = case.specimen.batch(model, case.prompts[:1])
     by = functools.partial(_results, case, model, inputs)
+    pixels = {key: own.flip(0) * 0.5 for key, own in inputs.items() if own.is_floating_point()}
+    other = functools.partial(_results, case, model, inputs | pixels)
     try:
         expected = by(None)
     except ValueError as error:  # text of another row spared it that
         if "expected at least one token to be left" not in str(error):
             raise
     else:
-        yield replayed(expected, by)
+        yield replayed(expected, by, other)
 
 
 def _prune(case: Beast, model: PreTrainedModel, graphs: tp.Graphs | None = None) -> Any:

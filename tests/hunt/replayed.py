@@ -1,4 +1,4 @@
-"""The same call thrice by `tp.Graphs`: bit for bit what it gives without, replayed or refused.
+"""The same call by `tp.Graphs`: bit for bit what it gives without, replayed or refused.
 
 Graphs are the tape of `far.py`, which works on the host as well.
 """
@@ -9,6 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -32,27 +33,52 @@ def draw_replayed(case: Case, often: float) -> Case | None:
         return None
     if len({len(row) for row in case.turns[0].rows}) == 1 or rng.random() < 0.2:
         return case
-    # A row that says something in each turn.
-    spoken = [all(turn.rows[n] for turn in case.turns) for n in range(len(case.turns[0].rows))]
-    if not any(spoken):
+    # A row that says something in each turn, and has an image.
+    found = [
+        number
+        for number in range(len(case.turns[0].rows))
+        if all(turn.rows[number] for turn in case.turns)
+        and any(token.visual for turn in case.turns for token in turn.rows[number])
+    ]
+    if not found:
         return None
-    row = slice(spoken.index(True), spoken.index(True) + 1)
+    row = slice(found[0], found[0] + 1)
     turns = [replace(own, rows=own.rows[row], images=own.images[row]) for own in case.turns]
     return replace(case, turns=turns)
 
 
-def replayed(expected: Sequence[Tensor], run: Callable[[Graphs], Sequence[Tensor]]) -> str:
+def other_words(case: Case) -> Case:
+    """A case of the same kind, with other words and pictures."""
+    turns = []
+    for turn in case.turns:
+        rows = [
+            [token if token.visual else replace(token, id=token.id % 89 + 1) for token in row]
+            for row in turn.rows
+        ]
+        images = [[((seed + 1) % 6, size) for seed, size in own] for own in turn.images]
+        turns.append(replace(turn, rows=rows, images=images))
+    return replace(case, turns=turns)
+
+
+def replayed(
+    expected: Sequence[Tensor],
+    run: Callable[[Graphs], Sequence[Tensor]],
+    other: Callable[[Graphs], Any],
+) -> str:
     """`replayed`, or why not.
 
     Args:
         expected: What a call gives without graphs.
-        run: What it gives with them; the first call runs, the second is recorded.
+        run: What it gives with them.
+        other: A call of the same kind with other numbers, which is the one that is recorded.
     """
     graphs = tp.Graphs(2)
     with patch.object(Graphs, "_capture", capture), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="prune: expected prefills that can be captured")
-        for _ in range(3):
-            found = run(graphs)
+        for call in (run, other, run):
+            found = call(graphs)
+            if call is other:
+                continue
             assert len(found) == len(expected), "another number of results by graphs"
             for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
                 assert _is_same(ours, theirs), f"result {number} by graphs"

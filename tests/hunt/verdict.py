@@ -17,7 +17,7 @@ from hunt.draw import draw_ways
 from hunt.packed import PackedConversation, draw_packs
 from hunt.pictures import model_of, picture
 from hunt.reference import Row, as_cut, tower
-from hunt.replayed import draw_replayed, replayed
+from hunt.replayed import draw_replayed, other_words, replayed
 from hunt.talk import BEAMS, CHANCE, TEMPERATURE, Conversation, gradients
 from hunt.witness import Witness
 from tokenprune.strategy import DecoderKeys, Entered, Normed, decoder_rows
@@ -74,10 +74,17 @@ def _check_way(case: Case) -> str:
 
 
 def _check_replayed(case: Case) -> str:
-    def results(graphs: tp.Graphs | None) -> list[Tensor]:
+    def results(graphs: tp.Graphs | None, case: Case = case) -> list[Tensor]:
         conversation = Conversation(case, graphs)
         conversation.run()
         return conversation.results()
+
+    def other(graphs: tp.Graphs) -> None:
+        try:
+            results(graphs, other_words(case))
+        except ValueError as error:  # guesses are others
+            if not any(reason in str(error) for reason in reasons(case)):
+                raise
 
     try:
         expected = results(None)
@@ -85,7 +92,7 @@ def _check_replayed(case: Case) -> str:
         if any(reason in str(error) for reason in reasons(case)):
             return "not replayed: refused"
         raise
-    return replayed(expected, results)
+    return replayed(expected, results, other)
 
 
 def _check(conversation: Conversation) -> str:
