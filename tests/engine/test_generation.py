@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ROWS, batch, build
+from models import ROWS, SEED, batch, build
 from oracles import PDROP, SCHEDULE, decided
 from torch import nn
 from transformers import DynamicCache, QuantizedCache, cache_utils
@@ -46,6 +46,26 @@ def test_streams() -> None:
     with tp.prune(model, PDROP, SCHEDULE):
         whole = generate(model, batch(model, ROWS[:1]), streamer=heard)
     assert heard.tokens == whole[0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Passing `generation_config` together")  # transformers' own
+@pytest.mark.parametrize("policy", ["original", "renumbered"])
+@pytest.mark.parametrize(("family", "seed"), [("llava", SEED), ("llava", 7), ("llama", 7)])
+def test_an_assistant_changes_no_word(family, seed, policy) -> None:
+    """Not pruned, it guesses right or wrong; what was wrong is taken back."""
+    model, assistant = build("llava"), build(family, seed=seed)
+    inputs, calls = batch(model, ROWS[:1]), []
+    model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    with tp.prune(model, PDROP, SCHEDULE, policy) as trace, decided():
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        kept, alone = [stage.kept[0].tolist() for stage in trace.stages], len(calls)
+        calls.clear()
+        options = {"max_new_tokens": 12, "do_sample": False, "assistant_model": assistant}
+        got = model.generate(**inputs, **options)
+    assert torch.equal(got, expected)
+    assert [stage.kept[0].tolist() for stage in trace.stages] == kept
+    assert alone == 12
+    assert 1 < len(calls) <= 12
 
 
 @pytest.mark.parametrize("policy", ["original", "renumbered"])
