@@ -53,12 +53,17 @@ PACKED = [
     "tests/engine/test_cases.py",
     "tests/engine/test_engine.py",
 ]
+CAPTURED = ["tests/engine/test_graphs.py", "tests/engine/test_hunt.py"]
 CONCERNED = {
     "tokenprune/schedule.py": ["tests/test_schedule.py", "tests/engine/test_golden.py"],
     "tokenprune/tensors.py": ENGINE,
     "tokenprune/engine/*.py": ENGINE,
     "tokenprune/engine/packing.py": PACKED,
     "tokenprune/engine/sequences.py": PACKED,
+    "tokenprune/engine/captured.py": CAPTURED,
+    "tokenprune/engine/graphs.py": CAPTURED,
+    "tokenprune/engine/modules.py": CAPTURED,
+    "tokenprune/engine/trees.py": CAPTURED,
     "tokenprune/engine/settings.py": [*ENGINE, "tests/families/test_positions.py"],
     "tokenprune/cost/*.py": ["tests/cost"],
 }
