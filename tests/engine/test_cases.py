@@ -18,9 +18,11 @@ from oracles import SCHEDULE, all_visual, decided, masked, split
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
+from zoo import ZOO
 from zoo.flash import attention, stand_in
 
 import tokenprune as tp
+from tokenprune.engine.record import Held, Policy, Record
 
 UNIFORM, PDROP = tp.build_strategy("uniform"), tp.build_strategy("pyramiddrop")
 FROM_0 = tp.Schedule.pyramid(layers=[0, 3], lam=0.6)
@@ -301,6 +303,69 @@ def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
         inputs = batch(model, [ROWS[3], ROWS[1]])
         got = answer(model, inputs, past_key_values=cache, **options)
         assert torch.equal(got, sure_answer(model, inputs))
+
+
+def stepwise(model, inputs, schedule, policy, cache, steps: int = 6) -> torch.Tensor:
+    """Logits of a prompt's last token, and of tokens after it, one a call."""
+    said, mask = [], inputs["attention_mask"]
+    with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
+        said.append(model(**inputs, past_key_values=cache).logits[:, -1])
+        for number in range(steps):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            token = torch.full((len(mask), 1), 7 + number)
+            output = model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            said.append(output.logits[:, -1])
+    return torch.stack(said)
+
+
+def assert_fixed_is_dynamic(model, inputs, schedule, policy, size: int) -> None:
+    config = model.config.get_text_config()
+    caches = DynamicCache(config=config), StaticCache(config=config, max_cache_len=size)
+    given = (model, inputs, schedule, policy)
+    torch.testing.assert_close(*(stepwise(*given, cache) for cache in caches), **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_b4_a_fixed_cache_may_be_smaller_than_the_conversation(policy, attention) -> None:
+    """Cut before its first layer, it holds less, and masks are as long as it is."""
+    model = build("llava", attention)
+    inputs = batch(model, ROWS[:1])
+    size = inputs["input_ids"].shape[1] + 2
+    assert_fixed_is_dynamic(model, inputs, tp.Schedule.one_shot(0, 0.25), policy, size)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rows", [[0], [0, 2]], ids=["one", "ragged"])
+def test_b4_a_fixed_cache_says_where_a_step_stands(rows, policy) -> None:
+    """To layers that are given no positions, also when the first of them has taken the token in."""
+    model = build("llava", "eager")
+
+    def strip(module, args, kwargs):
+        return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_pre_hook(strip, with_kwargs=True)
+    inputs = batch(model, [ROWS[row] for row in rows])
+    assert_fixed_is_dynamic(model, inputs, tp.Schedule.one_shot(2, 0.5), policy, 96)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gemma3", "cohere2_vision"])
+@pytest.mark.filterwarnings("ignore")  # models warn of much that is their own affair
+def test_b4_layers_of_a_fixed_cache_may_be_of_several_sizes(name, attention) -> None:
+    """Those that slide have no more entries than their window."""
+    model = ZOO[name].build(attention)
+    inputs = ZOO[name].batch(model, [(3, "image", 5)])
+    inputs.pop("token_type_ids", None)
+    assert_fixed_is_dynamic(model, inputs, tp.Schedule.one_shot(1, 0.5), "original", 200)
+
+
+def test_b4_a_fixed_cache_that_is_too_small_is_refused() -> None:
+    held = Held(5, torch.arange(5)[None], False, None)
+    record = Record(Policy((0,), "original"), 9, [4], [False], 4, None, [held, held])
+    with pytest.raises(ValueError, match="expected a cache of at least 5 entries, got one of 4"):
+        record.lay_out([0, 4])
 
 
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])

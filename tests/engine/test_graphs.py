@@ -147,6 +147,22 @@ def test_every_model_type_is_replayed_or_runs(name) -> None:
     assert all(_WHY[name] in said for said in graphs.told), graphs.told
 
 
+@pytest.mark.filterwarnings("ignore")  # the mask of the whole model's features is the model's
+def test_features_of_tokens_that_are_not_all_marked_are_left_to_the_model() -> None:
+    """It adds them by a mask of its own, which is no matter where the first cut comes later."""
+    model = ZOO["qwen3_vl"].build("sdpa")
+    inputs = ZOO["qwen3_vl"].batch(model, [(3, "image", 5)])
+    marks = tp.visual_mask(model, inputs["input_ids"])
+    marks[0, marks[0].nonzero()[:2, 0]] = False
+    strategy, schedule = tp.build_strategy("pyramiddrop"), tp.Schedule.one_shot(layer=3, keep=0.5)
+    found = []
+    for graphs in (None, tp.Graphs(2)):
+        pruning = tp.prune(model, strategy, schedule, visual_mask=marks, graphs=graphs)
+        with torch.no_grad(), pruning:
+            found += [model(**inputs).logits for _ in range(2)]
+    assert all(torch.equal(found[0], logits) for logits in found[1:])
+
+
 def test_what_was_given_out_stays(models) -> None:
     """A later replay writes on nothing that an earlier one returned."""
     near_model, model = models["llava"]
@@ -327,7 +343,7 @@ def test_work_that_waits_for_the_device_runs_and_says_so(models, monkeypatch) ->
     own, graphs = far(batch(near_model, ROWS[:1])), tp.Graphs(2)
     with Device(), torch.no_grad(), tp.prune(model, kind(), SCHEDULE, graphs=graphs):
         first = model(**own).logits
-        with pytest.warns(UserWarning, match="not the device's alone .*not permitted"):
+        with pytest.warns(UserWarning, match="not the device's alone .*waits for the device"):
             second = model(**own).logits
         further = [model(**own).logits for _ in range(3)]
     for logits in (second, *further):

@@ -286,11 +286,10 @@ def write(
         held=held,
     )
     if is_fixed(cache):
-        by_level: dict[int, Any] = {}
+        sizes = [0] * len(held)  # of levels that no layer runs on
         for number, layer in zip(level_of, cache.layers, strict=False):
-            by_level.setdefault(number, layer)
-        # Levels that no layer runs on have no size.
-        record.lay_out([getattr(by_level.get(n), "max_cache_len", 0) for n in range(len(held))])
+            sizes[number] = max(sizes[number], layer.max_cache_len)
+        record.lay_out(sizes)
     keep(cache, record)
 
 

@@ -11,17 +11,24 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenprune.engine.trees import exchanged, tensors
 
+#: Operations whose result is a number, or as large as one, that only the device knows.
+_READS = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"),
+    *("_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"),
+}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_COPIES = {"_to_copy", "copy_"}
 #: Of work that fills given tensors: what it made, and what makes it anew in the same place.
 Recording = tuple[Any, Callable[[], None]]
 
@@ -114,11 +121,11 @@ class Graphs:
             if graph is None:
                 if not self._is_due(kind):
                     return None
-                while len(self._known) >= self.most:  # before its like is made
-                    self._met.pop(self._known.popitem(last=False)[0], None)
                 graph = self._record(given, fixed, work, owner)
                 if graph is None:
                     return None
+                while len(self._known) >= self.most:
+                    self._met.pop(self._known.popitem(last=False)[0], None)
                 self._known[kind], self._met[kind] = graph, True
             self._known.move_to_end(kind)
             self._follow_stream(graph.given[0].device)
@@ -155,16 +162,18 @@ class Graphs:
         if len(devices := {tensor.device for tensor in own.values()}) != 1:
             self.tell("inputs on several devices")
             return None
-        reads, failed = fixed(), []
+        failed: list[Exception] = []
 
         def noting() -> Any:
             try:
-                return work(exchanged(given, own), reads)
+                with _OnDevice():  # type: ignore[no-untyped-call]
+                    return work(exchanged(given, own), reads)
             except Exception as error:  # what ends a capture too early says less
                 failed.append(error)
                 raise
 
         try:
+            reads = fixed()
             made, replay = self._capture(noting, devices.pop())
         except Exception as error:
             self.tell(_reason(failed[0] if failed else error))
@@ -181,9 +190,11 @@ class Graphs:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream), _no_waiting():
+            # Of graphs that are all gone the memory is, too.
+            alive = any(known.given[0].device == device for known in self._known.values())
+            memory = self._memory.get(device) if alive else None
+            with torch.cuda.stream(stream):
                 # Other threads, such as those that load data, may go on meanwhile.
-                memory = self._memory.get(device)
                 graph.capture_begin(pool=memory, capture_error_mode="thread_local")
                 try:
                     made = work()
@@ -221,15 +232,26 @@ def _forget(graphs: weakref.ref[Graphs], owner: int) -> None:
         own._met.clear()
 
 
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Operations that wait for the device are errors, before they spoil a capture."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+class _OnDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what would wait for the device, before it spoils a capture; in this thread alone."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        if name in _READS or (name in _INDEXING and any(map(_marks, args[1]))):
+            raise RuntimeError(f"{name} waits for the device")
+        result = function(*args, **(kwargs or {}))
+        if name in _COPIES:
+            pair = (args[0], args[1] if name == "copy_" else result)
+            if pair[0].device != pair[1].device and pair[0].numel():
+                raise RuntimeError(f"{name} from {pair[0].device} to {pair[1].device} waits for it")
+        return result
+
+
+def _marks(index: Any) -> bool:
+    """Whether an index says of each entry whether it is meant: how many are, the device knows."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _reason(error: Exception) -> str:

@@ -44,6 +44,8 @@ def take_out(run: Pass, named: Mapping[str, Any], first: int) -> tuple[dict[str,
     num_visual = int(run.rows.visual.sum())
     num_marked = {len(of_layer) for of_layer in features.values()}
     if marked.shape != run.rows.shape or num_marked != {num_visual}:
+        if first < cuts[0]:  # the model may add those before the first cut itself
+            return take_out(run, named, cuts[0])
         raise ValueError(
             f"prune: expected {num_visual} visual tokens in a model that adds features to "
             f"them between its layers, got features of {sorted(num_marked)}, with cuts at "

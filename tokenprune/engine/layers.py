@@ -82,7 +82,7 @@ def enter(
     hidden = to_device(hidden, device)
     if run.positions is None and not run.idle:
         side.check_packed(run, named)
-        side.note_positions(run, named, device)
+        side.note_positions(run, named, device, site.layer)
     if run.late is not None:
         hidden = late.add(run, run.late, number - int(site.cuts), site.layer, hidden)
     if site.opens and run.prunes and run.open:

@@ -132,17 +132,25 @@ class Record:
         is the cache's to say.
 
         Args:
-            sizes: Entries that the layers of each level have.
+            sizes: Entries that layers of each level have at most.
+
+        Raises:
+            ValueError: If one is too small for what its layers hold.
         """
-        start, size_of = (
-            self.num_columns - self.tail,
-            dict(zip(map(id, self.held), sizes, strict=True)),
-        )
+        start, size_of = self.num_columns - self.tail, dict[int, int]()
+        for held, size in zip(self.held, sizes, strict=True):  # levels share what they hold
+            size_of[id(held)] = max(size, size_of.get(id(held), 0))
 
         def laid_out(held: Held) -> Held:
-            if held.columns is None:
+            size = size_of[id(held)]
+            if held.columns is None or size == 0:
                 return held
-            size, device = size_of[id(held)], held.columns.device
+            device = held.columns.device
+            if size < held.length:
+                raise ValueError(
+                    f"prune: expected a cache of at least {held.length} entries, got one of {size} "
+                    "in some layer. Make it larger, or leave cache_implementation out."
+                )
             new = torch.arange(start, start + size - held.length, device=device)
             slots = torch.cat([held.columns, new.expand(len(held.columns), -1)], 1)
             exists = slots >= 0 if held.ragged else None

@@ -34,18 +34,24 @@ _KNOWN = {
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device) -> None:
+def note_positions(run: Pass, named: Mapping[str, Any], device: torch.device, layer: int) -> None:
     """Notes the model's positions, as the first hooked layer shows them."""
     given = named.get("position_ids")
     num_rows, length = run.rows.shape
     if given is None:
-        given = torch.arange(length, device=device)[None]
-        # A fixed cache has its length on the device.
-        given = given + (run.cache.get_seq_length() if is_fixed(run.cache) else run.offset)
+        given = torch.arange(length, device=device)[None] + _before(run, layer)
     given = given[0] if given.dim() > 2 else given
     given = given.expand(num_rows, -1)
     # A view would keep alive the tensor by which a recomputed layer finds its pass.
     run.positions = run.apart(given if "position_embeddings" in named else given.clone(), 0)
+
+
+def _before(run: Pass, layer: int) -> Any:
+    """Tokens of the conversation before a pass, when it comes to a layer; a fixed cache counts."""
+    if run.record is None or not is_fixed(run.cache):
+        return run.offset
+    gone = run.record.num_columns - run.record.length(run.settings.level_of[layer])
+    return run.cache.layers[layer].get_seq_length() + gone
 
 
 def check_packed(run: Pass, named: Mapping[str, Any]) -> None:
@@ -303,7 +309,7 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     device, attention = hidden.device, run.attention
     level, fixed = run.laid(number, device), is_fixed(run.cache)
     if fixed and run.record is not None and level.length == 1 and not attention.startswith("flash"):
-        return _mask_of_step(run, run.record, number, mask, hidden)
+        return _mask_of_step(run, run.record, level, number, mask, hidden)
     before = run.held(number)
     known = known_keys(run, level, number, device)
     if attention.startswith("flash"):
@@ -331,7 +337,9 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     return masks.form(allowed, attention, hidden.dtype, size)
 
 
-def _mask_of_step(run: Pass, record: Record, number: int, mask: Any, hidden: Tensor) -> Any:
+def _mask_of_step(
+    run: Pass, record: Record, level: Level, number: int, mask: Any, hidden: Tensor
+) -> Any:
     """The mask of one token more over a cache of fixed size: nothing in it is a number of the host.
 
     So that a compiled step is the same at every one.
@@ -341,16 +349,21 @@ def _mask_of_step(run: Pass, record: Record, number: int, mask: Any, hidden: Ten
     assert columns_BK is not None
     own = run.cache.layers[run.settings.level_of.index(number)]
     given = to_device(masks.dense(mask, len(columns_BK)), device)
+    size = own.max_cache_len if given is None else given.shape[3]
+    # Before any of the level's layers adds to it. Some may have fewer entries than others.
+    order = torch.arange(columns_BK.shape[1], device=device)
+    filled = _once(run, level, ("filled",), lambda: order <= own.get_seq_length())
+    columns_BK = columns_BK[:, :size]
+    filled = filled[:size].expand_as(columns_BK)
+    if known is not None:
+        filled = filled & known[:, :size]
     if given is None:
-        order = torch.arange(own.max_cache_len, device=device)
-        filled = (order <= own.get_seq_length()).expand(len(columns_BK), -1)
-    else:  # what is not filled yet is later than the token, which the mask of the whole hides
-        num_columns = given.shape[3]
-        filled = columns_BK < num_columns
-        given = take(given, columns_BK.clamp_max(num_columns - 1), dim=3)
-    filled = filled if known is None else filled & known
-    allowed = filled[:, None, None] if given is None else hide_pads(given, filled, None)
-    return masks.form(allowed, run.attention, hidden.dtype, own.max_cache_len)
+        return masks.form(filled[:, None, None], run.attention, hidden.dtype, size)
+    # Text that a mask is too short for, since layers hold less than the conversation, is open.
+    shown = take(given, columns_BK.clamp_max(size - 1), dim=3)
+    opened = (columns_BK >= size)[:, None, None]
+    shown = shown | opened if shown.dtype == torch.bool else shown.masked_fill(opened, 0)
+    return masks.form(hide_pads(shown, filled, None), run.attention, hidden.dtype, size)
 
 
 # ----------------------------------------------------------------------------- rotary embeddings
