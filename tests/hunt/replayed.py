@@ -18,20 +18,26 @@ from torch import Tensor
 
 import tokenprune as tp
 from hunt.cases import Case
+from hunt.witness import Witness
 from tokenprune.engine.graphs import Graphs
 
 
 def draw_replayed(case: Case, often: float) -> Case | None:
-    """What of a case is tried; None if nothing is. Rows with pads are refused, mostly one is left.
+    """What of a case is tried; None if nothing is. What will be refused mostly is not.
 
     Args:
         case: The case.
         often: As a share of what can be.
     """
-    rng = random.Random(f"{case.seed}:replayed")
+    rng, first = random.Random(f"{case.seed}:replayed"), case.turns[0]
     if case.training != "no" or case.turns[-1].labelled or rng.random() >= often:
         return None
-    if len({len(row) for row in case.turns[0].rows}) == 1 or rng.random() < 0.2:
+    holes = any(token.hidden for row in first.rows for token in row)
+    counts = any(isinstance(own, Witness) or not own.keeps_exactly for own in case.strategies)
+    refused = holes or counts or case.cache == "static" or first.mask in ("bool", "float")
+    if refused and rng.random() < 0.8:
+        return None
+    if len({len(row) for row in first.rows}) == 1 or rng.random() < 0.1:
         return case
     # A row that says something in each turn, and has an image.
     found = [
