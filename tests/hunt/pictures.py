@@ -63,7 +63,7 @@ def picture(family: str, seed: int, size: tuple[int, int]) -> Picture:
         num_tiles = 1 + (4 if size == (64, 64) else 2)
         pixels = torch.randn(1, num_tiles, 3, 32, 32, generator=own)
         more = {"image_sizes": torch.tensor([size])}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         features = model.get_image_features(pixels, **more).pooler_output[0]
         hook.remove()
         (given,) = seen
@@ -100,7 +100,7 @@ def signals(family: str, seed: int, size: tuple[int, int]) -> dict[Any, Tensor]:
                 heard[key] = output[0] if isinstance(output, tuple) else output
 
             hooks.append(module.register_forward_hook(note))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         model.model.vision_tower(image.pixels.view(-1, 3, 32, 32))
     for hook in hooks:
         hook.remove()

@@ -53,14 +53,16 @@ def draw_replayed(case: Case, often: float) -> Case | None:
     return replace(case, turns=turns)
 
 
-def other_words(case: Case) -> Case:
-    """A case of the same kind, with other words and pictures."""
+def other_numbers(case: Case) -> Case:
+    """A case of the same kind, with other pictures, and other words where no ids say which.
+
+    On the host ids are at hand, and so of the kind; on a device they are not.
+    """
     turns = []
     for turn in case.turns:
-        rows = [
-            [token if token.visual else replace(token, id=token.id % 89 + 1) for token in row]
-            for row in turn.rows
-        ]
+        rows = turn.rows
+        if case.words == "embeds":
+            rows = [[replace(token, id=token.id % 89 + 1) for token in row] for row in rows]
         images = [[((seed + 1) % 6, size) for seed, size in own] for own in turn.images]
         turns.append(replace(turn, rows=rows, images=images))
     return replace(case, turns=turns)

@@ -17,7 +17,7 @@ from hunt.draw import draw_ways
 from hunt.packed import PackedConversation, draw_packs
 from hunt.pictures import model_of, picture
 from hunt.reference import Row, as_cut, tower
-from hunt.replayed import draw_replayed, other_words, replayed
+from hunt.replayed import draw_replayed, other_numbers, replayed
 from hunt.talk import BEAMS, CHANCE, TEMPERATURE, Conversation, gradients
 from hunt.witness import Witness
 from tokenprune.strategy import DecoderKeys, Entered, Normed, decoder_rows
@@ -81,7 +81,7 @@ def _check_replayed(case: Case) -> str:
 
     def other(graphs: tp.Graphs) -> None:
         try:
-            results(graphs, other_words(case))
+            results(graphs, other_numbers(case))
         except ValueError as error:  # guesses are others
             if not any(reason in str(error) for reason in reasons(case)):
                 raise
