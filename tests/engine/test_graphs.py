@@ -111,7 +111,7 @@ NOT_RECORDED = {
     "not the device's alone": ("chameleon", "ernie4_5_vl_moe"),
 }
 _WHY = {name: why for why, names in NOT_RECORDED.items() for name in names}
-_SOME = ("qwen3_vl", "internvl", "gemma3")
+_SOME = ("qwen3_vl", "internvl", "gemma3", "idefics2")
 #: They find their visual tokens by a mask of the call.
 _MASKED = ("kosmos-2", "kosmos-2.5")
 
@@ -178,6 +178,45 @@ def test_what_was_given_out_stays(models) -> None:
         model(**far(pictures(inputs, 3)))
     assert graphs.replays == 3
     assert all(torch.equal(near(part), own) for part, own in zip(parts, before, strict=True))
+
+
+def test_a_trace_is_of_its_own_call_whenever_it_is_looked_at(models) -> None:
+    near_model, model = models["llava"]
+    strategy, graphs = tp.build_strategy("pyramiddrop"), tp.Graphs(2)
+    calls = [far(pictures(batch(near_model, ROWS[:1]), seed)) for seed in range(4)]
+
+    def kept(trace):
+        with Device():
+            return [near(row).tolist() for stage in trace.stages for row in stage.kept]
+
+    def traced(inputs, graphs=None):
+        with Device(), torch.no_grad(), tp.prune(model, strategy, SCHEDULE, graphs=graphs) as trace:
+            model(**inputs)
+        return trace
+
+    expected = [kept(traced(inputs)) for inputs in calls]
+    assert len({str(own) for own in expected}) > 1
+    traces = [traced(inputs, graphs) for inputs in calls]
+    assert graphs.replays == 3
+    assert [kept(trace) for trace in traces] == expected
+
+
+def test_hooks_on_all_modules_go_on_being_called(models) -> None:
+    near_model, model = models["llava"]
+    own, graphs = far(batch(near_model, ROWS[:1])), tp.Graphs(2)
+    for register in (
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call(model, own, tp.build_strategy("fastv"), graphs)
+        finally:
+            handle.remove()
+        assert graphs.told == ["hooks of others on the decoder's layers"]
+        assert len(caught) <= 1
 
 
 @pytest.mark.parametrize("positions", tp.POSITIONS)
