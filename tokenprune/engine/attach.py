@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import caches, late, side
-from tokenprune.engine.captured import by_graph
+from tokenprune.engine.captured import by_graph, note
 from tokenprune.engine.cuts import begin
 from tokenprune.engine.graphs import Graphs
 from tokenprune.engine.layers import Site, by_name, enter
@@ -129,10 +129,13 @@ class Handle:
         @functools.wraps(forward)
         def replayed(*args: Any, **kwargs: Any) -> Any:
             run: Pass | None = getattr(thread, "run", None)
-            found = None
-            if run is not None and not torch.compiler.is_compiling():
-                found = by_graph(graphs, run, forward, args, kwargs, own, runs)
-            return forward(*args, **kwargs) if found is None else found
+            if run is None or torch.compiler.is_compiling():
+                return forward(*args, **kwargs)
+            output = by_graph(graphs, run, forward, args, kwargs, own, runs)
+            if output is None:
+                output = forward(*args, **kwargs)
+                note(run, kwargs, output)
+            return output
 
         if not self._shadow(decoder, "forward", replayed):
             graphs.tell("a decoder whose forward was replaced, as accelerate does")

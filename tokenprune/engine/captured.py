@@ -33,6 +33,12 @@ _CACHE = "past_key_values"
 _KERNELS = ("flash", "mem_efficient", "math", "cudnn")
 
 
+#: Whether the caches that a decoder makes for itself just grow.
+_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+#: Whether a decoder returns a cache, by what it is asked.
+_cached: WeakKeyDictionary[Any, dict[tuple[Any, bool], bool]] = WeakKeyDictionary()
+
+
 def by_graph(
     graphs: Graphs,
     run: Pass,
@@ -60,9 +66,8 @@ def by_graph(
     if (reason := next(_why_not(run, kwargs, modules), None)) is not None:
         graphs.tell(reason)
         return None
-    caches = kwargs.get("use_cache")
-    caches = getattr(decoder.config, "use_cache", True) if caches is None else caches
     theirs = kwargs.get(_CACHE)
+    caches = _returns(decoder, kwargs)
     theirs = empty_cache(decoder) if theirs is None and caches else theirs
     # The graph's own call has a cache of its own, also where none is wanted: without one,
     # transformers looks for packed sequences among the positions.
@@ -91,6 +96,21 @@ def by_graph(
     for number, pair in enumerate(held):
         _fill(theirs, number, *pair)
     return output(**others, **({_CACHE: theirs} if caches else {}))
+
+
+def note(run: Pass, kwargs: Mapping[str, Any], output: Any) -> None:
+    """Notes whether a decoder that has run returned a cache: some make none that is not given."""
+    known = _cached.setdefault(run.settings.anatomy.decoder, {})
+    known[_asked(kwargs)] = getattr(output, _CACHE, None) is not None
+
+
+def _returns(decoder: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a decoder would return a cache, as it did when it ran."""
+    return _cached.get(decoder, {}).get(_asked(kwargs), True)
+
+
+def _asked(kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+    return kwargs.get("use_cache"), kwargs.get(_CACHE) is not None
 
 
 def _run(
@@ -208,9 +228,6 @@ def _modes() -> tuple[Any, ...]:
 def empty_cache(decoder: Any) -> Any:
     """A cache as decoders make one that are given none."""
     return DynamicCache(config=decoder.config)
-
-
-_plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def _makes_plain(decoder: Any) -> bool:

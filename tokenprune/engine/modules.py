@@ -6,7 +6,7 @@ Two calls on which it is the same launch the same on the same weights, as far as
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 #: What each module has; the rest is its own.
 _ANY = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype))
 _TABLES = ("_parameters", "_buffers")
 #: Where transformers has hooks by which it collects hidden states and attention weights.
 _OUTPUTS = "transformers.utils.output_capturing"
@@ -47,45 +47,53 @@ def walk(decoder: nn.Module, hooks: Collection[int]) -> Modules:
         decoder: The decoder.
         hooks: Those that do not count, by their numbers.
     """
-    found: list[Any] = [*_plain(vars(getattr(decoder, "config", object)))]
-    devices, addressed = set(), True
+    found: list[Any] = []
+    _note(found, vars(getattr(decoder, "config", object())))
+    devices: set[torch.device] = set()
+    addressed = True
     heard = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-    for module in decoder.modules():
+    met, ahead = set(), [decoder]
+    while ahead:  # by hand: `modules()` takes as long again, and a GPU waits meanwhile
+        module = ahead.pop()
+        if module is None or id(module) in met:
+            continue
+        met.add(id(module))
         own = vars(module)
-        found += [id(module), own["training"]]
+        found += (id(module), own["training"])
         for table in _TABLES:
             for tensor in own[table].values():
                 if tensor is None:
                     continue
                 address = tensor.data_ptr()
-                addressed &= address != 0 or tensor.numel() == 0
+                addressed = addressed and (address != 0 or tensor.numel() == 0)
                 devices.add(tensor.device)
-                found += [address, tensor.shape, tensor.dtype]
-        for name, value in own.items():
-            if name not in _ANY and (name != "forward" or module is not decoder):
-                found += _plain(value) if name != "forward" else [value]
-        if module is not decoder:
-            numbers = [number for table in _HOOKS for number in own[table] if number not in hooks]
-            heard = heard or any(map(_is_others, _hooks(own, numbers)))
+                found += (address, tensor.shape, tensor.dtype)
+        if "forward" in own and module is not decoder:  # the decoder's leads here
+            found.append(own["forward"])
+        if type(module) is not nn.Linear:  # whose weights say all, and which are most
+            for name, value in own.items():
+                if name not in _ANY:
+                    _note(found, value)
+        for table in _HOOKS:
+            if own[table] and module is not decoder and not heard:
+                numbered = own[table].items()
+                heard = any(number not in hooks and _is_others(h) for number, h in numbered)
+        ahead += own["_modules"].values()
     return Modules(tuple(found), frozenset(devices), addressed, heard)
 
 
-def _plain(values: Any) -> Iterator[Any]:
-    """Plain values wherever they stand, as the settings of an adapter do."""
-    if isinstance(values, _PLAIN):
-        yield values
-    elif isinstance(values, (list, tuple)):
+def _note(found: list[Any], values: Any) -> None:
+    """Notes plain values wherever they stand, as the settings of an adapter do."""
+    kind = type(values)  # to ask a config of transformers for its class takes long
+    if kind in _PLAIN:
+        found.append(values)
+    elif kind is list or kind is tuple:
         for own in values:
-            yield from _plain(own)
-    elif isinstance(values, dict):
+            _note(found, own)
+    elif kind is dict:
         for name, own in values.items():
-            yield name
-            yield from _plain(own)
-
-
-def _hooks(own: dict[str, Any], numbers: Collection[int]) -> Iterator[Any]:
-    for table in _HOOKS:
-        yield from (hook for number, hook in own[table].items() if number in numbers)
+            found.append(name)
+            _note(found, own)
 
 
 def _is_others(hook: Any) -> bool:
