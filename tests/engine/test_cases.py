@@ -305,6 +305,28 @@ def test_b4_a_cache_of_fixed_size_is_reset(schedule, policy, family) -> None:
         assert torch.equal(got, sure_answer(model, inputs))
 
 
+@pytest.mark.parametrize("queries", ["last", "all"])
+def test_a1_flash_scores_do_not_see_a_pad_that_came_alone(queries) -> None:
+    """A row that has no token in a call of one: only the mask says so, of a later image as well."""
+    strategy = tp.build_strategy("pyramiddrop", queries=queries)
+    told = []
+    for kind in ("eager", "flash_attention_2"):
+        model = build("llava", "eager")
+        first, image = batch(model, [ROWS[1], ROWS[1]]), batch(model, ROWS[:1])
+        pruning = tp.prune(model, strategy, SCHEDULE)
+        with stand_in(), attention(model, kind), torch.no_grad(), pruning as trace:
+            cache = model(**first, use_cache=True).past_key_values
+            mask = torch.cat([first["attention_mask"], torch.tensor([[1], [0]])], 1)
+            token = torch.full((2, 1), 7)
+            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            later = {name: torch.cat([value] * 2) for name, value in image.items()}
+            later["attention_mask"] = torch.cat([mask, later["attention_mask"]], 1)
+            model(**later, past_key_values=cache)
+            told.append([row for stage in trace.stages for row in stage.scores])
+    for ours, theirs in zip(*told, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
 def stepwise(model, inputs, schedule, policy, cache, steps: int = 6) -> torch.Tensor:
     """Logits of a prompt's last token, and of tokens after it, one a call."""
     said, mask = [], inputs["attention_mask"]

@@ -79,7 +79,7 @@ def attend(run: Pass, number: int, asked: Asked, request: DecoderRows) -> Tensor
             return take(part, seats_BV, dim=2)
         rows_BQ = rows if isinstance(rows, Tensor) else _last(level.length, run, device)
         allowed_of = allowed_keys(run, level, holding, asked.mask, device)
-        known = known_keys(run, level, holding, device)
+        known = known_keys(run, level, holding, asked.mask, device)
         total: Tensor | None = None
         num_rows, num_heads = projected.queries.shape[:2]
         chunk = max(1, CHUNK_BYTES // (4 * num_rows * num_heads * keys.shape[2]))
@@ -173,8 +173,9 @@ def _sees_all(run: Pass, number: int, holding: int, asked: Asked) -> bool:
     """Whether the last position of each row attends to all keys, as far as the host can tell."""
     level = run.levels[number]
     mask = asked.mask
-    given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     record = run.record
+    over_columns = isinstance(mask, Tensor) and mask.dim() == 2
+    given = mask is not None and not (over_columns and record is None)
     padded = level.real is not None or (
         record is not None and (record.real is not None or record.held[holding].ragged)
     )

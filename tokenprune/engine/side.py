@@ -246,17 +246,32 @@ def _parameters(kind: Any) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------- masks
 
 
-def known_keys(run: Pass, level: Level, holding: int, device: torch.device) -> Tensor | None:
-    """Which keys are real, bool (B, K): those held from before, then the level's; None if all."""
+def known_keys(
+    run: Pass, level: Level, holding: int, mask: Any, device: torch.device
+) -> Tensor | None:
+    """Which keys are real, bool (B, K): those held from before, then the level's; None if all.
+
+    Args:
+        run: The pass.
+        level: That of the rows that ask.
+        holding: Level of the layer's cache.
+        mask: What the layer was given. One over columns (flash) may hide what nobody has noted:
+            of a token alone it is not asked whether it is a pad.
+        device: The layer's.
+    """
     held = None if run.record is None else run.record.known(holding, device)
+    shown = None
+    if run.record is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        shown = take(to_device(mask, device).bool(), _key_columns(run, level, holding, device))
     if level.real is None and held is None:
-        return None
+        return shown
     num_rows, before = len(level.num_real), run.held(holding)
     parts = [
         torch.ones(num_rows, size, dtype=torch.bool, device=device) if part is None else part
         for part, size in ((held, before), (level.real, level.length))
     ]
-    return torch.cat(parts, 1)
+    known = torch.cat(parts, 1)
+    return known if shown is None else known & shown
 
 
 def _columns(level: Level, device: torch.device) -> Tensor:
@@ -311,15 +326,12 @@ def _mask(run: Pass, number: int, mask: Any, hidden: Tensor) -> Any:
     if fixed and run.record is not None and level.length == 1 and not attention.startswith("flash"):
         return _mask_of_step(run, run.record, level, number, mask, hidden)
     before = run.held(number)
-    known = known_keys(run, level, number, device)
+    known = known_keys(run, level, number, mask, device)
     if attention.startswith("flash"):
         if fixed and known is None:  # a mask's length says how much of the cache is filled
             filled = before + level.length
             known = torch.ones(len(level.num_real), filled, dtype=torch.bool, device=device)
-        if run.record is None or not (isinstance(mask, Tensor) and mask.dim() == 2):
-            return known  # None keeps the fast kernel
-        shown = take(to_device(mask, device).bool(), _key_columns(run, level, number, device))
-        return shown if known is None else shown & known
+        return known  # None keeps the fast kernel
     given = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     # Without a mask, the kernel lets one token see all keys, and several see those before them.
     implied = not fixed if level.length == 1 else before == 0
