@@ -464,6 +464,18 @@ def test_threads_take_turns(models) -> None:
         assert torch.equal(logits, expected[number])
 
 
+def test_a_choice_on_the_host_after_one_on_the_device_runs_and_says_so(models) -> None:
+    near_model = models["llava"][0]
+    parts = map(tp.build_strategy, ("pyramiddrop", "uniform", "fastv"))
+    strategy, graphs = tp.PerStage(tuple(parts)), tp.Graphs(2)
+    own = batch(near_model, ROWS[:1])
+    with torch.no_grad(), tp.prune(near_model, strategy, SCHEDULE, graphs=graphs):
+        with pytest.warns(UserWarning, match="got Uniform after PyramidDrop, on the host"):
+            near_model(**own)
+        near_model(**own)
+    assert graphs.replays == 0
+
+
 def refusals():
     yield "padded", "packed or padded", {}
     yield "gradients", "outside torch.no_grad", {}

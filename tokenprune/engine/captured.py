@@ -8,6 +8,7 @@ that only the device knows are what the graph reads.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -181,6 +182,9 @@ def _why_not(run: Pass, kwargs: Mapping[str, Any], modules: Modules) -> Iterator
             yield f"{type(strategy).__name__}, which says how many tokens it keeps"
         if Question() in strategy.needs():
             yield f"{type(strategy).__name__}, which reads the question's words"
+    for earlier, strategy in itertools.pairwise(settings.strategies):
+        if strategy.blind and not earlier.blind:  # it chooses on the host, of what that has left
+            yield f"{type(strategy).__name__} after {type(earlier).__name__}, on the host"
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         yield "a call for the attention or the hidden states of each layer"
     if kwargs.get("return_dict") is False:
