@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ROWS, SEED, batch, build
+from models import ROWS, SEED, Row, batch, build
 from oracles import PDROP, SCHEDULE, decided
 from torch import nn
 from transformers import DynamicCache, QuantizedCache, cache_utils
@@ -66,6 +66,29 @@ def test_an_assistant_changes_no_word(family, seed, policy) -> None:
     assert [stage.kept[0].tolist() for stage in trace.stages] == kept
     assert alone == 12
     assert 1 < len(calls) <= 12
+
+
+class KeepFirst(tp.ScoreStrategy):
+    """Keeps the first tokens, so that the last one goes."""
+
+    def score(self, view):
+        return -torch.arange(view.valid.shape[1]).expand(view.valid.shape).float()
+
+
+@pytest.mark.filterwarnings("ignore:Passing `generation_config` together")  # transformers' own
+def test_no_guess_asks_in_place_of_an_image_that_ends_the_prompt() -> None:
+    """Its last token asks, and is dropped: then the last one before the guesses does."""
+    model = build("llava")
+    inputs = batch(model, [Row([5, (30, 60)])])
+    strategy = tp.PerStage((KeepFirst(), PDROP, PDROP))
+    schedule = tp.Schedule.pyramid(layers=[1, 2, 4], lam=0.6)
+    kept, said = [], []
+    with tp.prune(model, strategy, schedule) as trace:
+        for own in ({}, {"assistant_model": build("llava")}):
+            said.append(model.generate(**inputs, max_new_tokens=8, do_sample=False, **own))
+            kept.append([stage.kept[0].tolist() for stage in trace.stages])
+    assert kept[0] == kept[1]
+    assert torch.equal(*said)
 
 
 @pytest.mark.parametrize("policy", ["original", "renumbered"])

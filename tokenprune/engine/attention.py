@@ -149,13 +149,14 @@ def _rows(
     rows_BQ = level.find(asking_BQ)
     if not run.rows.visual_asks or level.columns is None:
         return rows_BQ, weights
-    # A row that asks may be a visual token, and go: the others count on, or else the last token.
+    # A row that asks may be a visual token, and go: the others count on, or else the last token
+    # before guesses.
     rows_BQ = rows_BQ.clamp_max(level.length - 1)
     weights = weights * (take(level.columns, rows_BQ) == asking_BQ)
     total_B1 = weights.sum(1, keepdim=True)
     gone_B1 = (total_B1 == 0) & (plan.num_asking > 0)
     first_BQ = torch.arange(asking_BQ.shape[1], device=device) == 0
-    last_B1 = _last(level.length, run, device, number)
+    last_B1 = (_last(level.length, run, device, number) - run.rows.guesses).clamp_min(0)
     rows_BQ = torch.where(gone_B1 & first_BQ, last_B1, rows_BQ)
     weights = torch.where(gone_B1, first_BQ.float(), weights / total_B1.clamp_min(1e-9))
     return rows_BQ, weights
