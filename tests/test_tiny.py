@@ -70,6 +70,7 @@ def test_it_answers_and_pruning_matters(tiny) -> None:
     assert guided > chance + 0.2
 
 
+@pytest.mark.matrix
 def test_renumbered_positions_do_not_lose_it(tiny) -> None:
     published = answers(tiny, tp.published("pyramiddrop", num_layers=8))
     assert mean(published.values()) > 0.9, published

@@ -117,6 +117,7 @@ def test_a_run_by_command(
     assert Path("here/bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.matrix
 def test_a_sweep_ends_in_one_table_and_skips_what_is_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

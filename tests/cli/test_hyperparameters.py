@@ -24,7 +24,7 @@ COMMANDS = {
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize("logger", LOGGERS)
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 def test_i4_a_logger_has_the_config(command: str, logger: str, checkpoint: Path) -> None:
     if logger == "tensorboard":
         pytest.importorskip("tensorboard")

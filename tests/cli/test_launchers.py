@@ -153,7 +153,7 @@ def test_g1_what_leaves_nothing_works_anywhere(command: str, around: str) -> Non
 @pytest.mark.parametrize("command", ["eval", "train"])
 @pytest.mark.parametrize("more", [[], ["trainer=ddp"], ["trainer=fsdp"]], ids=" ".join)
 @pytest.mark.parametrize("value", [2, 0, "null2"])
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_g3_machines_that_nobody_has_started_are_refused_at_once(
     command: str, more: list[str], value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +179,7 @@ def test_g3_started_once_a_machine_it_becomes_a_torchrun(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("around", ALONE, indirect=True)
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_g1_a_process_alone_runs(around: str, checkpoint: Path) -> None:
     own = [*random_llava(checkpoint), *TINY, "data.test.num_samples=2", "hydra.run.dir=run"]
     assert cli.main(["eval", *own]) == 0

@@ -35,7 +35,7 @@ def _slurm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("_slurm")
 @pytest.mark.filterwarnings("error:The .srun. command:UserWarning")
 @pytest.mark.parametrize("command", ["eval", "train"])
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_a_run_says_nothing_alarming(
     command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,7 +60,7 @@ from tokenprune.cli.mistakes import explain
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_mistakes_cost_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], checkpoint: Path
 ) -> None:

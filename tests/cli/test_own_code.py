@@ -63,7 +63,7 @@ def command(name: str, checkpoint: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize(("name", "way"), SAMPLE)
-@pytest.mark.share(5)
+@pytest.mark.share(10)
 def test_i1_i3_a_strategy_of_your_own_works_in_every_command(
     name: str, way: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +271,7 @@ def test_i3_a_folder_and_a_search_path_and_a_package_s(
     assert "_target_: own_norm.N\n" in capsys.readouterr().out
 
 
+@pytest.mark.matrix
 def test_imports_register_names_for_every_command(
     own: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

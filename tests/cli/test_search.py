@@ -57,7 +57,7 @@ def own_configs(folder: Path) -> list[str]:
         ("choice(fastv,none)", ["fastv", "none"]),
     ],
 )
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_h5_a_pattern_is_all_that_fits(
     pattern: str, expected: list[str], seen: list[DictConfig]
 ) -> None:
@@ -208,6 +208,7 @@ def test_i4_another_s_sweeper_maximizes_accuracy_and_has_a_table(
     assert all((folder / row["run"] / "metrics.json").is_file() for row in rows)
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize(
     ("monitor", "direction"), [("val_loss", "minimize"), ("val_accuracy", "maximize")]

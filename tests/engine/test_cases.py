@@ -563,7 +563,7 @@ def trained(model, samples: Samples, folder, **options) -> tuple[dict, dict]:
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.share(3)
+@pytest.mark.share(6)
 def test_c1_the_trainer_measures_what_the_masked_model_gives(side, smoothing, tmp_path) -> None:
     model, reference = build("llava"), build("llava")
     inputs, labels, _ = answered(model, side)

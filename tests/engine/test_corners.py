@@ -533,7 +533,7 @@ def test_side_tensors_follow_the_layers_of_a_model_spread_over_devices(
 
 @pytest.mark.parametrize("name", ["uniform", "pyramiddrop"])
 @pytest.mark.parametrize("policy", ["original", "renumbered"])
-@pytest.mark.share(3)
+@pytest.mark.share(4)
 def test_training_steps_leave_no_pass_behind(name, policy) -> None:
     model = build("llava").train()
     inputs, labels = labelled(model, "left")

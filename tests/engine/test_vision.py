@@ -114,7 +114,7 @@ def test_signals_at_a_later_cut(model_type, known) -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2},
                                      {"do_sample": True, "num_return_sequences": 2}])  # fmt: skip
 @pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.share(5)
+@pytest.mark.share(7)
 def test_signals_of_a_generation(model_type, options, known) -> None:
     specimen, model, inputs, strategy = prepared(model_type)
     if options and "beams" in specimen.unable:

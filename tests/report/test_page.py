@@ -76,6 +76,7 @@ def test_finding_is_computed_from_the_tightest_common_budget(sweep: Path, page: 
     assert f"the unpruned model {100 * float(whole['accuracy']):.1f} %" in sentence
 
 
+@pytest.mark.matrix
 def test_page_fetches_nothing_and_runs_only_its_own_script(sweep: Path, page: Reader) -> None:
     assert page.addresses()
     assert all(address.startswith("data:image/") for address in page.addresses())

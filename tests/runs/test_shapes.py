@@ -58,6 +58,7 @@ def test_sizes_that_no_decoder_has(override: str, message: str) -> None:
         decoder_shape(compose("bench", ["shape=tiny", override]))
 
 
+@pytest.mark.matrix
 def test_any_checkpoint_s_config_will_do(tmp_path: Path) -> None:
     """A folder with nothing but config.json: the decoder of a vision-language model."""
     text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4,

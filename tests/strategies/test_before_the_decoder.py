@@ -253,6 +253,7 @@ def test_vispruner(case: Any, important: float) -> None:
         assert kept[number].nonzero()[:, 0].tolist() == expected
 
 
+@pytest.mark.matrix
 @given(
     case=cases(),
     neighbours=st.sampled_from([0, 3]),

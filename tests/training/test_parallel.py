@@ -107,6 +107,7 @@ def test_a_process_without_a_supervised_token_changes_nothing_for_the_other(tmp_
     assert_same(one, two)
 
 
+@pytest.mark.matrix
 def test_batches_without_a_supervised_token_are_counted_and_teach_nothing(tmp_path):
     everything = frozenset(f"train-0-{index}" for index in range(24))
     none = six_steps(tmp_path / "none", "pyramiddrop", masked=everything, weight_decay=0.0)
