@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import ROWS, SEED, Row, batch, build
+from models import IMAGE, ROWS, SEED, Row, batch, build
 from oracles import PDROP, SCHEDULE, decided
 from torch import nn
 from transformers import DynamicCache, QuantizedCache, cache_utils
@@ -66,6 +66,25 @@ def test_an_assistant_changes_no_word(family, seed, policy) -> None:
     assert [stage.kept[0].tolist() for stage in trace.stages] == kept
     assert alone == 12
     assert 1 < len(calls) <= 12
+
+
+@pytest.mark.filterwarnings("ignore:Passing `generation_config` together")  # transformers' own
+def test_a_guess_is_no_image_whatever_its_number() -> None:
+    """The assistant says a placeholder's id, in the first call already."""
+    model, assistant = build("llava_next"), build("llava_next")
+    with torch.no_grad():
+        assistant.lm_head.weight.zero_()
+        head = assistant.lm_head.weight[IMAGE]
+        assistant.get_decoder().norm.register_forward_hook(
+            lambda module, args, output: torch.ones_like(output)
+        )
+        head.fill_(1.0)
+    inputs = batch(model, [Row([9])])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with tp.prune(model, PDROP, SCHEDULE):
+        expected = model.generate(**inputs, **options)
+        got = model.generate(**inputs, **options, assistant_model=assistant)
+    assert torch.equal(got, expected)
 
 
 class KeepFirst(tp.ScoreStrategy):

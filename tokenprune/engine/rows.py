@@ -212,6 +212,7 @@ def read_rows(
     visual = nothing
     if by_ids:
         visual = np.isin(fetched["ids"], settings.anatomy.visual_ids) & real
+        visual[:, length - guesses :] = False  # text, whatever their numbers
     elif marks is not None:
         times = num_rows // marks.shape[0]
         visual = (fetched.pop("visual") != 0).repeat(times, 0) & real
