@@ -20,6 +20,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+#: Cases of a test that run by default, at most.
+MOST = 8
+#: Files whose cases all do, but for shares.
+WHOLE = {"test_golden.py", "test_hunt.py"}
 #: Variables that stay: where programs are found, and what a processor's kernels are chosen by.
 KEPT = {"LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "VIRTUAL_ENV"}
 KEPT_STARTS = ("ATEN_", "COV", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "PYTEST_")
@@ -101,8 +105,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `share(n)` one case in n runs by default, the others by `make test-all`.
 
-    Which ones looks like chance and is the same everywhere, so that of each way some are tried.
-    `--draw` takes other tests every time.
+    And of any test in a room no more than `MOST`, but of what published code gave. Which ones looks
+    like chance and is the same everywhere, so that of each way some are tried. `--draw` takes other
+    tests every time.
     """
     if (share := config.getoption("draw")) < 1:
         seed = config.getoption("randomly_seed", 0)
@@ -111,11 +116,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         del items[number:]
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("share") and not item.get_closest_marker("matrix"):
+        if not item.get_closest_marker("matrix"):
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for own in cases.values():
+        share, path = own[0].get_closest_marker("share"), own[0].path
+        whole = path.parent == TESTS or path.name in WHOLE
+        number = math.ceil(len(own) / (share.args[0] if share else 1))
         own.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for item in own[math.ceil(len(own) / own[0].get_closest_marker("share").args[0]) :]:
+        for item in own[number if whole else min(number, MOST) :]:
             item.add_marker(pytest.mark.matrix)
 
 
