@@ -100,6 +100,7 @@ def test_other_errors_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.measure(config())
 
 
+@pytest.mark.matrix
 def test_a_run_by_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def command(name: str, checkpoint: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on what is so small
 @pytest.mark.parametrize(("name", "way"), SAMPLE)
-@pytest.mark.share(10)
+@pytest.mark.share(20)
 def test_i1_i3_a_strategy_of_your_own_works_in_every_command(
     name: str, way: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +165,7 @@ def test_i2_a_broken_import_is_one_line(
         "list imports=[own_broken]",
     ],
 )
-@pytest.mark.share(4)
+@pytest.mark.share(8)
 def test_i2_a_broken_import_of_anything_is_one_line(
     words: str, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

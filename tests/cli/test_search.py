@@ -46,6 +46,7 @@ def own_configs(folder: Path) -> list[str]:
     return ["--config-dir", str(folder)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

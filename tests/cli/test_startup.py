@@ -130,6 +130,7 @@ COSTS = [
         *("mistakes", "all", "costs", "every"),
     ],
 )
+@pytest.mark.share(4)
 def test_a_command_loads_what_it_needs(
     commands: Sequence[tuple[str, int]], expected: list[str]
 ) -> None:

@@ -725,6 +725,7 @@ def test_k1_guidance_keeps_the_trace_of_the_image(scale) -> None:
         assert [stage.kept[0].tolist() for stage in trace.stages] == expected
 
 
+@pytest.mark.matrix
 def test_k2_export_of_a_pruned_model_is_refused() -> None:
     model = build("llava")
     one = batch(model, [ROWS[0]])

@@ -124,7 +124,7 @@ def test_every_strategy_has_a_count() -> None:
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
 @pytest.mark.parametrize("name", sorted(set(PER_CUT) - READS_TOWER))
-@pytest.mark.share(5)
+@pytest.mark.share(12)
 def test_launches_of_a_cut(model, name, positions, num_rows) -> None:
     embeds, mask = inputs(num_rows)
     plain, _ = prefill(model, embeds)
@@ -137,7 +137,7 @@ def test_launches_of_a_cut(model, name, positions, num_rows) -> None:
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
 @pytest.mark.parametrize("name", sorted(READS_TOWER))
-@pytest.mark.share(6)
+@pytest.mark.share(12)
 def test_launches_of_a_cut_that_reads_the_tower(seeing, name, positions, num_rows) -> None:
     """What is heard of the tower is counted, too."""
     ids = torch.randint(1, 90, (num_rows, VISUAL + TEXT), generator=torch.Generator())

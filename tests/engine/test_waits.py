@@ -63,7 +63,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "positions", "rows"), [*cases()])
-@pytest.mark.share(4)
+@pytest.mark.share(12)
 def test_a_call_with_images_asks_once(models, name, positions, rows) -> None:
     """Of the tower there goes up which patches make a token, of a grid where each token is."""
     near_model, model = models["llava_next" if rows == "one" else "llava"]

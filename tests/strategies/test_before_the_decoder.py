@@ -229,6 +229,7 @@ def signals(rows: list[Row], width: int, seed: int) -> tuple[Tensor, Tensor]:
     return attention, states
 
 
+@pytest.mark.matrix
 @given(case=cases())
 def test_fastervlm(case: Any) -> None:
     rows, width, keep, seed = case
@@ -240,6 +241,7 @@ def test_fastervlm(case: Any) -> None:
         assert kept[number].nonzero()[:, 0].tolist() == fastervlm(row, scores, keep[number])
 
 
+@pytest.mark.matrix
 @given(case=cases(), important=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_vispruner(case: Any, important: float) -> None:
     rows, width, keep, seed = case
@@ -284,6 +286,7 @@ def test_prumerge(case: Any, neighbours: int, spread: float, count: str) -> None
             torch.testing.assert_close(selection.weights[number, place], expected)
 
 
+@pytest.mark.matrix
 @given(case=cases(), contextual=st.sampled_from([0.0, 10 / 64, 0.5, 1.0]))
 def test_visionzip(case: Any, contextual: float) -> None:
     rows, width, keep, seed = case

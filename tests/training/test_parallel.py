@@ -57,6 +57,7 @@ def assert_same(one, other, tolerance=1e-4):
         torch.testing.assert_close(other["trained"][name], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("options", [{}, {"tuning": "lora"}], ids=["full", "lora"])
 @pytest.mark.share(2)
 def test_accumulated_ragged_batches_are_one_batch(tmp_path, options):

@@ -588,6 +588,7 @@ def test_a_schedule_is_reached_step_by_step(loaded):
     assert seen[5:] == [[16, 8, 4]] * 3
 
 
+@pytest.mark.matrix
 def test_training_ends_early_and_keeps_its_best(checkpoint, tmp_path):
     own = ["learning_rate=0.3", "patience=2", "keep=best", "trainer.max_steps=60"]
     training.train(config(checkpoint, *own, "trainer.val_check_interval=1"), tmp_path)
