@@ -117,7 +117,7 @@ def settle(cache: Any, record: Record) -> None:
     It waits for the device. Steps of a generation do not count: a graph of one that did would be of
     that one alone.
     """
-    if is_fixed(cache) and record_of(cache) is record:
+    if record_of(cache) is record:
         more = int(cache.get_seq_length()) - record.num_columns
         record.num_columns += more
         record.tail += more

@@ -32,8 +32,6 @@ from tokenprune.strategy import Question
 _CACHE = "past_key_values"
 #: Of scaled_dot_product_attention.
 _KERNELS = ("flash", "mem_efficient", "math", "cudnn")
-
-
 #: Whether the caches that a decoder makes for itself just grow.
 _plain: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 #: Whether a decoder returns a cache, by what it is asked.
@@ -63,9 +61,12 @@ def by_graph(
     if not any(run.rows.num_visual):
         return None
     settings, decoder = run.settings, run.settings.anatomy.decoder
-    modules = walk(decoder, hooks)
-    if (reason := next(_why_not(run, kwargs, modules), None)) is not None:
-        graphs.tell(reason)
+    reason = next(_why_not(run, kwargs), None)
+    modules = walk(decoder, hooks) if reason is None else None
+    if modules is not None:
+        reason = next(_why_no_modules(modules), None)
+    if modules is None or reason is not None:
+        graphs.tell(str(reason))
         return None
     theirs = kwargs.get(_CACHE)
     caches = _returns(decoder, kwargs)
@@ -155,7 +156,17 @@ def _run(
     return type(output), others, held, own.levels, own.stages
 
 
-def _why_not(run: Pass, kwargs: Mapping[str, Any], modules: Modules) -> Iterator[str]:
+def _why_no_modules(modules: Modules) -> Iterator[str]:
+    """Why no call of a decoder can be recorded."""
+    if len(modules.devices) > 1:
+        yield "a model on several devices"
+    if not modules.addressed:
+        yield "weights of a kind that has no address"
+    if modules.heard:
+        yield "hooks of others on the decoder's layers"
+
+
+def _why_not(run: Pass, kwargs: Mapping[str, Any]) -> Iterator[str]:
     """Why a call cannot be recorded, as far as it is known before."""
     settings, rows, mask = run.settings, run.rows, kwargs.get("attention_mask")
     decoder, theirs = settings.anatomy.decoder, kwargs.get(_CACHE)
@@ -171,12 +182,6 @@ def _why_not(run: Pass, kwargs: Mapping[str, Any], modules: Modules) -> Iterator
         yield "an attention mask over pairs of tokens"
     if run.attention.startswith("flash") and rows.shape[0] == 1:
         yield "flash attention at batch 1, for which transformers looks at the positions"
-    if len(modules.devices) > 1:
-        yield "a model on several devices"
-    if not modules.addressed:
-        yield "weights of a kind that has no address"
-    if modules.heard:
-        yield "hooks of others on the decoder's layers"
     for strategy in settings.strategies:
         if not strategy.keeps_exactly:
             yield f"{type(strategy).__name__}, which says how many tokens it keeps"

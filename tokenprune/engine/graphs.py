@@ -77,7 +77,7 @@ class Graphs:
             )
         self.most = most
         self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
-        #: Kinds that were met once, or, if so, cannot be recorded.
+        #: Kinds that were met: whether the next call of one may be recorded; not if one failed.
         self._met: OrderedDict[Hashable, bool] = OrderedDict()
         self._owners: dict[int, weakref.finalize[Any, Any]] = {}
         self._lock = threading.RLock()

@@ -302,10 +302,12 @@ def plan_pass(
     past = inputs.get("past_key_values")
     record = caches.read(past, settings.policy, settings.level_of, num_rows)
     offset = 0
-    if record is not None and caches.is_fixed(past) and is_step(settings, inputs, length):
+    fixed = record is not None and caches.is_fixed(past)
+    if fixed and is_step(settings, inputs, length):
         offset = 1  # something: how much, the device knows, and nobody asks
     elif record is not None:
-        caches.settle(past, record)
+        if fixed:
+            caches.settle(past, record)
         offset = record.num_columns
     # Assisted decoding hands over a cache and asks for logits from the prompt's last token on.
     to_keep = inputs.get("logits_to_keep")
@@ -335,7 +337,7 @@ def plan_pass(
     find_places = _place_finder(settings, rows)
     differs = record is not None and record.cut
     shifts = differs and settings.renumbers
-    hides = record is not None and (length > 1 or record.ragged or caches.is_fixed(past))
+    hides = record is not None and (length > 1 or record.ragged or fixed)
     return Pass(
         settings=settings,
         attention=settings.anatomy.attention,
