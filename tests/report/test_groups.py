@@ -16,6 +16,7 @@ from tokenprune.report.page import build
 from tokenprune.report.reading import load
 from tokenprune.report.words import finding
 from tokenprune.runs.methods import Run
+from tokenprune.runs.paired import compare
 
 
 def test_seeds_are_averaged_and_do_not_narrow_the_interval(tmp_path: Path) -> None:
@@ -140,3 +141,42 @@ def test_finding_says_no_more_than_the_intervals_do(
     ]
     sentence = finding(groups).replace("\xa0", " ").replace("\u2060", "")
     assert sentence.endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "words"),
+    [
+        # Own intervals of .9 and .8 of 100 overlap, yet no question is lost.
+        (10, 0, "ahead of random with 80.0 % (70.0–90.0): question by question +10.0 points (95 % "
+         "interval +3.4 to +16.2)."),
+        (3, 1, "not told apart from random with 80.0 % (70.0–90.0): question by question +2.0 "
+         "points (95 % interval -2.7 to +6.7)."),
+    ],
+)  # fmt: skip
+def test_finding_goes_by_the_same_questions(wins: int, losses: int, words: str) -> None:
+    groups = [
+        Group((Run({"strategy": name, "schedule": "one_shot"}, None),), name, "", accuracy, {})
+        for name, accuracy in (
+            ("fastv", Interval(0.9, 0.8, 0.95)),
+            ("random", Interval(0.8, 0.7, 0.9)),
+        )
+    ]
+    first = [1.0] * wins + [0.0] * losses + [1.0] * (100 - wins - losses)
+    second = [0.0] * wins + [1.0] * losses + [1.0] * (100 - wins - losses)
+    found = compare([first], [second])
+    sentence = finding(groups, lambda best, other: found)
+    sentence = sentence.replace("\xa0", " ").replace("\u2060", "")
+    assert sentence.endswith(words)
+
+
+def test_the_best_of_many_is_corrected_for_as_many() -> None:
+    groups = [
+        Group((Run({"strategy": n, "schedule": "one_shot"}, None),), n, "", Interval(v), {})
+        for n, v in (("fastv", 0.9), ("pool", 0.8), ("random", 0.7), ("uniform", 0.6))
+    ]
+    found = compare([[1.0] * 7 + [1.0] * 93], [[0.0] * 7 + [1.0] * 93])
+    alone, among = (finding(g, lambda best, other: found) for g in (groups[:2], groups))
+    assert "ahead of pool" in alone
+    assert "corrected" not in alone
+    assert "corrected for 3 comparisons" in among
+    assert found.interval(0.05 / 3)[0] < found.interval()[0]

@@ -69,7 +69,8 @@ def build(folder: Path, baselines: Sequence[str] = ()) -> Path:
     groups = average(runs)
     comparisons.check_baselines(groups, baselines)
 
-    page = Page(title=_title(folder), finding=words.finding(groups), facts=_facts(runs))
+    finding = words.finding(groups, comparisons.difference_of)
+    page = Page(title=_title(folder), finding=finding, facts=_facts(runs))
 
     drawn = looks([group.first.strategy for group in groups])
     settings = settings_of(groups)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tokenprune.report.groups import Group, cost_column, settings_of
 from tokenprune.report.intervals import Interval, apart
 from tokenprune.runs.methods import UNPRUNED, Run
+from tokenprune.runs.paired import Difference
+from tokenprune.runs.proportions import ALPHA
+
+Paired = Callable[[Group, Group], Difference | None]
 
 
-def finding(groups: Sequence[Group]) -> str:
-    """One sentence: the best strategy at the tightest budget that the strategies share."""
+def finding(groups: Sequence[Group], paired: Paired = lambda best, second: None) -> str:
+    """One sentence: the best strategy at the tightest budget that the strategies share.
+
+    Args:
+        groups: All there are.
+        paired: Two of them, question by question; None where that is not known, and the sentence
+            goes by their own intervals.
+    """
     settings = settings_of(groups)
     setting = max(settings, key=lambda name: sum(group.setting == name for group in groups))
     inside = [group for group in groups if group.setting == setting]
@@ -39,11 +49,12 @@ def finding(groups: Sequence[Group]) -> str:
     )
     if others:
         second = others[0]
-        distinct = apart(best.accuracy, second.accuracy)
-        level = best.accuracy.value == second.accuracy.value
-        lead = "level with" if level else "clearly ahead of" if distinct else "ahead of"
-        sentence += f", {lead} {second.series} with {percent(second.accuracy)}"
-        sentence += ", though their intervals overlap" if distinct is False and not level else ""
+        difference = paired(best, second)
+        sentence += ", " + (
+            _lead(best, second)
+            if difference is None
+            else _paired_lead(second, difference, len(others))
+        )
     named = {best.series, *(other.series for other in others[:1])}
     random = next((g for g in others if g.first.strategy == "random"), None)
     rest = []
@@ -53,6 +64,30 @@ def finding(groups: Sequence[Group]) -> str:
         rest.append(reference)
     where = f" ({setting})" if len(settings) > 1 else ""
     return sentence + "".join(f"; {part}" for part in rest) + f"{where}."
+
+
+def _lead(best: Group, second: Group) -> str:
+    """How two groups stand, by the intervals of each by itself."""
+    distinct = apart(best.accuracy, second.accuracy)
+    level = best.accuracy.value == second.accuracy.value
+    lead = "level with" if level else "clearly ahead of" if distinct else "ahead of"
+    overlap = ", though their intervals overlap" if distinct is False and not level else ""
+    return f"{lead} {second.series} with {percent(second.accuracy)}{overlap}"
+
+
+def _paired_lead(second: Group, difference: Difference, num_others: int) -> str:
+    """How two groups stand, by their answers to the same questions.
+
+    The best of several was looked for, so the interval is corrected for as many (Bonferroni).
+    """
+    low, high = difference.interval(ALPHA / num_others)
+    lead = "ahead of" if low > 0 else "not told apart from"
+    corrected = f", corrected for {num_others} comparisons" if num_others > 1 else ""
+    return (
+        f"{lead} {second.series} with {percent(second.accuracy)}: question by question "
+        f"{100 * difference.value:+.1f} points (95 % interval {100 * low:+.1f} to "
+        f"{100 * high:+.1f}{corrected})"
+    )
 
 
 def percent(interval: Interval, name: str = "") -> str:

@@ -151,6 +151,16 @@ def scores_of(method: Method) -> Scores | None:
     return Scores(known[0].asked, scores_SQ, parts)
 
 
+def difference_of(method: Method, other: Method) -> Difference | None:
+    """Two methods on all their questions; None where scores are unknown or questions differ."""
+    first, second = scores_of(method), scores_of(other)
+    if first is None or second is None or first.asked != second.asked:
+        return None
+    if ALL not in first.parts or ALL not in second.parts:
+        return None
+    return compare(first.scores_SQ, second.scores_SQ)
+
+
 def share_of(method: Method) -> float | None:
     """Share of the visual tokens that the method leaves a layer on average.
 
