@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 from commands import random_llava, refused
 
 import tokenprune
+from tokenprune.cli.jobs import quiet
 from tokenprune.cli.mistakes import explain
 
 
@@ -83,3 +85,14 @@ def test_only_our_own_messages_are_told_in_a_line() -> None:
         told("not enough values to unpack (expected 1, got 0)", ours / "training" / "run.py")
         is None
     )
+
+
+def test_warnings_of_ours_are_a_line() -> None:
+    ours, theirs = (
+        (UserWarning(text), UserWarning, "file.py", 3)
+        for text in ("prune: expected one thing, got another.", "of somebody else")
+    )
+    with quiet():
+        assert warnings.formatwarning(*ours) == f"tokenprune: {ours[0]}\n"
+        assert warnings.formatwarning(*theirs).startswith("file.py:3: UserWarning: of somebody")
+    assert warnings.formatwarning(*ours).startswith("file.py:3: UserWarning: prune: ")

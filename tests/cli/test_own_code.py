@@ -312,3 +312,26 @@ def test_imports_reach_every_process(own: Path, checkpoint: Path) -> None:
     run([*COMMAND, *few, *random_llava(checkpoint), *two, "imports=[own_noted]"],
         env=os.environ | {"PYTHONPATH": path})  # fmt: skip
     assert len(list(own.glob("*.txt"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults:\n  - hub\n  - override /data: folder\npath: x\n", "In 'model/mine'"),
+        ("defaults:\n  - hub\n  - _self_\n  - nowhere: x\n", "nowhere"),
+    ],
+)
+def test_a_mistake_in_a_file_of_configs_is_told(
+    text: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "configs" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(text)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    error = refused(["eval", "--config-dir", str(tmp_path / "configs"), "model=mine"], capsys)
+    assert message in error

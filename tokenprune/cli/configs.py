@@ -219,7 +219,9 @@ def _translate(command: str, overrides: Sequence[str], error: Exception) -> str:
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     if key or "No match in the defaults list" in text:
         name = (key[1] or key[2]) if key else text.split("'")[1]
-        given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == name), f"{name}=")
+        given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == name), "")
+        if not given:  # a file's own mistake
+            return f"config: {one_line(text)}"
         owners = _owners(name, overrides)
         known = [] if owners else _known_keys(command, [o for o in overrides if o != given])
         near = difflib.get_close_matches(name, known, n=1)

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from tokenprune.cli.mistakes import BadInput, explain, is_interruption
 from tokenprune.runs import launchers, results, team
 from tokenprune.runs.devices import num_gpus
 from tokenprune.runs.folders import LOCK, occupied
+
+_FORMAT = warnings.formatwarning
 
 
 @dataclass(frozen=True)
@@ -239,8 +242,24 @@ def quiet() -> Iterator[None]:
 
         bars: Any = transformers_logging
         bars.disable_progress_bar()  # in a log, bars are noise
+    ordinary = warnings.formatwarning
+    warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
         yield
     finally:
+        warnings.formatwarning = ordinary
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    number: int,
+    line: str | None = None,
+) -> str:
+    """What a warning of ours says, without where in the code; others as ever."""
+    if str(message).startswith("prune: "):
+        return f"tokenprune: {message}\n"
+    return _FORMAT(message, category, filename, number, line)
