@@ -33,7 +33,7 @@ demo: $(STAMP)
 # Started again, it goes on where it was stopped: experiments/paper/README.md says how long it takes.
 PAPER := --config-dir experiments/paper
 paper: $(STAMP)
-	$(BIN)/python experiments/tiny_vlm/run.py --unsettled
+	$(BIN)/python experiments/miniatures/tiny.py --unsettled
 	$(BIN)/tokenprune train $(PAPER) experiment=training
 	$(BIN)/tokenprune eval $(PAPER) experiment=inference
 	$(BIN)/tokenprune eval $(PAPER) experiment=one_cut

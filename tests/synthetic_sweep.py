@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from tokenprune.data.scenes import GRID, KINDS, SceneDataset
+from tokenprune.data.scenes import SceneDataset, easy
 
+GRID, KINDS = easy.STYLE.grid, easy.KINDS
 NUM_LAYERS, NUM_VISUAL, NUM_SAMPLES = 8, GRID * GRID, 500
 STRATEGIES = ("pyramiddrop", "fastv", "random", "uniform")
 # How well a strategy finds the evidence, 0 (blind) to 1.

@@ -12,16 +12,16 @@ import tokenprune as tp
 from tokenprune.cli.main import main
 from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import SceneDataset
-from tokenprune.runs.models import TINY
+from tokenprune.runs.models import SHIPPED
 
 NUM_SCENES = 120
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoModelForImageTextToText.from_pretrained(TINY).eval(), AutoProcessor.from_pretrained(
-        TINY
-    )
+    folder = SHIPPED["tiny"]
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def answers(tiny, pruning=None) -> dict[str, float]:
@@ -45,9 +45,9 @@ def answers(tiny, pruning=None) -> dict[str, float]:
 
 def test_size_and_shape(tiny) -> None:
     model, processor = tiny
-    weights = list(TINY.glob("*.safetensors"))
+    weights = list(SHIPPED["tiny"].glob("*.safetensors"))
     assert sum(path.stat().st_size for path in weights) < 12e6
-    assert not list(TINY.glob("*.bin"))
+    assert not list(SHIPPED["tiny"].glob("*.bin"))
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert model.config.text_config.num_hidden_layers >= 8
     batch = PromptCollator(processor)([SceneDataset("test", 1)[0]])

@@ -30,7 +30,7 @@ from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets, targets
 from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
-from tokenprune.runs.models import check_choices, load_config
+from tokenprune.runs.models import SHIPPED, check_choices, load_config
 from tokenprune.runs.sweeps import check_baseline, expand, is_grid, sweep_name
 
 #: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
@@ -217,6 +217,7 @@ def check(configs: Iterable[DictConfig], own: Callable[[DictConfig], None] | Non
         if own is not None:
             own(config)
         _check_pruning(config)
+        _check_scenes(config)
         right.append(config)
     for config in right:
         _check_model(config)
@@ -249,6 +250,23 @@ def _check_pruning(config: DictConfig) -> None:
         _check_fractions(targets.build(config.schedule, "schedule"))
 
 
+def _check_scenes(config: DictConfig) -> None:
+    """Each shipped model has learnt one level of the generated scenes, and its words."""
+    if not _has_model(config) or config.model.path not in SHIPPED or "data" not in config:
+        return
+    levels = {"tiny": "easy", "small": "hard"}
+    for part in ("test", "train", "validation"):
+        node = config.data.get(part)
+        if node is None or not str(node.get("_target_")).endswith("scenes.SceneDataset"):
+            continue
+        if (level := node.get("level", "easy")) != levels[config.model.path]:
+            group = "scenes" if level == "hard" else "scenes_hard"
+            raise BadInput(
+                f"data.{part}.level: expected {levels[config.model.path]} for "
+                f"model={config.model.path}, got {level}. Add data={group}."
+            )
+
+
 def _check_fractions(schedule: Any) -> None:
     """What no decoder of any depth can be pruned by."""
     if isinstance(schedule, Schedule):
@@ -261,8 +279,8 @@ def _check_fractions(schedule: Any) -> None:
 
 
 def _check_model(config: DictConfig) -> None:
-    """The checkpoint's own config, by transformers, unless it is the one that ships with us."""
-    if not _has_model(config) or config.model.path == "tiny":
+    """The checkpoint's own config, by transformers, unless it is one that ships with us."""
+    if not _has_model(config) or config.model.path in SHIPPED:
         return
     model = config.model
     shape = DecoderShape.from_config(

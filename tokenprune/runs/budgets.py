@@ -21,7 +21,7 @@ from tokenprune.cost.solver import (
     pyramid_layers,
     solve,
 )
-from tokenprune.runs.models import TINY, load_config
+from tokenprune.runs.models import SHIPPED, load_config
 from tokenprune.runs.shapes import decoder_shape, num_tokens
 from tokenprune.schedule import Schedule
 from tokenprune.strategy import PruningStrategy
@@ -35,13 +35,13 @@ def known_model(
 ) -> tuple[cost.DecoderShape, int | None] | None:
     """As `read_model`, for a model whose sizes are at hand without transformers; else None.
 
-    Those are the published ones of `cost.PRESETS`, and the shipped one.
+    Those are the published ones of `cost.PRESETS`, and the shipped ones.
     """
     known = [p for name, p in cost.PRESETS.items() if path == name or path in p.hub_ids]
     if known and revision is None and not Path(path).is_dir():
         return known[0].shape, known[0].num_visual
-    if path == "tiny":
-        text = (TINY / "config.json").read_text(encoding="utf-8")
+    if path in SHIPPED:
+        text = (SHIPPED[path] / "config.json").read_text(encoding="utf-8")
         config = json.loads(text, object_hook=lambda entries: SimpleNamespace(**entries))
         return cost.DecoderShape.from_config(config.text_config), cost.visual_tokens(config)
     return None
@@ -53,8 +53,8 @@ def read_model(
     """Shape of a model's decoder and visual tokens of one image; no weights are needed.
 
     Args:
-        path: A name of `cost.PRESETS` or its Hub id, `"tiny"`, a folder with a config.json, or any
-            other Hub id, whose config is fetched.
+        path: A name of `cost.PRESETS` or its Hub id, a name of `SHIPPED`, a folder with a
+            config.json, or any other Hub id, whose config is fetched.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Runs code that comes with the config.
 

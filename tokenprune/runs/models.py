@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
-TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+#: The models inside the package.
+SHIPPED = {name: _ASSETS / name for name in ("tiny", "small")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def load(
     """Loads an image-text-to-text model; weights come from safetensors only.
 
     Args:
-        path: `"tiny"` for the shipped model, a Hub id, or a local folder.
+        path: `"tiny"` or `"small"` for a shipped model, a Hub id, or a local folder.
         dtype: `"auto"`, as stored, or a floating-point type's name.
         attention: `"eager"`, `"sdpa"` or `"flash_attention_2"`.
         device_map: As in transformers; None leaves the model on the CPU.
@@ -139,13 +141,13 @@ def _resolve(path: str) -> str:
             f"model.path: expected a Hub id or a folder, got {path!r}. "
             "Add model.path=llava-hf/llava-1.5-7b-hf, or a folder."
         )
-    if path == "tiny":
-        if not (TINY / "config.json").is_file():
+    if path in SHIPPED:
+        if not (SHIPPED[path] / "config.json").is_file():
             raise ValueError(
-                f"model.path: expected the shipped model in {TINY}, got no such folder. "
+                f"model.path: expected the shipped model in {SHIPPED[path]}, got no such folder. "
                 "Install tokenprune again."
             )
-        return str(TINY)
+        return str(SHIPPED[path])
     folder = Path(path).expanduser()
     local = folder.is_dir() or folder.is_absolute() or path.startswith((".", "~"))
     if not local:

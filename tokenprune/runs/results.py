@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from tokenprune import __version__
 from tokenprune.runs import files, tables
-from tokenprune.runs.models import TINY, load_config
+from tokenprune.runs.models import SHIPPED, load_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,8 +148,8 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     """
     marks = _OWN | {package: _version(package) for package in _DECISIVE}
     for key, value in _paths(config.get("model"), "model"):
-        if value == "tiny" or Path(value).expanduser().exists():
-            marks[key] = digest(TINY if value == "tiny" else Path(value).expanduser())
+        if value in SHIPPED or Path(value).expanduser().exists():
+            marks[key] = digest(SHIPPED.get(value) or Path(value).expanduser())
         elif (
             key == "model.path" and config["model"].get("_target_") == "tokenprune.runs.models.load"
         ):

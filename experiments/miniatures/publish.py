@@ -9,32 +9,38 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-import tokenprune
 from tokenprune.cli.main import main as tokenprune_command
+from tokenprune.runs.models import SHIPPED
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results"
-SHIPPED = Path(tokenprune.__file__).parent / "assets" / "tiny"
+#: Column of the log that says how full scenes were, and what it says.
+FULLNESS = {"objects": "most objects per scene", "max_alike": "most objects of one colour"}
 NUM_TEST = 2000
 
 
-def publish(folder: Path, times: dict[str, float]) -> None:
-    """Copies the model into the package and writes `results/`.
+def publish(name: str, folder: Path, times: dict[str, float]) -> None:
+    """Copies a model into the package and writes `results/`.
 
     Args:
+        name: Of the model, as `model=` knows it.
         folder: Where the recipe left its model and logs.
         times: Seconds of each phase.
     """
-    RESULTS.mkdir(exist_ok=True)
+    target, shipped = ROOT / "results" / name, SHIPPED[name]
+    target.mkdir(parents=True, exist_ok=True)
     log = read_logs(folder)
-    log.to_csv(RESULTS / "log.csv", index=False)
-    draw(log, RESULTS / "learning_curve.png")
-    shutil.rmtree(SHIPPED, ignore_errors=True)
-    shutil.copytree(folder / "model", SHIPPED)
+    log.to_csv(target / "log.csv", index=False)
+    draw(log, target / "learning_curve.png")
+    shutil.rmtree(shipped, ignore_errors=True)
+    shutil.copytree(folder / "model", shipped)
     run = folder / "test"
     shutil.rmtree(run, ignore_errors=True)
+    data = {"tiny": "scenes", "small": "scenes_hard"}[name]
     code = tokenprune_command(
-        ["eval", "strategy=none", f"data.test.num_samples={NUM_TEST}", f"hydra.run.dir={run}"]
+        [
+            *("eval", "strategy=none", f"model={name}", f"data={data}"),
+            *(f"data.test.num_samples={NUM_TEST}", f"hydra.run.dir={run}"),
+        ]
     )
     assert code == 0, code
     metrics = json.loads((run / "metrics.json").read_text())
@@ -42,7 +48,7 @@ def publish(folder: Path, times: dict[str, float]) -> None:
         key: metrics[key] for key in ("num_samples", "accuracy", "accuracy_low", "accuracy_high")
     }
     summary = kept | {"kinds": metrics["kinds"], "seconds": times}
-    (RESULTS / "test.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (target / "test.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def read_logs(folder: Path) -> pd.DataFrame:
@@ -77,8 +83,9 @@ def draw(log: pd.DataFrame, path: Path) -> None:
     axes.legend(loc="lower right", fontsize=8, ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     objects = axes.twinx()
-    part = log.dropna(subset=["objects"])
-    objects.step(part["total_step"], part["objects"], color="0.85", zorder=0)
-    objects.set(ylabel="most objects per scene", ylim=(0, 10))
+    (column,) = FULLNESS.keys() & {*log.columns}
+    part = log.dropna(subset=[column])
+    objects.step(part["total_step"], part[column], color="0.85", zorder=0)
+    objects.set(ylabel=FULLNESS[column], ylim=(0, 10))
     objects.spines[["top"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Trains the shipped model: `python experiments/tiny_vlm/run.py`. Resumable: run it again.
+"""Trains the shipped model: `python experiments/miniatures/tiny.py`. Resumable: run it again.
 
 Phases:
 
@@ -20,9 +20,7 @@ read-out that is not shipped tells what the words of a question point at (`Quest
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -30,26 +28,26 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from model import VOCABULARY, build_model, build_processor
+from model import VOCABULARIES, build_model
 from publish import publish
-from pytorch_lightning.callbacks import ModelCheckpoint
+from recipe import WORDS, Packed, Phase, Phases, arguments, freeze_all_but_the_decoder, pixels_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AttentionInterface
 
 from tokenprune.data.scenes import (
     COLOURS,
-    GRID,
-    KINDS,
     SYMBOLS,
     Scene,
     SceneDataset,
     draw_scene,
-    make_scene,
+    easy,
 )
 
 ROOT = Path(__file__).resolve().parent
-PREFIX = ["<s>", "USER", ":"] + ["<image>"] * GRID**2
+GRID, KINDS = easy.STYLE.grid, easy.KINDS
+VOCABULARY = VOCABULARIES["easy"]
+PREFIX = [*WORDS, *["<image>"] * GRID**2]
 TURN_LENGTH = 8  # tokens of the longest turn, its answer and </s> included
 FIRST_LOOK = 2  # layer from which on questions may look at the image in the third phase
 POINTED_LAYER = 4  # layers below the read-out of what a word points at
@@ -57,12 +55,6 @@ POINTED_CLASSES = (GRID, GRID, len(SYMBOLS), len(COLOURS))
 NOTHING = (-100, -100, -100, -100)
 MOSTLY_YES_OR_NO = (*KINDS, "exist", "exist", "relation", "relation", "relation")
 FULL = (6, 8)  # objects of a full scene
-
-
-def pixels_of(image: Any) -> Tensor:
-    """As the processor makes them: float32 (3, H, W) in [-1, 1]."""
-    array = np.asarray(image, dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------- 1. the tower
@@ -82,7 +74,7 @@ class CrowdedScenes(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"crowded/{self.seed}/{index}")
-        scene = make_scene(rng, rng.randint(8, 50), rng.randint(1, 5), distinct=False)
+        scene = easy.make_scene(rng, rng.randint(8, 50), rng.randint(1, 5), distinct=False)
         classes = torch.zeros(GRID, GRID, 4, dtype=torch.int64)
         classes[..., 2] = torch.arange(GRID)[:, None]
         classes[..., 3] = torch.arange(GRID)
@@ -93,37 +85,7 @@ class CrowdedScenes(Dataset[tuple[Tensor, Tensor]]):
             for offset, glyph in enumerate(sign.text):
                 classes[sign.row, sign.column + offset, 0] = 1 + SYMBOLS.index(glyph)
                 classes[sign.row, sign.column + offset, 1] = 1 + len(COLOURS)
-        return pixels_of(draw_scene(rng, scene)), classes.flatten(0, 1)
-
-
-class Phase(pl.LightningModule):
-    """What all phases share: AdamW over what is trainable, under a given learning-rate curve."""
-
-    def __init__(self, model: nn.Module, rate: float, num_steps: int, curve: str) -> None:
-        super().__init__()
-        self.model, self.rate, self.num_steps, self.curve = model, rate, num_steps, curve
-
-    def configure_optimizers(self) -> Any:
-        groups = [
-            {"params": [p for p in self.parameters() if p.requires_grad and p.dim() > 1]},
-            {
-                "params": [p for p in self.parameters() if p.requires_grad and p.dim() <= 1],
-                "weight_decay": 0.0,
-            },
-        ]
-        optimiser = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.02)
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / 100)
-            if self.curve == "constant":
-                return warm
-            return warm * max(0.0, 0.5 * (1 + np.cos(np.pi * min(1.0, step / self.num_steps))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-        return {
-            "optimizer": optimiser,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return pixels_of(draw_scene(rng, scene, easy.STYLE)), classes.flatten(0, 1)
 
 
 class Tower(Phase):
@@ -214,60 +176,7 @@ class PackedScenes(Dataset[dict[str, Any]]):
         }
 
 
-class Packed:
-    """Causal attention in which turns see the prefix and themselves: (B, H, T, E) -> (B, T, H, E).
-
-    Equal to a block mask, at 60 % of its cost. With `hides`, turns see the image only from layer
-    `FIRST_LOOK` on, and image tokens do not see each other.
-    """
-
-    hides = False
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float = 1.0,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        start = len(PREFIX)
-        (query_p, query_t), (key_p, key_t), (value_p, value_t) = (
-            (tensor[:, :, :start], tensor[:, :, start:]) for tensor in (query, key, value)
-        )
-        if self.hides:
-            prefix = self._lonely(query_p * scaling, key_p, value_p)
-        else:
-            prefix = nn.functional.scaled_dot_product_attention(
-                query_p, key_p, value_p, is_causal=True, scale=scaling
-            )
-        query_t = query_t * scaling
-        own_q, own_k, own_v = (t.unflatten(2, (-1, TURN_LENGTH)) for t in (query_t, key_t, value_t))
-        future = torch.ones(TURN_LENGTH, TURN_LENGTH, dtype=torch.bool, device=query.device).triu(1)
-        own = (own_q @ own_k.transpose(-1, -2)).masked_fill(future, -torch.inf).flatten(2, 3)
-        shared = query_t @ key_p.transpose(-1, -2)
-        if self.hides and module.layer_idx < FIRST_LOOK:
-            image = torch.arange(start, device=query.device) >= start - GRID**2
-            shared = shared.masked_fill(image, -torch.inf)
-        weights = torch.cat([shared, own], -1).softmax(-1)
-        turns = weights[..., :start] @ value_p
-        turns = turns + (weights[..., start:].unflatten(2, (-1, TURN_LENGTH)) @ own_v).flatten(2, 3)
-        return torch.cat([prefix, turns], 2).transpose(1, 2).contiguous(), None
-
-    @staticmethod
-    def _lonely(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Prefix whose image tokens see the words before them and themselves, (B, H, P, E)."""
-        words = key.shape[2] - GRID**2
-        past = query @ key[:, :, :words].transpose(-1, -2)
-        order = torch.arange(key.shape[2], device=key.device)
-        past = past.masked_fill(order[:words] >= order[:, None], -torch.inf)
-        weights = torch.cat([past, (query * key).sum(-1, keepdim=True)], -1).softmax(-1)
-        return weights[..., :-1] @ value[:, :, :words] + weights[..., -1:] * value
-
-
-PACKED = Packed()
+PACKED = Packed(TURN_LENGTH, FIRST_LOOK)
 AttentionInterface.register("packed", PACKED)
 
 
@@ -285,12 +194,7 @@ class Questions(Phase):
         shifts: bool = False,
     ) -> None:
         super().__init__(model, rate, num_steps, curve)
-        # Projector and words keep the common language of the first phase: at the decoder's learning
-        # rate a hundred steps would wipe it out, and the lookup did not begin within 1 000.
-        model.requires_grad_(False)
-        model.model.language_model.layers.requires_grad_(True)
-        model.model.language_model.norm.requires_grad_(True)
-        model.model.language_model.set_attn_implementation("packed")
+        freeze_all_but_the_decoder(model)
         self.hides = hides  # see `Packed`
         self.shifts = shifts
         # Reads row, column, symbol and colour of the object that a word names out of that word's
@@ -323,6 +227,7 @@ class Questions(Phase):
         # layer; large ones keep the evidence where it is and look further in. To get the latter's
         # shape, nine batches of ten of the third phase hide image tokens from each other, and from
         # the questions in the first layers; the tenth is as at inference.
+        PACKED.start = start
         PACKED.hides = self.training and self.hides and self.global_step % 10 > 0
         output = self.model(
             input_ids=torch.cat([prefix.expand(num_rows, -1), ids], 1),
@@ -399,81 +304,33 @@ class Feed(pl.LightningDataModule):
         return DataLoader(data, self.batch_size, num_workers=1, prefetch_factor=4)
 
 
-def train(phase: Phase, name: str, folder: Path, epochs: int, steps: int, batch: int) -> None:
-    """Runs a phase to its end, or goes on where a killed run stopped."""
-    torch.manual_seed(1)
-    keep = ModelCheckpoint(
-        folder / name, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False
-    )
-    number = len(list((folder / name).glob("log_*")))  # a resumed run starts a log of its own
-    log = pl.loggers.CSVLogger(folder, name=name, version=f"log_{number}")
-    trainer = pl.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision="32-true" if isinstance(phase, Tower) else "bf16-mixed",
-        max_epochs=epochs,
-        gradient_clip_val=1.0,
-        callbacks=[keep],
-        logger=log,
-        log_every_n_steps=10,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
-    last = folder / name / "last.ckpt"
-    feed = Feed(phase, steps, batch, turns=20)
-    trainer.fit(phase, datamodule=feed, ckpt_path=str(last) if last.exists() else None)
-
-
-def save(model: Any, folder: Path) -> None:
-    """Writes a checkpoint for `from_pretrained`."""
-    model.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-
-
 def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/tiny_vlm"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tower-epochs", type=int, default=14)
-    parser.add_argument("--lookup-epochs", type=int, default=12)
-    parser.add_argument("--final-epochs", type=int, default=28)
-    parser.add_argument("--settle-epochs", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/miniatures/tiny"))
     help_text = "stop before the last phase, with unsettled/ for experiments that fork from there"
     parser.add_argument("--unsettled", action="store_true", help=help_text)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    model = build_model()
-    times_file = folder / "times.json"  # of the process that ended each phase
-    times = json.loads(times_file.read_text()) if times_file.exists() else {}
+    given = arguments(parser, tower=14, lookup=12, final=28, settle=10)
+    model = build_model("easy")
+    phases = Phases(model, given.folder)
 
-    def run(name: str, phase: Phase, epochs: int, steps: int, batch: int) -> None:
-        done, begun = folder / f"{name}.pt", time.monotonic()
-        if not done.exists():
-            train(phase, name, folder, epochs, steps, batch)
-            torch.save(phase.model.state_dict(), done)
-            times[name] = round(time.monotonic() - begun)
-            times_file.write_text(json.dumps(times))
-            print(f"{name}: {times[name]} s", flush=True)
-        model.load_state_dict(torch.load(done, weights_only=True))
+    tower = Tower(model, 75 * given.tower_epochs)
+    phases.run("tower", tower, given.tower_epochs, lambda own: Feed(own, 75, 64, 20))
 
-    epochs = arguments.tower_epochs
-    run("tower", Tower(model, 75 * epochs), epochs, 75, 64)
-    epochs = arguments.lookup_epochs
-    run("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 2), epochs, 100, 16)
-    epochs = arguments.final_epochs
-    run("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", FULL[1], True), epochs, 100, 16)
-    save(model, folder / "unsettled")
-    if arguments.unsettled:
+    def ask(name: str, questions: Questions, epochs: int) -> None:
+        phases.run(name, questions, epochs, lambda own: Feed(own, 100, 16, 20), "bf16-mixed")
+
+    epochs = given.lookup_epochs
+    ask("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 2), epochs)
+    epochs = given.final_epochs
+    ask("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", FULL[1], True), epochs)
+    phases.save("unsettled", "easy")
+    if given.unsettled:
         return
-    epochs = arguments.settle_epochs
-    settle = Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1], shifts=True)
-    run("settle", settle, epochs, 100, 16)
-    save(model, folder / "model")
-    publish(folder, times)
+    epochs = given.settle_epochs
+    ask("settle", Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1], shifts=True), epochs)
+    phases.save("model", "easy")
+    publish("tiny", given.folder, phases.times)
 
 
 if __name__ == "__main__":
