@@ -66,19 +66,23 @@ def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> T
     return values.gather(dim, index_BN.view(shape).expand(target))
 
 
-def first_alike(cosine_BVV: Tensor) -> Tensor:
-    """The first token of each one's direction, itself if there is none before it, (B, V).
+def first_alike(unit_BVD: Tensor, cosine_BVV: Tensor) -> Tensor:
+    """The first token that is equal to each one, itself if there is none before it, (B, V).
 
     Equal tokens, as newlines are, get numbers from a matrix product that differ in the last digit:
     what is read at this index is equal again, and the lower index wins.
 
     Args:
-        cosine_BVV: Products of unit vectors, however precise products are there; of vectors that
-            are 0 they are 0.
+        unit_BVD: Float32 vectors of length 1, or 0.
+        cosine_BVV: Their products, however precise products are there.
     """
     own_BV = cosine_BVV.diagonal(dim1=1, dim2=2)
     least_BVV = torch.maximum(own_BV[:, :, None], own_BV[:, None]) - 2e-6
     alike_BVV = (cosine_BVV >= least_BVV) & (own_BV > 0.5)[:, None]
+    # Cosines do not tell directions that are a thousandth apart; sums of entries with some signs do.
+    signs_D = torch.arange(unit_BVD.shape[-1], device=unit_BVD.device).square().cos()
+    sum_BV = (unit_BVD * signs_D).sum(-1)
+    alike_BVV = alike_BVV & ((sum_BV[:, :, None] - sum_BV[:, None]).abs() <= 2e-6)
     own_VV = torch.eye(cosine_BVV.shape[-1], dtype=torch.bool, device=cosine_BVV.device)
     return (alike_BVV | own_VV).to(torch.uint8).argmax(-1)
 

@@ -146,7 +146,7 @@ def prumerge(
         even = int((part - 1) * spread)
         kept = order[: max(0, part - 1 - even)]
         chosen = found[number][0] + found[number][1] if adapts else []
-        fewer = adapts and len(chosen) + 1 < part
+        fewer = adapts and len(chosen) + 1 <= part
         part = len(chosen) + 1 if fewer else part
         if part == len(tile):
             mixed |= {token: {token: 1.0} for token in tile}
@@ -427,6 +427,123 @@ def test_vscan(keep: int, exact: bool) -> None:
             expected = torch.zeros(count)
             expected[members[seat]] = 1 / len(members[seat])
             torch.testing.assert_close(selection.weights[0, place], expected)
+
+
+def vscan_view(
+    grids: list[list[tuple[int, int]]], keep: int, seed: int, known: bool = True
+) -> tuple[tp.TokenView, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A row of images with one grid each (rows, columns); scores near and far, and places."""
+    (row,) = grids
+    count = sum(tall * wide for tall, wide in row)
+    own = torch.Generator().manual_seed(seed)
+    near, far = torch.rand(2, 1, 2, count, generator=own)
+    states = torch.randn(1, count, 5, generator=own)
+    places = torch.tensor(
+        [
+            [image, 0, r, c] if known else [image, -1, -1, -1]
+            for image, (tall, wide) in enumerate(row)
+            for r in range(tall)
+            for c in range(wide)
+        ]
+    )[None]
+
+    def signal(need: Any) -> Any:
+        if isinstance(need, tp.VisionRows):
+            return near if need.layer == 5 else far
+        return {tp.Projected(): states, Tiles(): places[..., 0],
+                HasPatches(): torch.ones(1, count, dtype=torch.bool)}[need]  # fmt: skip
+
+    seen = view_of([row_of([count], 0, list(range(count)))], near, states, keep)
+    seen = dataclasses.replace(seen, _signal=signal, _places=lambda: places)
+    return seen, near[0].mean(0), far[0].mean(0), places[0]
+
+
+def test_vscan_gives_each_image_its_share() -> None:
+    """Three images in a row are chosen from as each alone, however they are attended to."""
+    strategy = tp.build_strategy("vscan", window=3)
+    seen, near, far, places = vscan_view([[(6, 6), (6, 6), (3, 6)]], 45, 1)
+    scale = torch.tensor([3.0, 1.0, 0.1])[places[:, 0]]
+    seen = dataclasses.replace(
+        seen,
+        _signal=lambda need: (
+            (near if need.layer == 5 else far).mul(scale).expand(1, 2, -1)
+            if isinstance(need, tp.VisionRows)
+            else vscan_view([[(6, 6), (6, 6), (3, 6)]], 45, 1)[0]._signal(need)
+        ),
+    )
+    kept = strategy.select(seen, torch.tensor([45])).kept[0]
+    start = 0
+    for image, (rows, columns, budget) in enumerate(((6, 6, 18), (6, 6, 18), (3, 6, 9))):
+        size = rows * columns
+        own = slice(start, start + size)
+        chosen: list[int] = []
+        for top in range(0, rows, 3):
+            for left in range(0, columns, 3):
+                tokens = [r * columns + c for r in range(top, top + 3)
+                          for c in range(left, left + 3)]  # fmt: skip
+                number = budget // 2 // (rows // 3 * columns // 3)
+                chosen += ranked(tokens, near[own].tolist())[:number]
+        others = [token for token in range(size) if token not in chosen]
+        chosen += ranked(others, far[own].tolist())[: budget - budget // 2]
+        assert kept[own].nonzero()[:, 0].tolist() == sorted(chosen), image
+        start += size
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (4, 13), (3, 2), (8, 8)])
+@pytest.mark.parametrize("keep", [5, 24])
+def test_vscan_by_the_rule_for_qwen(shape: tuple[int, int], keep: int) -> None:
+    """Whole windows only, the rest joins the last; greedy over all scores, each has its limit."""
+    keep = min(keep, shape[0] * shape[1])
+    strategy = tp.build_strategy("vscan", window=4, limits="ceil")
+    seen, near, far, places = vscan_view([[shape]], keep, 2)
+    kept = strategy.select(seen, torch.tensor([keep])).kept[0].nonzero()[:, 0].tolist()
+    if keep == len(places):
+        assert kept == list(range(keep))
+        return
+    tall, wide = (max(1, side // 4) for side in shape)
+    window = {
+        token: (min(row // 4, tall - 1), min(column // 4, wide - 1))
+        for token, (row, column) in enumerate(places[:, 2:].tolist())
+    }
+    limit = -(-(keep // 2) // (tall * wide))
+    chosen: list[int] = []
+    for token in ranked(list(window), near.tolist()):
+        inside = [own for own in chosen if window[own] == window[token]]
+        if len(chosen) < keep // 2 and len(inside) < limit:
+            chosen.append(token)
+    others = [token for token in window if token not in chosen]
+    chosen += ranked(others, far.tolist())[: keep - keep // 2]
+    assert kept == sorted(chosen)
+    assert len(kept) == keep
+
+
+def test_vscan_without_a_grid_spends_its_whole_budget_globally() -> None:
+    seen, _, far, _ = vscan_view([[(6, 6), (6, 6)]], 20, 3, known=False)
+    kept = tp.build_strategy("vscan", window=3).select(seen, torch.tensor([20])).kept[0]
+    for own in (slice(0, 36), slice(36, 72)):
+        best = ranked(list(range(36)), far[own].tolist())[:10]
+        assert kept[own].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_prumerge_plus_runs_however_few_tokens_there_are() -> None:
+    _, schedule, _ = tp.published("prumerge_plus", num_layers=32)
+    for number in (2, 16, 64, 256, 294, 295, 576):
+        assert schedule.lengths(32, number)[0] == number - 1
+    assert schedule.lengths(32, 2880)[0] < 2880
+
+
+def test_a_budget_of_what_outliers_ask_for_is_done_by_their_rule() -> None:
+    scores = [0.0] * 20
+    scores[1], scores[3], scores[5] = 9.0, 8.0, 7.0
+    strategy = tp.build_strategy("prumerge", spread=0.5)
+    found = []
+    for keep in (14, 15):
+        seen = view_of([row_of([20], 0, list(range(20)))],
+                       torch.tensor(scores).expand(1, 2, -1), torch.randn(
+                           1, 20, 4, generator=torch.Generator().manual_seed(0)), keep)  # fmt: skip
+        found.append(strategy.select(seen, torch.tensor([keep])).kept[0].nonzero()[:, 0].tolist())
+    assert found[0] == found[1]
+    assert len(found[0]) == 14
 
 
 def test_vscan_is_composed() -> None:

@@ -87,7 +87,7 @@ class CDPruner(PruningStrategy):
         valid_BV = view.valid
         unit_BVD = _unit(view.projected)
         likeness_BVV = unit_BVD @ unit_BVD.mT
-        alike_BV = first_alike(likeness_BVV)
+        alike_BV = first_alike(unit_BVD, likeness_BVV)
         weight_BV = self._relevance(view, unit_BVD, alike_BV, valid_BV) ** 2
         # Of each token what the picked ones do not explain: its gain, but for its relevance.
         own_BV = unit_BVD.any(-1).float()

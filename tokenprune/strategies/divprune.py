@@ -57,7 +57,7 @@ class DivPrune(PruningStrategy):
         sound_BV = valid_BV & unit_BVD.isfinite().all(-1)  # the others come last
         unit_BVD = unit_BVD.masked_fill(~sound_BV[..., None], 0)
         cosine_BVV = unit_BVD @ unit_BVD.mT
-        alike_BV = first_alike(cosine_BVV)
+        alike_BV = first_alike(unit_BVD, cosine_BVV)
         distance_BVV = (1 - take(take(cosine_BVV, alike_BV), alike_BV, dim=2)).clamp_min(0)
         distance_BVV = distance_BVV.masked_fill(alike_BV[:, :, None] == alike_BV[:, None], 0)
         # The second smallest entry of a token's row: the smallest is its own.

@@ -4,7 +4,8 @@ The class token's attention in the last but one layer of CLIP, mean over heads, 
 each tile by itself. Departures: the released code gives every tile the same budget, and LLaVA-NeXT
 no unpadding and no newlines; here tiles share the budget by how many tokens they have, and newlines
 stay only when all else does. Towers without a class token take `queries="all"`, which is not the
-paper's.
+paper's; in Qwen2.5-VL's, `layer=-2` attends within windows, each of which then gets the same in
+all, and `layer=-1` over the whole image.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class PruMerge(PruningStrategy):
         quota_BV = few_BV + num_even_BU.gather(1, unit_BV) + 1
         quota_BV = quota_BV.masked_fill(~has_BV, 0)  # newlines
         # What the schedule does not allow is done by its rule; what may keep all keeps all.
-        bound_BV = (keep >= view.num_original)[:, None] | (quota_BV >= most.quota)
+        bound_BV = (keep >= view.num_original)[:, None] | (quota_BV > most.quota)
         found = _Split(quota_BV, few_BV, even_BV)
         return _Split(*(torch.where(bound_BV, *pair) for pair in zip(most, found, strict=True)))
 

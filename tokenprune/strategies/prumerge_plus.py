@@ -21,5 +21,7 @@ class PruMergePlus(PruMerge):
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
-        # Before the decoder: 144 of LLaVA-1.5's 576 tokens on average, all but one at most.
-        return Published("one_shot", {"layer": 0, "keep": 0.9983}, positions="renumbered")
+        # Before the decoder: 144 of LLaVA-1.5's 576 tokens on average, all but one at most. Rounded
+        # down: a cut that may keep all tokens is none.
+        options = {"layer": 0, "keep": 0.9983, "rounding": "floor"}
+        return Published("one_shot", options, positions="renumbered")

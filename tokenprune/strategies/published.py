@@ -1,4 +1,9 @@
-"""A method exactly as its paper's released code runs it."""
+"""A method exactly as its paper's released code runs it.
+
+CDPruner's relevance is an exception: released, it is asked of a CLIP text tower, which nobody but
+the user can name (`build_strategy("cdpruner", relevance="clip", ...)`); here of the decoder's own
+embeddings.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,11 @@ tokens of a tile, targets stand at even distances; each token that is left goes 
 key is most like its own, mean over heads, and a target becomes the sum of itself and the mean of
 what came to it. Departures: the released code keeps the class token as well, for which a patch more
 is dominant here; targets follow the dominant tokens there, here all stand in the image's order;
-LLaVA-NeXT's newlines, which it drops, stay only when all else does. As released, what the projector
-is given is mixed; `space="decoder"` mixes what it gives, at any cut and with any projector.
+tiles of LLaVA-NeXT share the budget by how many of their tokens are left when the padding is cut
+off (released: every tile the same, and padding stays); its newlines, which the released code drops,
+stay only when all else does. Keys are read before any rotary embedding (Qwen's tower has one). As
+released, what the projector is given is mixed; `space="decoder"` mixes what it gives, at any cut
+and with any projector.
 
 Shape suffixes: B batch rows, V visual tokens alive, H heads of the tower.
 """

@@ -6,7 +6,9 @@ most like something at an odd place are dropped, until the other half of the bud
 the released code, a round leaves the even places in the order of their likeness, ahead of the odd
 ones, and the next round counts places so. Departures: the released code fails on odd numbers of
 tokens, gives every tile the same budget, and LLaVA-NeXT no unpadding and no newlines; here tiles
-share the budget by how many tokens they have, and newlines stay only when all else does.
+share the budget by how many tokens they have, and newlines stay only when all else does. Towers
+without a class token take `queries="all"` (which layer: see `fastervlm`); of a token of several
+patches, likeness is by their mean.
 
 Shape suffixes: B batch rows, V visual tokens alive, U tiles, L tokens of one that are thinned out.
 """

@@ -1,14 +1,20 @@
 """VScan: Zhang et al., 2025, arXiv 2505.22654: the stage before the decoder, and both composed.
 
-Half of the budget is local: in each window of the image's grid what the class token attends to in a
+Half of an image's budget is local: in each window of its grid what the class token attends to in a
 shallow layer of the tower. The rest is global: of what is left, what it attends to in the last but
 one. Every other token joins the kept one of its tile that it is most like, by what enters the
 decoder, and they are averaged. Halfway through the decoder PyramidDrop's choice follows
 (`tp.published("vscan", ...)` and `strategy=vscan` run both).
 
-Departures. As in the released code every window gets the same, rounded down, so fewer tokens than
-asked may stay; `exact_budget=True` makes it up globally. Tokens without a place in a grid belong to
-no window. Tiles of an image are one pool; tokens join within their tile.
+As in the released code for LLaVA every window gets the same, rounded down, so fewer tokens than
+asked may stay; `exact_budget=True` makes it up globally. `limits="ceil"` is the released rule for
+Qwen2.5-VL: a window has at most its share, rounded up, and within that the best of the image stay
+(there `queries="all", shallow=7, layer=-1, window=4`, whole-image layers of its tower). Rows and
+columns that fill no window belong to the last.
+
+Departures. Images share a row's budget by size. Tiles of an image are one pool, and windows lie on
+their mosaic, where the released code goes crop by crop; tokens join within their tile. An image
+whose grid is unknown has no windows: its whole budget is global.
 """
 
 from __future__ import annotations
@@ -24,12 +30,14 @@ from tokenprune.strategy import (
     Selection,
     TokenView,
     VisionRows,
+    check_choice,
     register,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LIMITS = ("floor", "ceil")
 _SIDE = 2**14  # no grid has as many rows or columns
 
 
@@ -44,6 +52,7 @@ class VScan(PruningStrategy):
         window: Rows and columns of a window.
         queries: Who asks: `"class"`, or `"all"` for towers without a class token.
         exact_budget: Whether what equal windows leave over is kept as well.
+        limits: A window's share of the local half, `"floor"` or `"ceil"`: see above.
     """
 
     keeps_exactly: ClassVar[bool] = False
@@ -53,8 +62,10 @@ class VScan(PruningStrategy):
     window: int = 6
     queries: str = "class"
     exact_budget: bool = False
+    limits: str = "floor"
 
     def __post_init__(self) -> None:
+        check_choice("VScan.limits", self.limits, LIMITS)
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ValueError(
                 f"VScan.window: expected an integer >= 1, got {self.window!r}. The paper has 6."
@@ -68,21 +79,30 @@ class VScan(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import join_nearest, mixture, rank_in_units, top_k
+        from tokenprune.tensors import join_nearest, mixture, rank_in_units, share_out
 
         near_BV = view.vision_rows(self.shallow, self.queries).mean(1)  # over heads
         far_BV = view.vision_rows(self.layer, self.queries).mean(1)
         valid_BV, width = view.valid, near_BV.shape[1]
         keep = torch.minimum(keep, valid_BV.sum(1))
-        window_BV, number_B = self._windows(view.places, valid_BV & view.has_patches)
-        local_B = keep // 2
-        share_B1 = (local_B // number_B.clamp_min(1))[:, None]
+        # Of each token its image's: number, budget, windows, what is kept in windows.
+        image_BV, quota_BU = share_out(keep, view.places[..., 0], valid_BV)
+        budget_BV = quota_BU.gather(1, image_BV)
+        window_BV, first_BV = self._windows(view.places, valid_BV & view.has_patches)
+        number_BV = _total(first_BV, image_BV)
+        half_BV = torch.where(number_BV > 0, budget_BV // 2, 0)
+        number_BV = number_BV.clamp_min(1)
+        up_BV = number_BV - 1 if self.limits == "ceil" else 0
         rank_BV = rank_in_units(near_BV, window_BV, valid_BV)
-        local_BV = valid_BV & (window_BV < width) & (rank_BV < share_B1)
-        rest_B = keep - (local_BV.sum(1) if self.exact_budget else local_B)
-        low = far_BV.masked_fill(~view.has_patches, -1)  # newlines stay only when all else does
-        kept_BV = local_BV | top_k(low, valid_BV & ~local_BV, rest_B)
-        kept_BV = torch.where((keep == valid_BV.sum(1))[:, None], valid_BV, kept_BV)
+        local_BV = (window_BV < width) & (rank_BV < (half_BV + up_BV) // number_BV)
+        if self.limits == "ceil":
+            best_BV = near_BV.masked_fill(~local_BV, -1)
+            local_BV = local_BV & (rank_in_units(best_BV, image_BV, valid_BV) < half_BV)
+        rest_BV = budget_BV - (_total(local_BV, image_BV) if self.exact_budget else half_BV)
+        low_BV = far_BV.masked_fill(~view.has_patches, -1)  # newlines stay only when all else does
+        left_BV = valid_BV & ~local_BV
+        kept_BV = local_BV | (left_BV & (rank_in_units(low_BV, image_BV, left_BV) < rest_BV))
+        kept_BV = torch.where(budget_BV == _total(valid_BV, image_BV), valid_BV, kept_BV)
 
         unit = torch.nn.functional.normalize(view.projected.float(), dim=-1)
         tile_BV, joins_BV = view.tiles, valid_BV & view.has_patches & ~kept_BV
@@ -96,20 +116,27 @@ class VScan(PruningStrategy):
         return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
     def _windows(self, places: Tensor, has_place_BV: Tensor) -> tuple[Tensor, Tensor]:
-        """Window of each token, int64 (B, V), V for none; and how many windows each row has."""
+        """Window of each token, int64 (B, V), V for none; and whether it is its window's first."""
         import torch
 
-        image_BV, grid_BV, row_BV, column_BV = places.unbind(-1)
-        known_BV = has_place_BV & (row_BV >= 0)
-        across = row_BV // self.window * _SIDE + column_BV // self.window
-        # A grid of an image is at most a base and a mosaic.
-        key_BV = ((image_BV * 2 + grid_BV) * _SIDE * _SIDE + across).masked_fill(~known_BV, -1)
+        from tokenprune.tensors import number_grids
+
+        known_BV = has_place_BV & (places[..., 2] >= 0)
+        grid_BV = number_grids(places)
+        parts = []
+        for place_BV in places[..., 2:].unbind(-1):  # rows, columns
+            last_BV = torch.zeros_like(grid_BV).scatter_reduce(1, grid_BV, place_BV, "amax")
+            full_BV = ((last_BV.gather(1, grid_BV) + 1) // self.window - 1).clamp_min(0)
+            parts.append(torch.minimum(place_BV // self.window, full_BV))
+        key_BV = (grid_BV * _SIDE + parts[0]) * _SIDE + parts[1]
+        key_BV = key_BV.masked_fill(~known_BV, -1)
         sorted_BV, order_BV = key_BV.sort(dim=1, stable=True)
         new_BV = torch.ones_like(known_BV)
         new_BV[:, 1:] = sorted_BV[:, 1:] != sorted_BV[:, :-1]
         new_BV = new_BV & (sorted_BV >= 0)
         number_BV = torch.zeros_like(key_BV).scatter(1, order_BV, new_BV.long().cumsum(1) - 1)
-        return number_BV.masked_fill(~known_BV, key_BV.shape[1]), new_BV.sum(1)
+        first_BV = torch.zeros_like(new_BV).scatter(1, order_BV, new_BV)
+        return number_BV.masked_fill(~known_BV, key_BV.shape[1]), first_BV
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
@@ -121,3 +148,9 @@ class VScan(PruningStrategy):
             positions="renumbered",
             strategies=(("vscan", {}), ("pyramiddrop", {})),
         )
+
+
+def _total(marked_BV: Tensor, unit_BV: Tensor) -> Tensor:
+    """How many tokens of each one's unit are marked, int64 (B, V)."""
+    total_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+    return total_BU.scatter_add(1, unit_BV, marked_BV.long()).gather(1, unit_BV)
