@@ -79,7 +79,7 @@ def first_alike(unit_BVD: Tensor, cosine_BVV: Tensor) -> Tensor:
     own_BV = cosine_BVV.diagonal(dim1=1, dim2=2)
     least_BVV = torch.maximum(own_BV[:, :, None], own_BV[:, None]) - 2e-6
     alike_BVV = (cosine_BVV >= least_BVV) & (own_BV > 0.5)[:, None]
-    # Cosines do not tell directions that are a thousandth apart; sums of entries with some signs do.
+    # Cosines do not tell directions that are a thousandth apart; sums of entries, signed, do.
     signs_D = torch.arange(unit_BVD.shape[-1], device=unit_BVD.device).square().cos()
     sum_BV = (unit_BVD * signs_D).sum(-1)
     alike_BVV = alike_BVV & ((sum_BV[:, :, None] - sum_BV[:, None]).abs() <= 2e-6)

@@ -144,8 +144,62 @@ def test_an_aim_that_a_run_does_not_have() -> None:
 
 def test_values_of_trainings(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps({"validation": {"loss": 0.5}}))
-    value = searching._reader(tmp_path, 0.25)
-    assert (value("val_loss"), value("val_accuracy")) == (0.5, 0.25)
+    assert searching._values(tmp_path, 0.25, ("val_loss", "val_accuracy")) == [0.5, 0.25]
+
+
+class Measured(Made):
+    """Runs are measurements, too: those of `without` have none."""
+
+    def __init__(self, *without: int, found: dict[str, Any]) -> None:
+        super().__init__()
+        self.without, self.found = without, found
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        first = len(self.launched)
+        done = super().launch(job_overrides, initial_job_idx)
+        for number, job in enumerate(job_overrides, first):
+            name = dict(part.split("=", 1) for part in job)["hydra.sweep.subdir"].strip("'")
+            found = self.found if number in self.without else {"status": "ok", "time_ratio": 0.5}
+            Path("sweep", name, "training.json").write_text(json.dumps(found))
+        return done
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ({"status": "out of memory"}, "counts as failed, out of memory"),
+        ({"status": "ok", "time_ratio": float("nan")}, "counts as failed, time_ratio is nan"),
+    ],
+)
+def test_a_trial_without_a_number_counts_as_failed(
+    found: dict[str, Any], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objectives = ("time_ratio", "avg_tokens")
+    own = trials(Measured(1, found=found), 3, at_once=2, objectives=objectives)
+    states = [trial.state.name for trial in own.trials]
+    assert (states.count("COMPLETE"), states.count("FAIL"), len(states)) == (3, 1, 4)
+    assert capsys.readouterr().out.count(why) == 1
+    # Given once more, there is nothing left to do.
+    assert len(trials(again := Made(), 3, objectives=objectives).trials) == 4
+    assert not again.launched
+
+
+def test_a_search_of_which_nothing_has_a_number_ends() -> None:
+    own = trials(
+        launcher := Measured(*range(9), found={"status": "out of memory"}),
+        3,
+        objectives=("time_ratio",),
+    )
+    assert [trial.state.name for trial in own.trials] == ["FAIL"] * 3
+    assert len(launcher.launched) == 3
+
+
+def test_an_aim_that_is_not_there_leaves_no_trial_open() -> None:
+    with pytest.raises(BadInput, match=r"another hydra\.sweep\.dir"):
+        trials(Made(), 2, at_once=2, objectives=("val_loss",))
+    assert "RUNNING" not in {trial.state.name for trial in study().trials}
 
 
 @pytest.mark.parametrize(

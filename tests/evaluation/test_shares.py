@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -151,6 +152,30 @@ def test_another_trainer_s_answers_are_another_evaluation_s(tmp_path: Path) -> N
 
     assert mark(devices=1, precision=None) == mark(devices=4)
     assert len({mark(), mark(precision="bf16-mixed"), mark(limit_predict_batches=1)}) == 3
+
+
+@pytest.mark.parametrize("limit", [2, 0.5])
+def test_a_limit_is_of_all_samples_however_many_share_them(
+    checkpoint: Path, tmp_path: Path, limit: float
+) -> None:
+    """Two batches of two, or half of six: as many as one process asks, also after a loss."""
+    own = f"trainer.limit_predict_batches={limit}"
+    share(checkpoint, tmp_path / "whole", own)
+    expected = results.read_metrics(tmp_path / "whole")["num_samples"]
+    assert expected == (4 if limit == 2 else 6)
+    lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"
+    with contextlib.suppress(ZeroDivisionError):
+        share(checkpoint, tmp_path / "parts", own, "shard=1/2", lost)
+    share(checkpoint, tmp_path / "parts", own, "shard=1/2")
+    metrics = share(checkpoint, tmp_path / "parts", own, "shard=0/2")
+    assert metrics["num_samples"] == expected
+    asked, theirs = ((tmp_path / n / results.PREDICTIONS).read_text() for n in ("parts", "whole"))
+    assert asked == theirs
+
+
+def test_a_limit_of_less_than_a_batch_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="limit_predict_batches: expected one batch at least"):
+        share(checkpoint, tmp_path, "trainer.limit_predict_batches=0.01", "shard=0/2")
 
 
 def test_a_shard_is_a_number_of_several(checkpoint: Path, tmp_path: Path) -> None:

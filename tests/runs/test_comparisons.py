@@ -173,6 +173,17 @@ def test_a_budget_that_was_asked_for_is_no_other_setting(tmp_path: Path) -> None
     assert len(compare_methods(methods_in(tmp_path))[0]) == 1
 
 
+def test_by_what_a_run_was_done_is_no_other_setting(tmp_path: Path) -> None:
+    here = {"trainer": {"devices": 1, "strategy": "auto"}, "shard_timeout": 1800, "graphs": 0}
+    there = {"trainer": {"devices": 8, "strategy": "ddp"}, "shard_timeout": 60, "graphs": 8}
+    make_run(tmp_path, "none", answers(0.9, 0), config=here)
+    make_run(tmp_path, "fastv", answers(0.5, 1), strategy="fastv", keep=0.5, config=there)
+    assert len(compare_methods(methods_in(tmp_path))[0]) == 1
+    there = {**there, "trainer": {"devices": 8, "precision": "bf16-mixed"}}
+    make_run(tmp_path, "fastv", answers(0.5, 1), strategy="fastv", keep=0.5, config=there)
+    assert compare_methods(methods_in(tmp_path))[0] == []
+
+
 def test_runs_without_scores_are_named(tmp_path: Path) -> None:
     make_run(tmp_path, "none", answers(0.9, 0))
     for number in range(8):

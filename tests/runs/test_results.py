@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
 from importlib import metadata
@@ -81,6 +82,45 @@ def test_a_run_is_complete_with_its_own_config_only(tmp_path: Path) -> None:
         "versions.json",
     ]
     assert "torch" in json.loads((tmp_path / "versions.json").read_text())
+
+
+def test_by_what_an_evaluation_is_done_makes_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIG, "trainer", {"devices": 1, "precision": None})
+    write(tmp_path)
+    for trainer, changed in (
+        ({"devices": 4, "strategy": "ddp", "precision": None}, []),
+        ({"devices": 1, "precision": "bf16-mixed"}, ["trainer"]),
+        ({"devices": 1, "limit_predict_batches": 2}, ["trainer"]),
+    ):
+        assert results.changes(tmp_path, CONFIG | {"trainer": trainer}, MARKS) == changed
+    # What a training does depends on all of it.
+    other = CONFIG | {"trainer": {"devices": 4, "precision": None}}
+    assert results.changes(tmp_path, other, MARKS, results.CONFIG) == ["trainer"]
+
+
+def test_a_training_from_another_checkpoint_is_another_one(tmp_path: Path) -> None:
+    write(tmp_path)
+    for start in (None, "last", "auto"):
+        assert results.changes(tmp_path, CONFIG | {"ckpt_path": start}, MARKS) == []
+    theirs = CONFIG | {"ckpt_path": "/a.ckpt"}
+    assert results.changes(tmp_path, theirs, MARKS) == ["ckpt_path"]
+    names = [run_name(["seed=0", f"ckpt_path={p}"]) for p in ("last", "auto", "null", "/a", "/b")]
+    assert names[:3] == ["seed=0"] * 3
+    assert len(set(names)) == 3
+
+
+def test_the_order_of_overrides_makes_no_other_run() -> None:
+    job = ["strategy=fastv", "schedule=pyramid", "schedule.lam=0.3", "seed=1", "positions=original"]
+    (name,) = {run_name(order) for order in itertools.permutations(job)}
+    assert name == "fastv,pyramid,lam=0.3,positions=original,seed=1"
+
+
+def test_a_run_that_was_not_timed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = results.row(METRICS | {"prefill_ms": None}, "a")
+    results.print_table([entry], "title")
+    assert " ms" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_shards_is_something_to_go_on_from(tmp_path: Path) -> None:

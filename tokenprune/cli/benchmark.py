@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, names, quiet, tell, tidy
+from tokenprune.cli.jobs import Job, names, quiet, tell, tidy, told
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
 from tokenprune.runs.tabulation import listed
@@ -76,7 +76,8 @@ def _task(config: DictConfig) -> float:
         load_imports(config)
         resolved = plain(config)
         changes = results.changes(folder, resolved, fingerprint(resolved))
-        told = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
-        metrics = benchmark(config, folder, told)
+        named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
+        metrics = benchmark(config, folder, named)
+    with told(folder):  # nothing that goes wrong from here on costs the run
         tell(folder, metrics, changes)
     return float(metrics["accuracy"])

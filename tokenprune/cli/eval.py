@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, names, quiet, tell, tidy
+from tokenprune.cli.jobs import Job, names, quiet, tell, tidy, told
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results, team
 from tokenprune.runs.compose import entries, plain
@@ -62,6 +62,7 @@ def _task(config: DictConfig) -> float | None:
         if metrics is None:
             print(f"shard {shard} is done, others are not: {folder}", flush=True)
             return None
+    with told(folder):  # nothing that goes wrong from here on costs the run
         tell(folder, metrics, changes)
     return float(metrics["accuracy"])
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,23 +141,27 @@ def search(
                 for trial in trials:
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 raise
-            for trial, name in zip(trials, own, strict=True):
-                if name in wrong:
-                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                else:
-                    value = _reader(folder / name, returned.get(name))
-                    study.tell(trial, [value(key) for key in settings.objectives])
+            told: dict[str, list[float]] = {}
+            try:
+                for name in set(own) - set(wrong):
+                    told[name] = _values(folder / name, returned.get(name), settings.objectives)
+            finally:  # no trial stays open, to come again, for what a run did not come to
+                for trial, name in zip(trials, own, strict=True):
+                    if told.get(name):
+                        study.tell(trial, told[name])
+                    else:
+                        study.tell(trial, state=optuna.trial.TrialState.FAIL)
             names += own
             failed |= wrong
-            num_failed += sum(name in wrong for name in own)
+            num_failed += sum(not told.get(name) for name in own)
             if num_failed >= settings.n_trials:
                 break
         done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         tabulate(folder, [trial.user_attrs["run"] for trial in done], config.get("baseline"))
         for trial in study.best_trials if done else ():
             values = zip(settings.objectives, trial.values, strict=True)
-            told = ", ".join(f"{name} {value:.4g}" for name, value in values)
-            print(f"best: {trial.user_attrs['run']}: {told}", flush=True)
+            best = ", ".join(f"{name} {value:.4g}" for name, value in values)
+            print(f"best: {trial.user_attrs['run']}: {best}", flush=True)
     refuse(failed, len(names))
     return []
 
@@ -229,20 +234,30 @@ def _num_done(study: Any, optuna: Any) -> int:
     return len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
 
 
-def _reader(folder: Path, returned: Any) -> Callable[[str], float]:
-    """What a run came to, by a metric's name."""
+def _values(folder: Path, returned: Any, names: Sequence[str]) -> list[float]:
+    """What a run came to, by metrics' names; none of it, and a line that says why, where one has
+    no number: it ran out of memory, or diverged.
+
+    Raises:
+        BadInput: It has no such metric.
+    """
     files = [folder / name for name in _RESULTS if (folder / name).is_file()]
     found = {k: v for file in files for k, v in json.loads(file.read_text("utf-8")).items()}
-
-    def value(name: str) -> float:
-        own = found.get(name)
+    values: list[float] = []
+    for name in names:
+        own: Any = found.get(name)
         if name.startswith("val_"):
             own = found.get("validation", {}).get(name.removeprefix("val_"), returned)
-        if isinstance(own, bool) or not isinstance(own, int | float):
+        is_number = isinstance(own, int | float) and not isinstance(own, bool)
+        if is_number and math.isfinite(own):
+            values.append(float(own))
+        elif is_number or found.get("status", "ok") != "ok":
+            why = f"{name} is {own}" if is_number else found["status"]
+            print(f"{folder.name}: counts as failed, {why}", flush=True)
+            return []
+        else:
             raise BadInput(
                 f"hydra.sweeper.objectives: expected a number, got {own!r} for {name!r} in "
-                f"{folder}. Name another of {list(WAYS)}."
+                f"{folder}. Name another of {list(WAYS)}, and another hydra.sweep.dir."
             )
-        return float(own)
-
-    return value
+    return values

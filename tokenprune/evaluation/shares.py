@@ -19,14 +19,13 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from tokenprune.runs import files
+from tokenprune.runs import files, results
 
 #: Folder of the notes, in that of the run; it goes once the run is complete.
 NOTES = "parts"
 #: What makes no other evaluation: who does it, and what is told of it.
 _ASIDE = {"trainer", "logger", "imports", "baseline", "shard", "shard_timeout"}
 #: What of a trainer makes another one.
-_TRAINER = ("precision", "limit_predict_batches")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Notes:
         """
         own = {key: value for key, value in config.items() if key not in _ASIDE}
         trainer = config.get("trainer") or {}
-        own["trainer"] = {key: trainer.get(key) for key in _TRAINER}
+        own["trainer"] = {key: trainer.get(key) for key in results.DECISIVE_TRAINER}
         text = json.dumps([own, dict(marks)], sort_keys=True, default=str)
         return cls(folder, hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
@@ -162,6 +161,8 @@ class Share(pl.LightningDataModule):
         self.numbers: list[int] = []
         self.batch_size = 1
         self.samples: Dataset[Any] | None = None
+        self.limit: float | None = None
+        self.num_asked = 0
 
     def place(self) -> tuple[int, int]:
         """This process's number and how many there are."""
@@ -179,7 +180,10 @@ class Share(pl.LightningDataModule):
         own.trainer = self.trainer
         whole = own.predict_dataloader()
         rank, size = self.place()
-        length = len(whole.dataset)
+        self.samples, self.batch_size = whole.dataset, whole.batch_size
+        order = getattr(own, "predict_order", lambda: None)() or range(len(whole.dataset))
+        asked = list(order)[: self._most(len(whole))]
+        self.num_asked = length = len(asked)
         if size > length:
             raise ValueError(
                 f"shard: expected at most one process or shard per sample, got {size} for "
@@ -187,12 +191,7 @@ class Share(pl.LightningDataModule):
             )
         self.notes.mend(rank, size)
         known, _ = self.notes.answers()
-        order = getattr(own, "predict_order", lambda: None)() or range(length)
-        mine = list(order)[rank::size]
-        self.samples, self.batch_size = whole.dataset, whole.batch_size
-        limit = self.trainer.limit_predict_batches if self.trainer is not None else 1.0
-        if isinstance(limit, int):
-            mine = mine[: limit * self.batch_size]
+        mine = asked[rank::size]
         left = [number for number in mine if number not in known]
         # A loop over nothing would not come to its end.
         self.numbers = left or mine[-self.batch_size :]
@@ -203,6 +202,23 @@ class Share(pl.LightningDataModule):
             collate_fn=whole.collate_fn,
             generator=whole.generator,
         )
+
+    def _most(self, num_batches: int) -> int:
+        """So many samples are asked about: by `trainer.limit_predict_batches`, of all of them.
+
+        Lightning would limit what each process has, and once more what is left of it.
+        """
+        if self.trainer is not None and self.limit is None:
+            self.limit = self.trainer.limit_predict_batches
+            self.trainer.limit_predict_batches = 1.0
+        limit = 1.0 if self.limit is None else self.limit
+        number = limit if isinstance(limit, int) else int(num_batches * limit)
+        if number < 1:
+            raise ValueError(
+                f"trainer.limit_predict_batches: expected one batch at least, got {limit} of "
+                f"{num_batches}. Raise it, or leave it out."
+            )
+        return number * self.batch_size
 
     def note(self, batch: int, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Notes the records of a batch of this process."""
@@ -227,11 +243,9 @@ class Share(pl.LightningDataModule):
             ValueError: Some are.
         """
         assert self.samples is not None
-        limit = self.trainer.limit_predict_batches if self.trainer is not None else 1.0
-        number = len(self.samples)  # type: ignore[arg-type]
-        if limit == 1.0 and len(records) != number:
+        if len(records) != self.num_asked:
             raise ValueError(
-                f"evaluate: expected {number} answers, got {len(records)}: notes in "
+                f"evaluate: expected {self.num_asked} answers, got {len(records)}: notes in "
                 f"{str(self.notes.folder / NOTES)!r} were lost. Give the same command once more: "
                 "only the rest is asked."
             )

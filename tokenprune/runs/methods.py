@@ -21,7 +21,7 @@ DOWNSAMPLE = results.DOWNSAMPLE
 SEEDS = ("seed", "strategy.seed", "data.seed")
 NO_EFFECT = (
     *("logger", "num_pictures", "data.num_workers", "trainer.callbacks", "device"),
-    *("baseline", "imports", "ckpt_path"),
+    *("baseline", "imports", "ckpt_path", "shard", "shard_timeout", "graphs"),
 )
 # What a method is, told by its row: a budget is the schedule that it asked for.
 OWN = ("strategy", "schedule", "positions", "budget", "data.image_scale")
@@ -207,10 +207,12 @@ def _differing(several: Sequence[Mapping[str, str]]) -> list[str]:
 def _without(config: Mapping[str, str], groups: Sequence[str]) -> dict[str, str]:
     """A config without seeds, what has no effect, and whole groups."""
     left_out = (*SEEDS, *NO_EFFECT, *groups)
+    decisive = {f"trainer.{name}" for name in results.DECISIVE_TRAINER}
     return {
         key: value
         for key, value in config.items()
         if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+        and (not key.startswith("trainer.") or key in decisive)
     }
 
 

@@ -205,7 +205,11 @@ def _digest_files(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 #: What makes no other run, see `changes`.
-_ASIDE = {"ckpt_path", "logger", "imports", "baseline", "shard", "shard_timeout"}
+_ASIDE = {"logger", "imports", "baseline", "shard", "shard_timeout"}
+#: Where a training goes on by itself: no other training. A checkpoint by its path makes one.
+GOES_ON = (None, "last", "auto")
+#: What of an evaluation's trainer can change its answers.
+DECISIVE_TRAINER = ("precision", "limit_predict_batches")
 
 
 def changes(
@@ -215,9 +219,9 @@ def changes(
 
     Args:
         folder: The run's folder.
-        config: The resolved config; where a training goes on from, what it logs to, which modules
-            are imported, how an evaluation is shared out and what a sweep is compared with are no
-            part of it.
+        config: The resolved config; that a training goes on, what it logs to, which modules are
+            imported, by what an evaluation is done and shared out, and what a sweep is compared
+            with are no part of it.
         marks: Its `fingerprint`.
         last: What the run writes last: a file, or a folder as sharded checkpoints are.
     """
@@ -228,16 +232,22 @@ def changes(
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
     keys = sorted({*map(str, old), *config} - _ASIDE)
-    differing = [key for key in keys if _whole(old.get(key)) != _whole(config.get(key))]
+    evaluates = last == METRICS
+    before, now = ({k: _decisive(k, c.get(k), evaluates) for k in keys} for c in (old, config))
+    differing = [key for key in keys if before[key] != now[key]]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
     return differing + [key for key in marks if versions.get(key) != marks[key]]
 
 
-def _whole(entry: Any) -> Any:
-    """An entry of a config; runs from before `data.image_scale` had whole pictures."""
+def _decisive(key: str, entry: Any, evaluates: bool) -> Any:
+    """What of an entry of a config makes a run; earlier ones had whole pictures alone."""
+    if key == "ckpt_path":
+        return None if entry in GOES_ON else entry
+    if key == "trainer" and evaluates and isinstance(entry, Mapping):
+        return {name: entry.get(name) for name in DECISIVE_TRAINER}
     if isinstance(entry, Mapping) and entry.get("image_scale") == 1:
-        return {key: value for key, value in entry.items() if key != "image_scale"}
+        return {name: value for name, value in entry.items() if name != "image_scale"}
     return entry
 
 
@@ -386,7 +396,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
                 _interval(entry),
                 f"{entry['avg_tokens']:.1f}",
                 f"{100 * entry['tflops_ratio']:.0f} %",
-                f"{entry['prefill_ms']:.1f} ms",
+                "" if entry["prefill_ms"] is None else f"{entry['prefill_ms']:.1f} ms",
                 "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
             ]
         )

@@ -134,10 +134,14 @@ def check_baseline(
 
 def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
-    # Where it runs, where a training goes on from, what a sweep is compared with, how an evaluation
-    # is shared out: no other one.
-    left_out = r"[+]*(experiment|hydra|launcher|search|ckpt_path|baseline|shard|shard_timeout)\b"
-    parts = [part for part in overrides if not re.match(left_out, part)]
+    # Where it runs, that a training goes on, what a sweep is compared with, how an evaluation is
+    # shared out: no other one.
+    left_out = (
+        r"[+]*((experiment|hydra|launcher|search|baseline|shard|shard_timeout)\b|"
+        r"ckpt_path=(last|auto|null)?$)"
+    )
+    # The order in which they were given is no matter; the method comes first.
+    parts = sorted((o for o in overrides if not re.match(left_out, o)), key=_place)
     # strategy=fastv, schedule=pyramid, schedule.lam=0.3 -> fastv,pyramid,lam=0.3; but not
     # strategy.seed=1 -> seed=1, which is another run.
     pattern = r"^(strategy=|schedule[=.])"
@@ -146,6 +150,13 @@ def run_name(overrides: Sequence[str]) -> str:
     if safe != short or len(safe) > _LONGEST_NAME:
         safe = f"{safe[: _LONGEST_NAME - 9]}-{_digest(parts)}"
     return safe or "default"
+
+
+def _place(override: str) -> tuple[int, str]:
+    """Where an override stands in a run's name: the strategy's, the schedule's, others."""
+    starts = ("strategy=", "strategy.", "schedule=", "schedule.", "")
+    bare = override.lstrip("+")
+    return next(n for n, start in enumerate(starts) if bare.startswith(start)), bare
 
 
 def run_names(jobs: Sequence[Sequence[str]]) -> list[str]:

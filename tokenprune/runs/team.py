@@ -318,7 +318,7 @@ def _await_others(member: _Member, number: int) -> None:
 
 def _blame(member: _Member, number: int, error: BaseException) -> LostProcess | None:
     """What another process has to do with an error here; None where it has nothing."""
-    own = not isinstance(error, LostProcess | SystemExit) and not _BROKEN.search(str(error))
+    own = not isinstance(error, LostProcess | SystemExit) and not _is_broken(error)
     if own:
         return None
     member.suspects = True
@@ -363,7 +363,7 @@ def follow(launch: Launch) -> int:
                 member.set(f"done/{number}/{launch.rank}", "")
             number += 1
     except RuntimeError as error:
-        if not _BROKEN.search(str(error)):
+        if not _is_broken(error):
             raise
         _orphan(member)  # the first process, and the store with it
     finally:
@@ -386,7 +386,7 @@ def _report(member: _Member, number: int, error: BaseException) -> None:
     """Tells the first process what has gone wrong here."""
     if isinstance(error, SystemExit) or _is_stop(error):
         kind, text = "signal", str(error)
-    elif _BROKEN.search(str(error)):
+    elif _is_broken(error):
         kind, text = "broken", str(error)
     else:
         member.reported = True
@@ -394,6 +394,11 @@ def _report(member: _Member, number: int, error: BaseException) -> None:
         if not isinstance(error, ValueError | KeyError | OSError):
             traceback.print_exception(error)  # a bug: where
     member.set(f"failed/{number}/{member.launch.rank}", pickle.dumps((kind, text)))
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether a library says that another process is gone; not, say, a hub that cannot be had."""
+    return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
 def _is_stop(error: BaseException) -> bool:

@@ -34,6 +34,9 @@ from tokenprune.training.sharding import META, Sharded
 from tokenprune.training.summary import SUMMARY, sentence, summarise
 from tokenprune.training.throughput import Throughput, length, size
 
+#: What a training leaves, and the file by which it is known.
+_MADE = {"model": "config.json", "adapter": "adapter_config.json"}
+
 
 def train(config: DictConfig, output_dir: Path) -> None:
     """Fine-tunes a model and saves it in Hugging Face format.
@@ -244,6 +247,11 @@ class _Begin(pl.Callback):
                 path = self.folder / name
                 # A folder that is no checkpoint of shards is somebody's: an error.
                 files.remove(path) if (path / META).is_file() else path.unlink(missing_ok=True)
+            source = Path(str(self.config["model"].get("path"))).expanduser()
+            for name, mark in _MADE.items() if self.anew else ():
+                made = self.folder / name
+                if (made / mark).is_file() and made.resolve() != source.resolve():
+                    files.remove(made)
             text = OmegaConf.to_yaml(OmegaConf.create(dict(self.config)))
             results.write_text(self.folder / results.CONFIG, text)
             results.write_versions(self.folder, self.marks)
