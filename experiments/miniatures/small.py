@@ -47,6 +47,8 @@ POINTED_LAYER, STEPPED_LAYER = 4, 6  # layers below the read-outs
 LOOKS = {2: "looks", 3: "looks", 5: "second_looks"}
 POINTED_CLASSES = (GRID, GRID, len(SYMBOLS), len(COLOURS), hard.MAX_ALIKE + 1)
 NOTHING = (-100,) * len(POINTED_CLASSES)
+SCALES = (GRID, GRID, hard.MAX_ALIKE)  # of rows, columns, numbers
+UNTOLD = -100.0
 FEW, MANY = 48, 160  # patches that the decoder is given in the second and the third phase
 KIND_WEIGHTS = (*hard.KINDS, "relation", "count", "compare", "steps", "exist")
 
@@ -189,6 +191,20 @@ def looks_of(scene: Scene, question: Question) -> tuple[list[Cells], list[Cells]
     return first, second
 
 
+def result_of(scene: Scene, question: Question) -> float:
+    """What a question comes to, from -1 to 1: a number, or by how much the second is ahead."""
+    kind, words = question.turn.kind, question.turn.question.replace("?", "").split()
+    counts = [sum(item.colour == word for item in scene.items) for word in words]
+    if kind == "count":
+        return counts[-1] / hard.MAX_ALIKE
+    if kind == "compare":
+        return (counts[4] - counts[-1]) / hard.MAX_ALIKE
+    if kind == "relation":
+        axis = int("left" in words)
+        return (question.cells[1][axis] - question.cells[0][axis]) / GRID
+    return UNTOLD
+
+
 def marked(cells: list[Cells], kept: Tensor) -> Tensor:
     """Bool (tokens, patches): which of the patches that are kept each token asks for."""
     place = {int(patch): number for number, patch in enumerate(kept)}
@@ -216,6 +232,7 @@ class PackedScenes(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample, (scene, questions) = self.scenes[index], self.scenes.scene(index)
         ids, labels, evidence, steps = [], [], [], []
+        measured: list[float] = []
         looks: list[Cells] = []
         second_looks: list[Cells] = []
         for question in questions:
@@ -224,6 +241,8 @@ class PackedScenes(Dataset[dict[str, Any]]):
             pads = TURN_LENGTH - len(words) - len(answer)
             facts, step = facts_of(scene, question)
             evidence += [*facts, *[NOTHING] * (TURN_LENGTH - len(words))]
+            measured += [UNTOLD] * (len(words) - 1) + [result_of(scene, question)]
+            measured += [UNTOLD] * (TURN_LENGTH - len(words))
             first, second = looks_of(scene, question)
             looks += [*first, *[()] * (TURN_LENGTH - len(first))]
             second_looks += [*second, *[()] * (TURN_LENGTH - len(second))]
@@ -247,6 +266,7 @@ class PackedScenes(Dataset[dict[str, Any]]):
             "labels": torch.tensor(labels),
             "evidence": torch.tensor(evidence),
             "steps": torch.tensor(steps),
+            "results": torch.tensor(measured),
             "looks": marked(looks, kept),
             "second_looks": marked(second_looks, kept),
             "kinds": torch.tensor([hard.KINDS.index(turn.kind) for turn in sample.turns]),
@@ -261,7 +281,14 @@ class Questions(Phase):
     """The decoder answers questions; the rest stays as it is."""
 
     def __init__(
-        self, model: nn.Module, rate: float, num_steps: int, curve: str, max_alike: int, hides: bool
+        self,
+        model: nn.Module,
+        rate: float,
+        num_steps: int,
+        curve: str,
+        max_alike: int = hard.MAX_ALIKE,
+        hides: bool = False,
+        measures: bool = True,
     ) -> None:
         super().__init__(model, rate, num_steps, curve)
         freeze_all_but_the_decoder(model)
@@ -269,6 +296,9 @@ class Questions(Phase):
         width = model.config.text_config.hidden_size
         self.pointer = nn.Linear(width, sum(POINTED_CLASSES))
         self.stepper = nn.Linear(width, sum(POINTED_CLASSES[:3]))
+        # Read out as quantities: row, column and number of what a word names; what is asked for.
+        self.measure = nn.Linear(width, 3) if measures else None
+        self.result = nn.Linear(width, 1) if measures else None
         self.max_alike = max_alike  # grows with success
         self.right: dict[str, list[float]] = defaultdict(list)
 
@@ -320,6 +350,8 @@ class Questions(Phase):
         )
         loss = nn.functional.cross_entropy(logits, labels[:, 1:][asked[:, 1:]])
         loss = loss + self._point(output.hidden_states, batch)
+        if self.measure is not None:
+            loss = loss + self._measure(output.hidden_states, batch)
         if self.training:
             loss = loss + self._look(batch)
         wrong = torch.zeros_like(asked)
@@ -353,6 +385,22 @@ class Questions(Phase):
             share = (looked * wanted).sum(-1)[wanted.any(-1)]
             loss = loss - 0.2 * (share + 1e-4).log().mean()
             self.log(f"look_{layer}", share.detach().mean())
+        return loss
+
+    def _measure(self, hidden: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
+        """Loss of the read-outs of quantities, in which near misses cost less than far ones."""
+        loss = hidden[0].new_zeros(())
+        for layer, reader, wanted in (
+            (POINTED_LAYER, self.measure, batch["evidence"][..., [0, 1, 4]] / torch.tensor(SCALES)),
+            (STEPPED_LAYER, self.result, batch["results"][..., None]),
+        ):
+            assert reader is not None
+            states = hidden[layer][:, PACKED.start :]
+            read = reader(nn.functional.rms_norm(states, states.shape[-1:]))
+            is_told = wanted > -2
+            miss = (read - wanted)[is_told].abs().mean()
+            loss = loss + miss
+            self.log(f"miss_{layer}", miss.detach())
         return loss
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -416,7 +464,7 @@ def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniatures/small"))
-    given = arguments(parser, tower=8, lookup=10, final=30, settle=6)
+    given = arguments(parser, tower=8, lookup=6, final=16, measure=12, settle=4)
     model = build_model("hard")
     phases = Phases(model, given.folder)
 
@@ -426,12 +474,17 @@ def main() -> None:
     def ask(name: str, questions: Questions, epochs: int, seed: int, kept: int) -> None:
         phases.run(name, questions, epochs, lambda own: Feed(own, 100, 16, seed, kept))
 
+    hidden = {"hides": True, "measures": False}
     epochs = given.lookup_epochs
-    ask("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 0, True), epochs, 1, FEW)
-    epochs, most = given.final_epochs, hard.MAX_ALIKE
-    ask("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", most, True), epochs, 2, MANY)
+    lookup = Questions(model, 1.5e-3, 100 * epochs, "constant", max_alike=0, **hidden)
+    ask("lookup", lookup, epochs, 1, FEW)
+    epochs = given.final_epochs
+    ask("final", Questions(model, 1.2e-3, 2_200, "cosine", **hidden), epochs, 2, MANY)
+    epochs = given.measure_epochs
+    measure = Questions(model, 1e-3, 100 * epochs, "cosine", hides=True)
+    ask("measure", measure, epochs, 4, MANY)
     epochs = given.settle_epochs
-    ask("settle", Questions(model, 5e-4, 100 * epochs, "cosine", most, False), epochs, 3, GRID**2)
+    ask("settle", Questions(model, 5e-4, 100 * epochs, "cosine"), epochs, 3, GRID**2)
     phases.save("model", "hard")
     publish("small", given.folder, phases.times)
 
