@@ -60,12 +60,12 @@ def test_llava_next_places(size: tuple[int, int]) -> None:
     (packed,), _ = model.model.pack_image_features(
         [features], torch.tensor([size]), "default", image_newline=newline
     )
+    from tokenprune.families.adapter import Run
     from tokenprune.families.places import places
 
-    anatomy = examine(model)
-    visual = torch.ones(1, len(packed), dtype=torch.bool)
+    anatomy, runs = examine(model), [[Run(len(packed), False)]]
     sizes = {"image_sizes": torch.tensor([size])}
-    (found,) = places(anatomy.adapter.layout, anatomy.config, sizes, visual, [len(packed)])
+    (found,) = places(anatomy.adapter.layout, anatomy.config, sizes, runs)
     base, mosaic = found[found[:, 1] == 0], found[found[:, 1] == 1]
     assert len(base) == 16
     columns = int(mosaic[:, 3].max())

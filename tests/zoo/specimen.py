@@ -98,24 +98,25 @@ class Specimen:
         model.generation_config.pad_token_id = PAD
         return model.eval()
 
+    def segments(self, model: PreTrainedModel, prompt: Prompt) -> list[Picture]:
+        """The pictures of a prompt, and its text as pictures without pixels; always the same."""
+        own = torch.Generator().manual_seed(1000 * len(prompt) + len(str(prompt)))
+        return [
+            self.pictures[segment](model, own)
+            if isinstance(segment, str)
+            else Picture(torch.randint(1, TEXT, (segment,), generator=own).tolist(), {})
+            for segment in prompt
+        ]
+
     def batch(
         self, model: PreTrainedModel, prompts: Sequence[Prompt] = PROMPTS, side: str = "left"
     ) -> dict[str, Tensor]:
         """Inputs of a call; a row is the same alone and in a batch."""
         sequences, pictures = [], []
         for prompt in prompts:
-            own = torch.Generator().manual_seed(1000 * len(prompt) + len(str(prompt)))
-            ids: list[int] = []
-            shown = []
-            for segment in prompt:
-                if isinstance(segment, int):
-                    ids += torch.randint(1, TEXT, (segment,), generator=own).tolist()
-                    continue
-                picture = self.pictures[segment](model, own)
-                ids += picture.ids
-                shown.append(picture)
-            sequences.append(torch.tensor(ids))
-            pictures.append(shown)
+            segments = self.segments(model, prompt)
+            sequences.append(torch.tensor([token for part in segments for token in part.ids]))
+            pictures.append([part for part in segments if part.inputs])
         length = max(map(len, sequences))
 
         def pad(tensor: Tensor, value: int) -> Tensor:

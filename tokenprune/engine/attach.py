@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokenprune.engine import caches, late, side
+from tokenprune.engine.ahead import Ahead
 from tokenprune.engine.captured import by_graph, note
 from tokenprune.engine.cuts import begin
 from tokenprune.engine.graphs import Graphs
@@ -76,6 +77,7 @@ class Handle:
         parts = settings.anatomy.vision if needs else None
         mixes = BeforeProjector() in settings.needs
         self._watch = None if parts is None else Watch(parts, needs, mixes)
+        self._ahead = Ahead()
 
     def __reduce__(self) -> Any:
         raise ValueError(
@@ -108,7 +110,8 @@ class Handle:
             if index >= first or site.ahead or site.opens:
                 self._register(layer, self._at(site), None)
         if self._watch is not None:
-            self._watch_tower(self._watch)
+            self._hooks += self._watch.hook()
+        self._note_features()
         if self._graphs is not None:
             self._capture(self._graphs, settings.anatomy.decoder)
 
@@ -183,18 +186,25 @@ class Handle:
 
         self._shadow(entry, "generate", noted)
 
-    def _watch_tower(self, watch: Watch) -> None:
-        """Hears the vision tower, and notes the features that it makes."""
-        self._hooks += watch.hook()
+    def _note_features(self) -> None:
+        """Notes the features of images: what the tower did, and what is said of those of later."""
+        base: Any = self._settings.anatomy.seeing
+        layout = self._settings.anatomy.adapter.layout
+        if base is None or (self._watch is None and layout is None):
+            return
 
         def made(kind: str, signals: Any) -> None:
             if (call := self._open_call()) is not None:
                 call.signals[kind] = signals
 
-        base = watch.parts.base
         for kind, name in METHODS.items():
             if hasattr(type(base), name):
-                self._shadow(base, name, watch.noted(kind, getattr(base, name), made))
+                features = getattr(base, name)
+                if self._watch is not None:
+                    features = self._watch.noted(kind, features, made)
+                if layout is not None:
+                    features = self._ahead.noted(features, self._open_call)
+                self._shadow(base, name, features)
 
     def _shadow(self, entry: nn.Module, name: str, method: Callable[..., Any]) -> bool:
         """Puts a method before the class's own, until `remove`; not before another such one."""
@@ -218,6 +228,7 @@ class Handle:
         self._shadowed.clear()
         if self._watch is not None:
             self._watch.forget()
+        self._ahead.forget()
 
     # -- above the decoder -----------------------------------------------------------------------
 
@@ -268,7 +279,7 @@ class Handle:
             )
         call = self._open_call() or Call()
         rest, named = by_name(self._names[module], args, kwargs)
-        inputs = dict(call.inputs)
+        inputs = self._ahead.said(call.inputs) | call.inputs
         merge(inputs, named, call.late_labels)
         embeds = named.get("inputs_embeds")
         tokens = named["input_ids"] if embeds is None else embeds

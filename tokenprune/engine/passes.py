@@ -23,7 +23,7 @@ from tokenprune.engine.sequences import not_apart
 from tokenprune.engine.settings import ATTENTIONS, Settings, unsupported_attention
 from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
-from tokenprune.families.places import places
+from tokenprune.families.places import find_runs, places
 from tokenprune.families.projection import scales_by_position
 from tokenprune.strategy import Need
 
@@ -489,5 +489,5 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
 def _place_finder(settings: Settings, rows: Rows) -> Callable[[], list[Tensor]]:
     # A trace must keep neither pixels nor the model alive.
     told, layout, config = rows.facts, settings.anatomy.adapter.layout, settings.anatomy.config
-    visual, num_visual = rows.visual, rows.num_visual
-    return lambda: places(layout, config, told, torch.from_numpy(visual), num_visual)
+    visual, video = rows.visual, rows.video
+    return lambda: places(layout, config, told, find_runs(visual, video))

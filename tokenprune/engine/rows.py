@@ -43,6 +43,8 @@ class Rows:
     Attributes:
         real: Bool (B, T), no pads.
         visual: Bool (B, T).
+        video: Bool (B, T), those with the placeholders of videos; None where there are no such, or
+            no ids.
         asking: Bool (B, T), the `"last"` query rows.
         prompt: Bool (B, T), text that is no answer and no guess; None where nobody asks.
         ids: int64 (B, T), or None where the call has none or nothing needs them.
@@ -60,6 +62,7 @@ class Rows:
     real: Bools
     visual: Bools
     asking: Bools
+    video: Bools | None = None
     prompt: Bools | None = None
     ids: Ints | None = None
     targets: Bools | None = None
@@ -227,6 +230,7 @@ def read_rows(
         fetched |= {name: packing.apart(fetched[name], IGNORED) for name in tables}
         nothing = np.zeros_like(real)
     ids = fetched.get("ids")
+    of_videos = settings.anatomy.placeholders("video")
     labelled: Bools | None = None
     followed: Bools | None = None
     if "labels" in fetched:
@@ -242,6 +246,7 @@ def read_rows(
         real=real,
         visual=visual,
         asking=asking,
+        video=None if ids is None or not of_videos else np.isin(ids, of_videos) & visual,
         prompt=_prompt(real & ~visual, labelled, asking) if settings.reads_text else None,
         ids=ids,
         targets=_targets(real, visual, labelled)

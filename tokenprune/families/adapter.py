@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,8 +19,23 @@ from tokenprune.families.tower import Tower
 
 #: Places of one row's visual tokens: int64 (V, 4) of image, grid, row, column.
 Places = Tensor
-#: (model config, call arguments, visual tokens per row) -> places per row, or None if unknown.
-Layout = Callable[[Any, Mapping[str, Any], Sequence[int]], "list[Places] | None"]
+
+
+class Run(NamedTuple):
+    """Visual tokens of one kind without text between them.
+
+    Attributes:
+        length: How many.
+        is_video: Whether their placeholders are those of videos; None where the call has no ids.
+    """
+
+    length: int
+    is_video: bool | None = None
+
+
+#: (model config, what the call says of its images, the runs of visual tokens of each row) -> places
+#: per row, or None if unknown.
+Layout = Callable[[Any, Mapping[str, Any], Sequence[Sequence[Run]]], "list[Places] | None"]
 #: (layer, hidden (B, T, D), asked rows, the layer's other arguments) -> queries and keys.
 Project = Callable[[nn.Module, Tensor, Positions, Mapping[str, Any]], QueriesAndKeys]
 
@@ -31,7 +46,7 @@ class Adapter:
 
     Attributes:
         placeholder_ids: Names of the config entries that hold the ids of visual placeholders.
-        layout: Where each visual token sits in its image.
+        layout: Where each visual token sits in its image, if that is known.
         project: Queries and keys of a decoder layer, for attention rows.
         decoder: Path of the module that runs the layers, where `get_decoder()` finds another.
         token_arguments: Arguments of a layer with an entry per token, and the dimension it is in.
@@ -47,7 +62,7 @@ class Adapter:
         "video_token_id",
         "video_token_index",
     )
-    layout: Layout = lambda config, inputs, num_visual: None
+    layout: Layout | None = None
     project: Project = project
     decoder: str | None = None
     token_arguments: Mapping[str, int] = field(default_factory=dict)

@@ -48,10 +48,15 @@ class Anatomy:
     @cached_property
     def vision(self) -> VisionParts | None:
         """The vision tower, where the family's is known."""
-        seeing = [entry for entry in self.entries if hasattr(entry, "get_image_features")]
-        if self.adapter.tower is None or not seeing:
+        if self.adapter.tower is None or self.seeing is None:
             return None
-        return find_tower(self.adapter.tower, seeing[-1])
+        return find_tower(self.adapter.tower, self.seeing)
+
+    @property
+    def seeing(self) -> nn.Module | None:
+        """The module that makes features of images, if there is one."""
+        seeing = [entry for entry in self.entries if hasattr(entry, "get_image_features")]
+        return seeing[-1] if seeing else None
 
     def placeholders(self, kind: str) -> tuple[int, ...]:
         """Placeholder ids of one kind of visual tokens, `"image"` or `"video"`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.llava import selected
+from tokenprune.families.places import by_squares, patches_across
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -22,5 +23,6 @@ def selected_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Pat
     return patches(model, named, selected(model, named, index))
 
 
-register_adapter("aya_vision", Adapter(tower=Tower("vision_tower", selected_patches)))
-register_adapter("cohere2_vision", Adapter(tower=Tower("vision_tower", patches)))
+_LAYOUT = by_squares(lambda config: patches_across(config) // config.downsample_factor)
+for _model_type, _patches in (("aya_vision", selected_patches), ("cohere2_vision", patches)):
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=Tower("vision_tower", _patches)))

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.patches import frames, runs, times_rows_columns
+from tokenprune.families.places import in_order, of_times
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """A grid of squares each two frames of a video; of an odd number, the last is left out."""
+    edge, videos = config.vision_config.spatial_merge_size, inputs.get("video_grid_thw")
+    if videos is not None:
+        times, sizes = videos[:, :1], videos[:, 1:]
+        videos = torch.cat([(times // 2).clamp_min(1), sizes], 1)
+    return in_order(of_times(inputs.get("image_grid_thw"), edge), of_times(videos, edge), runs)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -28,5 +40,6 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 _TOWER = Tower("vision_tower", patches, "attn", "qkv", "qkv", frames)
 register_adapter(
-    "ernie4_5_vl_moe", Adapter(token_arguments={"moe_mm_token_type_ids": 1}, tower=_TOWER)
+    "ernie4_5_vl_moe",
+    Adapter(layout=layout, token_arguments={"moe_mm_token_type_ids": 1}, tower=_TOWER),
 )

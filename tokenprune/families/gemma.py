@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.llava import all_patches
+from tokenprune.families.llava import layout as apart
 from tokenprune.families.patches import runs, squares
+from tokenprune.families.places import by_squares, in_order, of_shapes
 from tokenprune.families.tower import Patches, Tower
+
+
+def of_patches(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """A token a patch, of images and frames as large as the place of their last patch says."""
+    return _of_last(inputs, 1, runs)
+
+
+def of_squares(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """The same of squares of patches."""
+    return _of_last(inputs, config.vision_config.pooling_kernel_size, runs)
+
+
+def _of_last(
+    inputs: Mapping[str, Any], edge: int, runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    images, frames = (_shapes(inputs.get(f"last_{kind}_patches"), edge) for kind in _KINDS)
+    counts, rest = inputs.get("num_frames_per_video"), iter(frames)
+    videos = [
+        of_shapes(islice(rest, count)) for count in ([] if counts is None else counts.tolist())
+    ]
+    return in_order([of_shapes([shape]) for shape in images], videos, runs)
+
+
+def _shapes(last: Tensor | None, edge: int) -> list[tuple[int, int]]:
+    """Rows and columns of grids whose last patch has that (column, row)."""
+    given: list[list[int]] = [] if last is None else last.tolist()
+    return [(row // edge + 1, column // edge + 1) for column, row in given]
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -37,17 +72,20 @@ def placed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patch
     return Patches(runs(index.gather(1, order)[exists], edge))
 
 
+_KINDS = ("image", "video")
 SQUARES = Tower("vision_tower", patches)
-register_adapter("gemma3", Adapter(tower=SQUARES))
-register_adapter("shieldgemma2", Adapter(tower=SQUARES))
-register_adapter(
-    "paligemma",
-    Adapter(tower=Tower("vision_tower", all_patches, projector="multi_modal_projector")),
-)
+_LAYOUT = by_squares(lambda config: isqrt(config.mm_tokens_per_image))
+register_adapter("gemma3", Adapter(layout=_LAYOUT, tower=SQUARES))
+register_adapter("shieldgemma2", Adapter(layout=_LAYOUT, tower=SQUARES))
+_TOWER = Tower("vision_tower", all_patches, projector="multi_modal_projector")
+register_adapter("paligemma", Adapter(layout=apart, tower=_TOWER))
 register_adapter(
     "gemma4",
     Adapter(
+        layout=of_squares,
         token_arguments={"per_layer_input": 1},
         tower=Tower("vision_tower", placed_patches, form=captured),
     ),
 )
+_REASON = "it projects pixels to tokens, and has no vision transformer"
+register_adapter("gemma4_unified", Adapter(layout=of_patches, unread=_REASON))

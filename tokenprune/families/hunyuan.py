@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, grids, squares, times_rows_columns
+from tokenprune.families.places import in_order, nowhere, raster
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """A grid of squares with the token after each row as its last column; the ends are nowhere."""
+    if (sizes := inputs.get("image_grid_thw")) is None:
+        return None
+    edge, images = config.vision_config.spatial_merge_size, []
+    for _, rows, columns in sizes.tolist():
+        own = raster(0, rows // edge, columns // edge + 1)
+        images.append(torch.cat([nowhere(1), own, nowhere(1)]))
+    return in_order(images, [], runs)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -26,4 +40,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, frames=frames, form=captured)
-register_adapter("hunyuan_vl", Adapter(tower=_TOWER))
+register_adapter("hunyuan_vl", Adapter(layout=layout, tower=_TOWER))

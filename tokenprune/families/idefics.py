@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.places import by_squares, patches_across
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -18,5 +19,6 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     return Patches(shuffled.flatten(0, 1))
 
 
+_LAYOUT = by_squares(lambda config: patches_across(config) // config.scale_factor)
 for _model_type in ("idefics3", "smolvlm"):
-    register_adapter(_model_type, Adapter(tower=Tower("vision_model", patches)))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=Tower("vision_model", patches)))

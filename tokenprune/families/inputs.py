@@ -56,18 +56,18 @@ _LARGE = {"attention_mask", "labels", "shift_labels", "position_ids", "pixel_val
 
 
 def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `Layout` may know of a call: its integer tensors, and visual tokens per image.
+    """What a `Layout` may know of a call: its integer tensors.
 
-    The latter, `image_lengths`, is there where images were encoded ahead of the call.
+    Of places (column, row) of all patches, those of each image's last: the others are a table.
     """
     known: dict[str, Any] = {
         key: value
         for key, value in inputs.items()
         if isinstance(value, Tensor) and not value.is_floating_point() and key not in _LARGE
     }
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None and isinstance(encoded.pooler_output, (list, tuple)):
-        known["image_lengths"] = [len(features) for features in encoded.pooler_output]
+    for kind in ("image", "video"):
+        if (table := known.pop(f"{kind}_position_ids", None)) is not None:
+            known[f"last_{kind}_patches"] = table.flatten(0, -3).amax(1)
     return known
 
 

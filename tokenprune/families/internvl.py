@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.llava import selected
+from tokenprune.families.places import by_squares, patches_across
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -22,5 +23,6 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, attention="attention", queries="q_norm", keys="k_norm")
+_LAYOUT = by_squares(lambda config: int(patches_across(config) * config.downsample_ratio))
 for _model_type in ("internvl", "qianfan_ocr"):
-    register_adapter(_model_type, Adapter(tower=_TOWER))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=_TOWER))

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import grids, of_sizes, times_rows_columns
+from tokenprune.families.places import in_order, of_shapes
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """One grid of squares an image, or a video."""
+    tall, wide = config.vision_config.merge_kernel_size
+    images, videos = (
+        [of_shapes([(rows // tall, columns // wide)]) for _, rows, columns in sizes.tolist()]
+        if (sizes := inputs.get(f"{kind}_grid_thw")) is not None
+        else []
+        for kind in ("image", "video")
+    )
+    return in_order(images, videos, runs)
 
 
 def videos(model: Any, named: Mapping[str, Any]) -> Tensor:
@@ -31,4 +46,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, "attn", frames=videos, form=captured)
-register_adapter("kimi_k25", Adapter(tower=_TOWER))
+register_adapter("kimi_k25", Adapter(layout=layout, tower=_TOWER))

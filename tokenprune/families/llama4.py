@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.attending import captured
+from tokenprune.families.places import by_squares, patches_across
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -21,4 +22,7 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_model", patches, form=captured, class_last=True)
-register_adapter("llama4", Adapter(decoder="language_model.model", tower=_TOWER))
+_LAYOUT = by_squares(
+    lambda config: int(patches_across(config) * config.vision_config.pixel_shuffle_ratio)
+)
+register_adapter("llama4", Adapter(layout=_LAYOUT, decoder="language_model.model", tower=_TOWER))

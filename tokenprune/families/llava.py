@@ -9,28 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, Places, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
-from tokenprune.families.places import raster
+from tokenprune.families.pixtral import by_sizes
+from tokenprune.families.places import by_runs, nowhere, of_shapes, patches_across, raster
 from tokenprune.families.tower import Patches, Tower
 
 
 def layout(
-    config: Any, inputs: Mapping[str, Any], num_visual: Sequence[int]
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
-    """One raster of patches after another; None where the count is not a multiple of theirs."""
-    vision = config.vision_config
-    if not isinstance(getattr(vision, "image_size", None), int):
-        return None
-    side = vision.image_size // vision.patch_size
-    rows = []
-    for count in num_visual:
-        images, rest = divmod(count, side * side)
-        if rest:
-            return None
-        grids = [raster(image, 0, side, side) for image in range(images)]
-        rows.append(torch.cat(grids) if grids else torch.empty(0, 4, dtype=torch.int64))
-    return rows
+    """One square of patches after another, each an image; Pixtral's images have sizes."""
+    if config.vision_config.model_type == "pixtral":
+        return by_sizes(config, inputs, runs, 1)
+    side = patches_across(config)
+
+    return by_runs(runs, lambda run: _apart(run, side))
+
+
+def _apart(run: Run, side: int) -> list[Places]:
+    """Squares of a run, each an image."""
+    images, rest = divmod(run.length, side**2)
+    return [] if rest else [of_shapes([(side, side)])] * images
+
+
+def images_or_frames(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """An image is a square of patches; a run of a video is frames, each after its class token."""
+    side = patches_across(config)
+
+    def shaped(run: Run) -> list[Places]:
+        if not run.is_video:
+            return [] if run.is_video is None else _apart(run, side)
+        count, rest = divmod(run.length, side**2 + 1)
+        frames = [torch.cat([nowhere(1), raster(frame, side, side)]) for frame in range(count)]
+        return [] if rest else [torch.cat(frames)]
+
+    return by_runs(runs, shaped)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -81,6 +97,6 @@ VIDEO = Tower(
     projector="multi_modal_projector",
     others=("video_tower",),
 )
-register_adapter("video_llava", Adapter(tower=VIDEO))
+register_adapter("video_llava", Adapter(layout=images_or_frames, tower=VIDEO))
 for _model_type, _tower in _TOWERS.items():
     register_adapter(_model_type, Adapter(layout=layout, tower=_tower))

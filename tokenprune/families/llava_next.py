@@ -13,59 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, Places, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.llava import selected
 from tokenprune.families.patches import squares
-from tokenprune.families.places import number_images, raster
+from tokenprune.families.places import (
+    in_order,
+    of_shapes,
+    of_videos,
+    patches_across,
+    tiles,
+)
 from tokenprune.families.tower import Patches, Tower
 
 
 def layout(
-    config: Any, inputs: Mapping[str, Any], num_visual: Sequence[int]
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
-    """Base grid first, then the unpadded mosaic of tiles with a newline token per row.
+    """Base grid first, then the unpadded mosaic of tiles with a newline token per row."""
+    return in_order(_images(config, inputs), [], runs)
 
-    The mosaic's size follows Liu et al., 2024 (LLaVA-NeXT, "spatial_unpad").
-    """
+
+def images_or_frames(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """The same of images; a run of a video is frames, each a shrunk square."""
+    side = patches_across(config) // config.spatial_pool_stride
+    return in_order(_images(config, inputs), of_videos(runs, lambda run: tiles(run, side)), runs)
+
+
+def _images(config: Any, inputs: Mapping[str, Any]) -> list[Places]:
+    side, sizes = patches_across(config), inputs.get("image_sizes")
+    images = [] if sizes is None else [mosaic(config, size) for size in sizes.tolist()]
+    return [of_shapes([(side, side), (rows, columns + 1)]) for rows, columns in images]
+
+
+def mosaic(config: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of an image's unpadded mosaic (Liu et al., 2024, "spatial_unpad")."""
     from transformers.image_processing_utils import select_best_resolution
 
-    tile = config.vision_config.image_size
-    side = tile // config.vision_config.patch_size
-    images: list[list[Places]] = []
-
-    def add(rows: int, columns: int) -> None:
-        images.append([raster(0, 0, side, side), raster(0, 1, rows, columns + 1)])
-
-    if inputs.get("image_sizes") is not None:
-        for height, width in inputs["image_sizes"].tolist():
-            tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
-            rows, columns = side * (tall // tile), side * (wide // tile)
-            if width / height > columns / rows:
-                rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
-            else:
-                columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
-            add(rows, columns)
+    (height, width), side = size, patches_across(config)
+    edge = config.vision_config.image_size
+    tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+    rows, columns = side * (tall // edge), side * (wide // edge)
+    if width / height > columns / rows:
+        rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
     else:
-        for length in inputs.get("image_lengths", ()):
-            fitting = _mosaics_of_length(config, length - side * side)
-            if len(fitting) == 1:
-                add(*fitting.pop())
-            else:
-                images.append([torch.full((length, 4), -1)])  # two shapes of that length
-    return number_images(images, num_visual)
-
-
-def _mosaics_of_length(config: Any, length: int) -> set[tuple[int, int]]:
-    """Unpadded mosaics (rows, columns) with that many tokens, newlines included; mostly one.
-
-    `generate` in transformers 5.23 encodes images ahead of the call, which then shows no sizes.
-    """
-    patch, fitting = config.vision_config.patch_size, set()
-    for tall, wide in config.image_grid_pinpoints:
-        rows, columns = tall // patch, wide // patch
-        fitting |= {(rows, c) for c in range(columns, 0, -2) if rows * (c + 1) == length}
-        fitting |= {(r, columns) for r in range(rows, 0, -2) if r * (columns + 1) == length}
-    return fitting
+        columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+    return rows, columns
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -98,4 +92,7 @@ def patches_or_frames(model: Any, named: Mapping[str, Any], index: Tensor) -> Pa
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
 register_adapter("llava_next", Adapter(layout=layout, tower=TOWER))
-register_adapter("llava_next_video", Adapter(tower=replace(TOWER, patches=patches_or_frames)))
+register_adapter(
+    "llava_next_video",
+    Adapter(layout=images_or_frames, tower=replace(TOWER, patches=patches_or_frames)),
+)

@@ -5,16 +5,63 @@ Shape suffixes: N tiles, P patches of one, T visual tokens.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.llava import selected
+from tokenprune.families.llava_next import mosaic
+from tokenprune.families.places import (
+    in_order,
+    nowhere,
+    of_shapes,
+    of_videos,
+    patches_across,
+    tiles,
+)
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """The whole image, then its shrunk mosaic with a newline after each row; a video's frames.
+
+    The newline after an image that is whole, or after a video, is of no row.
+    """
+    side, sizes = patches_across(config), inputs.get("image_sizes")
+    given = [] if sizes is None else sizes.tolist()
+    images = []
+    for size, alone in zip(given, _alone(inputs, len(given)), strict=True):
+        rows, columns = _shrunk(config, *mosaic(config, size)) if alone else (0, 0)
+        own = [(side, side), (rows, columns + 1)] if alone else [(side, side)]
+        images.append(torch.cat([of_shapes(own), nowhere(0 if alone else 1)]))
+    half = -(-side // 2)
+
+    def frames(run: Run) -> list[Places]:
+        return [torch.cat([own, nowhere(1)]) for own in tiles(Run(run.length - 1), half)]
+
+    return in_order(images, of_videos(runs, frames), runs)
+
+
+def _shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a mosaic that is no larger than a number of tiles."""
+    tiles = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (tiles * patches_across(config) ** 2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _alone(named: Mapping[str, Any], num_images: int) -> list[bool]:
+    """Whether each image is its prompt's only one: others stay whole."""
+    of_rows = named.get("batch_num_images")
+    if of_rows is None:
+        return [True] * num_images
+    return [count == 1 for count in of_rows for _ in range(int(count))]
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -35,14 +82,11 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 def _tiles_of_images(model: Any, named: Mapping[str, Any]) -> list[int]:
     """How many tiles each image is cut into; several images of a prompt stay whole."""
     module, config = sys.modules[type(model).__module__], model.config
-    sizes, of_rows = named["image_sizes"], named.get("batch_num_images")
-    alone = [True] * len(sizes)
-    if of_rows is not None:
-        alone = [count == 1 for count in of_rows for _ in range(int(count))]
+    sizes = named["image_sizes"]
     edge = config.vision_config.image_size
     return [
         module.image_size_to_num_patches(size, config.image_grid_pinpoints, edge) if one else 1
-        for size, one in zip(sizes, alone, strict=True)
+        for size, one in zip(sizes, _alone(named, len(sizes)), strict=True)
     ]
 
 
@@ -117,4 +161,4 @@ def _joined(parts: list[Patches]) -> Patches:
     return Patches(torch.cat(index), torch.cat(shares))
 
 
-register_adapter("llava_onevision", Adapter(tower=Tower("vision_tower", patches)))
+register_adapter("llava_onevision", Adapter(layout=layout, tower=Tower("vision_tower", patches)))

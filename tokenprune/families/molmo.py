@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
+from tokenprune.families.places import in_order, of_shapes, of_times
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """The thumbnail of an image, then its crops as one grid; the frames of a video."""
+    images, videos = (inputs.get(f"{kind}_grids") for kind in ("image", "video"))
+    given = [] if images is None else images.tolist()
+    whole = [of_shapes([(a, b), (c, d)] if c * d else [(a, b)]) for a, b, c, d in given]
+    return in_order(whole, of_times(videos, 1), runs)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -19,4 +30,5 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     return Patches(given[(given >= 0).any(1)])
 
 
-register_adapter("molmo2", Adapter(tower=Tower("vision_tower", patches, form=captured)))
+_TOWER = Tower("vision_tower", patches, form=captured)
+register_adapter("molmo2", Adapter(layout=layout, tower=_TOWER))

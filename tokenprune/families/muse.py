@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, times_rows_columns
+from tokenprune.families.places import by_times
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -29,5 +30,6 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, "attn", frames=frames, form=captured)
+_LAYOUT = by_times(lambda config: config.vision_config.merge_size)
 for _model_type in ("muse_glimmer", "muse_spark"):
-    register_adapter(_model_type, Adapter(tower=_TOWER))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=_TOWER))

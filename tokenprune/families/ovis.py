@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.patches import squares
+from tokenprune.families.places import by_squares, patches_across
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -24,4 +25,8 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     )
 
 
-register_adapter("ovis2", Adapter(tower=Tower("vision_tower", patches, "attention")))
+_LAYOUT = by_squares(
+    lambda config: -(-patches_across(config) // config.vision_config.hidden_stride)
+)
+_TOWER = Tower("vision_tower", patches, "attention")
+register_adapter("ovis2", Adapter(layout=_LAYOUT, tower=_TOWER))

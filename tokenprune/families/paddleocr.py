@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, grids, squares, times_rows_columns
+from tokenprune.families.places import by_times
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -22,4 +23,5 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("visual", patches, frames=frames, form=captured)
-register_adapter("paddleocr_vl", Adapter(tower=_TOWER))
+_LAYOUT = by_times(lambda config: config.vision_config.spatial_merge_size)
+register_adapter("paddleocr_vl", Adapter(layout=_LAYOUT, tower=_TOWER))

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import grids, of_sizes, squares
+from tokenprune.families.places import in_order, of_shapes
 from tokenprune.families.tower import Patches, Tower
+
+
+def by_sizes(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]], edge: int
+) -> list[Places] | None:
+    """Squares of `edge` x `edge` patches of each image, whatever stands between its rows."""
+    if (sizes := inputs.get("image_sizes")) is None:
+        return None
+    patch = config.vision_config.patch_size
+    shapes = [tuple(length // patch // edge for length in size) for size in sizes.tolist()]
+    return in_order([of_shapes([(rows, columns)]) for rows, columns in shapes], [], runs)
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """As large as the squares that become tokens."""
+    return by_sizes(config, inputs, runs, config.spatial_merge_size)
 
 
 def sizes(model: Any, named: Mapping[str, Any]) -> Tensor:
@@ -33,4 +52,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 for _model_type, _path in (("mistral3", "vision_tower"), ("lighton_ocr", "vision_encoder")):
     _tower = Tower(_path, patches, "attention", frames=frames, form=captured)
-    register_adapter(_model_type, Adapter(tower=_tower))
+    register_adapter(_model_type, Adapter(layout=layout, tower=_tower))

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.families.adapter import Adapter, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, runs, times_rows_columns
+from tokenprune.families.places import by_times
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -62,5 +63,6 @@ _TOWERS = {
     "cosmos3_edge": Tower("visual", patches, frames=frames, form=captured),
     "minimax_m3_vl": Tower("vision_tower", patches, frames=frames, form=captured),
 }
+_LAYOUT = by_times(lambda config: config.vision_config.spatial_merge_size)
 for _model_type, _tower in _TOWERS.items():
-    register_adapter(_model_type, Adapter(tower=_tower))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=_tower))

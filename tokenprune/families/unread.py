@@ -1,6 +1,27 @@
 """Families whose vision tower cannot be read, each with its reason."""
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
+from tokenprune.families.places import by_squares, in_order, patches_across, raster
+
+
+def _of_codes(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """A code a square of pixels, and a token after each row of them."""
+    edge, sizes = 2 ** (len(config.vq_config.channel_multiplier) - 1), inputs.get("image_sizes")
+    given = [] if sizes is None else sizes.tolist()
+    return in_order(
+        [raster(0, rows // edge, 1 + columns // edge) for rows, columns in given], [], runs
+    )
+
+
+def _side_of_codes(config: Any) -> int:
+    side: int = config.vq_config.resolution // 2 ** (len(config.vq_config.channel_multiplier) - 1)
+    return side
+
 
 _QUERIES = "learned queries, each of which reads all patches, so that no token is of any patch"
 _CONVOLUTIONS = "convolutions whose windows overlap, so that a patch has no share of a token"
@@ -18,9 +39,16 @@ _REASONS = {
     "pp_chart2table": f"its tokens are made by {_CONVOLUTIONS}",
     "step3p7": f"its tokens are made by {_CONVOLUTIONS}",
     "fuyu": "it projects pixels to tokens, and has no vision transformer",
-    "gemma4_unified": "it projects pixels to tokens, and has no vision transformer",
     "emu3": _CODES,
     "chameleon": _CODES,
 }
+#: Of two convolutions, each halves rows and columns.
+_CONVOLVED = by_squares(lambda config: patches_across(config) // 4)
+_LAYOUTS = {
+    "got_ocr2": _CONVOLVED,
+    "pp_chart2table": _CONVOLVED,
+    "emu3": _of_codes,
+    "chameleon": by_squares(_side_of_codes),
+}
 for _model_type, _reason in _REASONS.items():
-    register_adapter(_model_type, Adapter(unread=_reason))
+    register_adapter(_model_type, Adapter(layout=_LAYOUTS.get(_model_type), unread=_reason))

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from tokenprune.families.adapter import Adapter, register_adapter
+from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, times_rows_columns
+from tokenprune.families.places import in_order, of_times
 from tokenprune.families.tower import Patches, Tower
+
+
+def layout(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """Squares of each image's own size; of videos, what is not left out as it looks the same."""
+    images, videos = (_of_kind(inputs, kind) for kind in ("image", "video"))
+    kept = inputs.get("video_compression_mask")
+    if kept is not None and videos:
+        if kept.device.type != "cpu":  # which frames these are, only the device knows
+            return None
+        parts = kept.split([len(video) for video in videos])
+        videos = [video[own] for video, own in zip(videos, parts, strict=True)]
+    return in_order(images, videos, runs)
+
+
+def _of_kind(inputs: Mapping[str, Any], kind: str) -> list[Places]:
+    sizes, edges = inputs.get(f"{kind}_grid_thw"), inputs.get(f"{kind}_merge_sizes")
+    if sizes is None or edges is None:
+        return []
+    return [of_times(size[None], edge)[0] for size, edge in zip(sizes, edges.tolist(), strict=True)]
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -36,4 +58,4 @@ def _shares(edge: int) -> Tensor:
 
 
 _TOWER = Tower("vision_model", patches, frames=frames, form=captured)
-register_adapter("video_llama_3", Adapter(tower=_TOWER))
+register_adapter("video_llama_3", Adapter(layout=layout, tower=_TOWER))
