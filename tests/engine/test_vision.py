@@ -511,7 +511,9 @@ def test_nothing_hears_the_tower_unless_it_is_asked() -> None:
     tower = model.model.vision_tower
     with tp.prune(model, tp.build_strategy("pyramiddrop"), schedule(specimen)):
         assert hooks_of(tower) == 0
-        assert "get_image_features" not in vars(model.model)
+    handle = tp.attach(model, tp.build_strategy("pyramiddrop"), schedule(specimen))
+    assert handle._watch is None
+    handle.remove()
     with tp.prune(model, Listening(), schedule(specimen)):
         assert hooks_of(tower) == 3  # arguments, queries and keys of one layer
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from compatibility import exists
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import select_best_resolution
 from zoo import PROMPTS, ZOO, Prompt, Specimen
 from zoo.checks import forward, generate
 from zoo.pixels import expected, made_of
-from zoo.specimen import IMAGE, VIDEO, Picture, pixels
+from zoo.specimen import IMAGE, Picture, pixels
 
 import tokenprune as tp
 from tokenprune.families.adapter import Run, adapter_of
-from tokenprune.families.anatomy import examine
-from tokenprune.families.places import find_runs, in_order, of_shapes, places
+from tokenprune.families.places import find_runs, in_order, of_shapes
 
 #: Types whose grids are known, by a tower or convolutions that show of which pixels a token is.
 KNOWN = [
@@ -117,7 +117,8 @@ def test_places_in_generation_are_those_of_a_forward_pass(model_type: str) -> No
         with tp.prune(model, tp.build_strategy("random"), tp.Schedule()) as trace:
             generate(model, inputs, max_new_tokens=2)
             assert [own.tolist() for own in trace.places] == expected
-            if "beams" not in specimen.unable:
+            # transformers finds no videos to repeat where some of their tokens are left out.
+            if "beams" not in specimen.unable and model_type != "video_llama_3":
                 generate(model, inputs, max_new_tokens=1, num_beams=2)
                 beams = [own.tolist() for own in trace.places]
                 assert beams == [own for own in expected for _ in range(2)]
@@ -133,15 +134,90 @@ def test_rows_have_the_places_that_they_have_alone(model_type: str) -> None:
         assert traced(model, specimen.batch(model, [prompt])) == [found]
 
 
-@pytest.mark.parametrize("model_type", ["llava", "llava_next", "qwen2_5_vl", "mistral3"])
-def test_a_part_of_an_image_has_no_grid(model_type: str) -> None:
-    specimen = ZOO[model_type]
-    model = specimen.build("sdpa")
-    inputs, shown = specimen.batch(model, [(3, "image", 5)]), []
-    strategy = tp.build_strategy("random")
-    with tp.prune(model, strategy, tp.Schedule()) as trace:
-        for module in (model.get_decoder(),):
-            module.register_forward_hook(lambda *_: shown.append(trace))
-        generate(model, inputs, max_new_tokens=1, prefill_chunk_size=6)
-    assert shown
-    assert all((own[:, 1:] == -1).all() for own in trace.places)
+def test_a_part_of_an_image_has_no_grid() -> None:
+    """Nor has an image whose size nobody says, where images are of many."""
+    for model_type, length in (("llava", 10), ("llava", 22), ("llava_next", 14), ("qwen2_5_vl", 6)):
+        model = ZOO[model_type].build("sdpa")
+        embeds = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(0))
+        mask = torch.zeros(1, 30, dtype=torch.bool)
+        mask[:, 2 : 2 + length] = True
+        with tp.prune(model, tp.build_strategy("random"), tp.Schedule()) as trace:
+            forward(model, {"inputs_embeds": embeds, "visual_mask": mask})
+        assert trace.places[0].tolist() == [[0, -1, -1, -1]] * length
+
+
+IMAGES, VIDEOS = [of_shapes([(1, 2)]), of_shapes([(2, 2)])], [of_shapes([(1, 3)] * 2)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "numbers"),
+    [
+        ([[Run(2, False), Run(4, False), Run(6, True)]], [[0] * 2 + [1] * 4 + [2] * 6]),
+        ([[Run(3, True), Run(2, False), Run(3, True)], [Run(4, False)]],
+         [[0] * 3 + [1] * 2 + [0] * 3, [0] * 4]),
+        ([[Run(6, False), Run(6, True)]] * 2, [[0] * 2 + [1] * 4 + [2] * 6] * 2),  # repeated
+        ([[Run(6, False)], [Run(6, True)]], [[0] * 2 + [1] * 4, [0] * 6]),
+        ([[Run(6), Run(6)]], None),  # of which kind?
+        ([[Run(2, False), Run(4, False)]], None),  # where is the video?
+        ([[Run(2, False), Run(4, False), Run(5, True)]], None),
+        ([[Run(2, False), Run(4, False), Run(6, True), Run(2, False)]], None),
+        ([[Run(3, False), Run(6, True)], [Run(3, False)]], None),  # an image in two rows
+        ([[Run(2, False), Run(4, True)], [Run(4, False), Run(2, True)]], None),
+        ([[Run(6, False), Run(6, True)], [Run(6, True), Run(6, False)]], None),
+    ],
+)  # fmt: skip
+def test_images_and_videos_are_handed_out_in_order(runs, numbers) -> None:
+    found = in_order(IMAGES, VIDEOS, runs)
+    assert (found and [own[:, 0].tolist() for own in found]) == numbers
+
+
+def test_runs_are_of_one_kind_and_without_text() -> None:
+    visual = torch.tensor([[1, 1, 1, 0, 1], [0, 0, 0, 0, 0]]).bool().numpy()
+    video = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool().numpy()
+    assert find_runs(visual, video) == [[(1, False), (2, True), (1, False)], []]
+    assert find_runs(visual) == [[(3, None), (1, None)], []]
+
+
+def test_a_mosaic_that_is_shrunk_has_the_places_of_what_it_is_shrunk_to() -> None:
+    """LLaVA-OneVision's own packing, of rows and columns instead of features."""
+    config = ZOO["llava_onevision"].config()
+    config.image_grid_pinpoints = [[48, 48], [16, 64], [64, 16], [32, 64]]
+    config.vision_aspect_ratio = "anyres_max_2"
+    model = ZOO["llava_onevision"].build("sdpa").model
+    model.config = config
+    layout, shrunk = adapter_of("llava_onevision").layout, 0
+    for size in ((40, 41), (20, 60), (64, 10), (11, 64), (48, 48), (30, 47), (33, 17)):
+        tall, wide = select_best_resolution(size, config.image_grid_pinpoints)
+        tiles = 1 + tall // 16 * (wide // 16)
+        spots = torch.zeros(tiles, 2, 2, 2)
+        spots[1:, ..., 0] = (torch.arange(tiles - 1) // (wide // 16) * 2)[:, None, None]
+        spots[1:, ..., 1] = (torch.arange(tiles - 1) % (wide // 16) * 2)[:, None, None]
+        spots += torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij"), -1)
+        (packed,), _ = model.pack_image_features(
+            [spots.flatten(1, 2)],
+            torch.tensor([size]),
+            image_newline=torch.full((2,), -1.0),
+            vision_aspect_ratio=config.vision_aspect_ratio,
+        )
+        (found,) = layout(
+            config, {"image_sizes": torch.tensor([size])}, [[Run(len(packed), False)]]
+        )
+        mosaic, places = packed[4:], found[4:]
+        is_patch = mosaic[:, 0] >= 0
+        for axis in (0, 1):
+            _, rank = mosaic[is_patch][:, axis].unique(return_inverse=True)
+            assert torch.equal(rank, places[is_patch][:, 2 + axis])
+        assert (places[~is_patch][:, 3] == places[:, 3].max()).all()
+        assert places[~is_patch][:, 2].tolist() == list(range(int((~is_patch).sum())))
+        shrunk += len(mosaic) < tall // 8 * (wide // 8)
+    assert shrunk > 2
+
+
+def test_codes_are_in_raster_order_with_a_token_after_each_row() -> None:
+    model = ZOO["emu3"].build("sdpa")
+    (own, _, _, _) = traced(model, ZOO["emu3"].batch(model))
+    assert own == [[0, 0, row, column] for row in range(2) for column in range(4)]
+    model = ZOO["chameleon"].build("sdpa")
+    (own, _, two, _) = traced(model, ZOO["chameleon"].batch(model))
+    assert own == [[0, 0, row, column] for row in range(4) for column in range(4)]
+    assert two[16:] == [[1, *place[1:]] for place in own]

@@ -78,7 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
     if kept["grids"]:
         into = [stage.get("into") for stage in kept["stages"]]
-        picture = pictures.stages(image, kept["grids"], kept["places"], cuts, into=into)
+        grids, places, framing = kept["grids"], kept["places"], kept["framing"]
+        picture = pictures.stages(image, grids, places, cuts, into=into, framing=framing)
         results.write_image(output, picture, form)
         print(f"picture         {output}")
     else:

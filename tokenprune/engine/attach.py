@@ -62,7 +62,7 @@ class Handle:
     """
 
     def __init__(self, settings: Settings, graphs: Graphs | None = None) -> None:
-        self.trace = Trace()
+        self.trace = Trace(framing=settings.anatomy.adapter.framing)
         self._graphs = graphs
         self._settings = settings
         self._thread = threading.local()

@@ -61,9 +61,11 @@ class Trace:
         lengths: int64 (num_layers, B): real tokens, without pads, that each layer processed.
         visual_lengths: int64 (num_layers, B): visual tokens among them.
         places: Per row, int64 (V, 4): image, grid, row, column of the call's visual tokens, or -1.
+        framing: How an image's grids lie on it, as an adapter says it; None if that is not known.
     """
 
-    def __init__(self, stages: Sequence[TracedStage] = ()) -> None:
+    def __init__(self, stages: Sequence[TracedStage] = (), framing: str | None = None) -> None:
+        self.framing = framing
         self._stages: list[TracedStage] | Callable[[], list[TracedStage]] = list(stages)
         self._lengths: list[list[int]] = []
         self._visual_lengths: list[list[int]] = []

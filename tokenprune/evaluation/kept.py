@@ -11,8 +11,9 @@ def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, 
     """Kept tokens of one sample, for kept.json.
 
     Where survivors were mixed, a stage's `into` says of each of the sample's tokens in which
-    survivor it is from there on, -1 for those in none.
+    survivor it is from there on, -1 for those in none. Without `grids` nothing can be drawn.
     """
+    framing = None if trace is None else trace.framing
     places = trace.places[row].tolist() if trace is not None and trace.places else []
     sizes: dict[tuple[int, int], list[int]] = {}
     for image, grid, grid_row, column in places:
@@ -35,7 +36,8 @@ def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, 
         seat, alive = [moved.get(own, -1) for own in seat], kept
         entries.append({"layer": stage.layer, "kept": kept} | ({"into": seat} if mixed else {}))
     return {
-        "grids": list(sizes.values()),
+        "grids": [] if framing is None else list(sizes.values()),
+        "framing": framing,
         "places": places,
         "num_visual": num_visual,
         "stages": entries,

@@ -41,5 +41,10 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 _TOWER = Tower("vision_tower", patches, "attn", "qkv", "qkv", frames)
 register_adapter(
     "ernie4_5_vl_moe",
-    Adapter(layout=layout, token_arguments={"moe_mm_token_type_ids": 1}, tower=_TOWER),
+    Adapter(
+        layout=layout,
+        framing="whole",
+        token_arguments={"moe_mm_token_type_ids": 1},
+        tower=_TOWER,
+    ),
 )

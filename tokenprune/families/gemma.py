@@ -75,17 +75,18 @@ def placed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patch
 _KINDS = ("image", "video")
 SQUARES = Tower("vision_tower", patches)
 _LAYOUT = by_squares(lambda config: isqrt(config.mm_tokens_per_image))
-register_adapter("gemma3", Adapter(layout=_LAYOUT, tower=SQUARES))
-register_adapter("shieldgemma2", Adapter(layout=_LAYOUT, tower=SQUARES))
+for _model_type in ("gemma3", "shieldgemma2"):
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, framing="whole", tower=SQUARES))
 _TOWER = Tower("vision_tower", all_patches, projector="multi_modal_projector")
-register_adapter("paligemma", Adapter(layout=apart, tower=_TOWER))
+register_adapter("paligemma", Adapter(layout=apart, framing="whole", tower=_TOWER))
 register_adapter(
     "gemma4",
     Adapter(
         layout=of_squares,
+        framing="whole",
         token_arguments={"per_layer_input": 1},
         tower=Tower("vision_tower", placed_patches, form=captured),
     ),
 )
 _REASON = "it projects pixels to tokens, and has no vision transformer"
-register_adapter("gemma4_unified", Adapter(layout=of_patches, unread=_REASON))
+register_adapter("gemma4_unified", Adapter(layout=of_patches, framing="whole", unread=_REASON))

@@ -97,6 +97,6 @@ VIDEO = Tower(
     projector="multi_modal_projector",
     others=("video_tower",),
 )
-register_adapter("video_llava", Adapter(layout=images_or_frames, tower=VIDEO))
+register_adapter("video_llava", Adapter(layout=images_or_frames, framing="centre", tower=VIDEO))
 for _model_type, _tower in _TOWERS.items():
-    register_adapter(_model_type, Adapter(layout=layout, tower=_tower))
+    register_adapter(_model_type, Adapter(layout=layout, framing="centre", tower=_tower))

@@ -19,9 +19,9 @@ from tokenprune.families.patches import squares
 from tokenprune.families.places import (
     in_order,
     of_shapes,
-    of_videos,
     patches_across,
     tiles,
+    with_videos,
 )
 from tokenprune.families.tower import Patches, Tower
 
@@ -38,7 +38,7 @@ def images_or_frames(
 ) -> list[Places] | None:
     """The same of images; a run of a video is frames, each a shrunk square."""
     side = patches_across(config) // config.spatial_pool_stride
-    return in_order(_images(config, inputs), of_videos(runs, lambda run: tiles(run, side)), runs)
+    return with_videos(_images(config, inputs), lambda run: tiles(run, side), runs)
 
 
 def _images(config: Any, inputs: Mapping[str, Any]) -> list[Places]:
@@ -91,8 +91,12 @@ def patches_or_frames(model: Any, named: Mapping[str, Any], index: Tensor) -> Pa
 
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
-register_adapter("llava_next", Adapter(layout=layout, tower=TOWER))
+register_adapter("llava_next", Adapter(layout=layout, framing="whole", tower=TOWER))
 register_adapter(
     "llava_next_video",
-    Adapter(layout=images_or_frames, tower=replace(TOWER, patches=patches_or_frames)),
+    Adapter(
+        layout=images_or_frames,
+        framing="whole",
+        tower=replace(TOWER, patches=patches_or_frames),
+    ),
 )

@@ -17,12 +17,11 @@ from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.llava import selected
 from tokenprune.families.llava_next import mosaic
 from tokenprune.families.places import (
-    in_order,
     nowhere,
     of_shapes,
-    of_videos,
     patches_across,
     tiles,
+    with_videos,
 )
 from tokenprune.families.tower import Patches, Tower
 
@@ -46,7 +45,7 @@ def layout(
     def frames(run: Run) -> list[Places]:
         return [torch.cat([own, nowhere(1)]) for own in tiles(Run(run.length - 1), half)]
 
-    return in_order(images, of_videos(runs, frames), runs)
+    return with_videos(images, frames, runs)
 
 
 def _shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:

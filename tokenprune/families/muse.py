@@ -32,4 +32,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 _TOWER = Tower("vision_tower", patches, "attn", frames=frames, form=captured)
 _LAYOUT = by_times(lambda config: config.vision_config.merge_size)
 for _model_type in ("muse_glimmer", "muse_spark"):
-    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=_TOWER))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, framing="whole", tower=_TOWER))

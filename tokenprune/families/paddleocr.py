@@ -24,4 +24,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 _TOWER = Tower("visual", patches, frames=frames, form=captured)
 _LAYOUT = by_times(lambda config: config.vision_config.spatial_merge_size)
-register_adapter("paddleocr_vl", Adapter(layout=_LAYOUT, tower=_TOWER))
+register_adapter("paddleocr_vl", Adapter(layout=_LAYOUT, framing="whole", tower=_TOWER))

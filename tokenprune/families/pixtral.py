@@ -52,4 +52,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 for _model_type, _path in (("mistral3", "vision_tower"), ("lighton_ocr", "vision_encoder")):
     _tower = Tower(_path, patches, "attention", frames=frames, form=captured)
-    register_adapter(_model_type, Adapter(layout=layout, tower=_tower))
+    register_adapter(_model_type, Adapter(layout=layout, framing="whole", tower=_tower))

@@ -121,6 +121,17 @@ def _of_row(row: Sequence[Run], left: Mapping[bool | None, Iterator[Places]]) ->
     return None if any(map(len, begun.values())) else torch.cat(parts)
 
 
+def with_videos(
+    images: Sequence[Places], shaped: Shaped, runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """The same where calls do not say how long videos are: each run of theirs is one."""
+    shown = sum(run.length for row in runs for run in row if not run.is_video)
+    times = max(1, shown // max(1, sum(map(len, images))))
+    own = (run for row in runs[::times] for run in row if run.is_video)
+    videos = [video for run in own for video in shaped(run) or [nowhere(run.length)]]
+    return in_order(images, videos, runs)
+
+
 def numbered(image: Places, number: int) -> Places:
     """An image's places with its number in them."""
     return torch.cat([torch.full_like(image[:, :1], number), image[:, 1:]], 1)
@@ -181,12 +192,6 @@ def by_squares(side: Callable[[Any], int]) -> Layout:
         return by_runs(runs, lambda run: tiles(run, side(config)))
 
     return layout
-
-
-def of_videos(runs: Sequence[Sequence[Run]], shaped: Shaped) -> list[Places]:
-    """The videos of families whose calls do not say their lengths: each is a run."""
-    given = [shaped(run) or [nowhere(run.length)] for row in runs for run in row if run.is_video]
-    return [video for videos in given for video in videos]
 
 
 def patches_across(config: Any) -> int:

@@ -65,4 +65,4 @@ _TOWERS = {
 }
 _LAYOUT = by_times(lambda config: config.vision_config.spatial_merge_size)
 for _model_type, _tower in _TOWERS.items():
-    register_adapter(_model_type, Adapter(layout=_LAYOUT, tower=_tower))
+    register_adapter(_model_type, Adapter(layout=_LAYOUT, framing="whole", tower=_tower))

@@ -58,4 +58,4 @@ def _shares(edge: int) -> Tensor:
 
 
 _TOWER = Tower("vision_model", patches, frames=frames, form=captured)
-register_adapter("video_llama_3", Adapter(layout=layout, tower=_TOWER))
+register_adapter("video_llama_3", Adapter(layout=layout, framing="whole", tower=_TOWER))

@@ -28,6 +28,11 @@ def kept_pictures(folder: Path) -> dict[str, Image.Image]:
             cuts = [(stage["layer"], stage["kept"]) for stage in entry["stages"]]
             into = [stage.get("into") for stage in entry["stages"]]
             found[str(entry["id"])] = pictures.stages(
-                image, entry["grids"], entry["places"], cuts, into=into
+                image,
+                entry["grids"],
+                entry["places"],
+                cuts,
+                into=into,
+                framing=entry.get("framing"),
             )
     return found

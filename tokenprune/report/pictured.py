@@ -126,7 +126,8 @@ class Pictured:
             shown = own["stages"][stages]
             cuts = [(int(stage["layer"]), stage["kept"]) for stage in shown]
             into = [stage.get("into") for stage in shown]
-            panels = pictures.panels(image, own["grids"], own["places"], cuts, PANEL_PIXELS, into)
+            grids, places, framing = own["grids"], own["places"], own.get("framing")
+            panels = pictures.panels(image, grids, places, cuts, PANEL_PIXELS, into, framing)
             whole_panel = whole_panel or panels[0]
             drawn.append(panels[1:])
             answer = self.answer(group, record)

@@ -33,16 +33,23 @@ class Panel:
     images: tuple[Image.Image, ...]
 
 
-def seen(image: Image.Image, grids: Sequence[Sequence[int]]) -> Image.Image:
+def seen(
+    image: Image.Image, grids: Sequence[Sequence[int]], framing: str | None = None
+) -> Image.Image:
     """The part of `image` that the grids cover.
 
     CLIP's processor (LLaVA-1.5) resizes the shortest edge and crops the centre, so a single square
-    grid on an oblong image covers the central square. Several grids (LLaVA-NeXT: the whole image
-    squeezed into a square, and the mosaic of its tiles without padding) and oblong grids cover the
-    whole image.
+    grid on an oblong image covers the central square, unless `framing` is `"whole"`. Several grids
+    (LLaVA-NeXT: the whole image squeezed into a square, and the mosaic of its tiles without
+    padding) and oblong grids cover the whole image.
     """
     rgb = image.convert("RGB")
-    if len(grids) != 1 or grids[0][0] != grids[0][1] or rgb.width == rgb.height:
+    if (
+        framing == "whole"
+        or len(grids) != 1
+        or grids[0][0] != grids[0][1]
+        or rgb.width == rgb.height
+    ):
         return rgb
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
@@ -134,6 +141,7 @@ def panels(
     stages: Sequence[tuple[int, Iterable[int]]],
     size: int = 256,
     into: Sequence[Sequence[int] | None] = (),
+    framing: str | None = None,
 ) -> list[Panel]:
     """The whole image, then one panel per stage with the dropped patches faded.
 
@@ -147,6 +155,7 @@ def panels(
         size: Width of a panel in pixels.
         into: Of each stage, of each visual token, the token that it is in; -1 for none. None, or
             left out, where no tokens were mixed.
+        framing: See `seen`.
 
     Raises:
         ValueError: If no token has a known place, or a kept index lies outside `places`.
@@ -162,7 +171,7 @@ def panels(
             f"{len(grids)} grids and {sum(place is not None for place in drawable)} placed tokens. "
             "This model's tokens cannot be drawn on its image."
         )
-    view = seen(image, grids)
+    view = seen(image, grids, framing)
     scale = size / view.width
     view = view.resize((size, max(1, round(view.height * scale))), Image.Resampling.LANCZOS)
 
@@ -213,12 +222,13 @@ def stages(
     stages: Sequence[tuple[int, Iterable[int]]],
     size: int = 256,
     into: Sequence[Sequence[int] | None] = (),
+    framing: str | None = None,
 ) -> Image.Image:
     """A strip of titled panels: "all N", then "layer k: n" with the n tokens alive from k on.
 
     Several grids are drawn below each other. Arguments and errors as `panels`.
     """
-    drawn = panels(image, grids, places, stages, size, into)
+    drawn = panels(image, grids, places, stages, size, into, framing)
     columns = [stack(panel.images) for panel in drawn]
     bar = max(20, size // 10)
     width = len(drawn) * (size + GAP) + GAP
