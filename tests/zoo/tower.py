@@ -337,7 +337,7 @@ def patches_to_tokens(specimen: Specimen, model: PreTrainedModel) -> str:
 
 
 def grid(specimen: Specimen, model: PreTrainedModel) -> str:
-    """Whether it is known in which row and column of its image each token sits."""
+    """Whether it is known in which row and column of its image each token of patches sits."""
 
     @dataclass(frozen=True)
     class Looking(tp.ScoreStrategy):
@@ -347,10 +347,13 @@ def grid(specimen: Specimen, model: PreTrainedModel) -> str:
             self.places.append(view.places[view.valid])
             return view.positions.float()
 
-    strategy = Looking()
+    strategy, inputs = Looking(), specimen.batch(model)
     with tp.prune(model, strategy, schedule(specimen)):
-        forward(model, specimen.batch(model))
-    return "yes" if (strategy.places[0][:, 2:] >= 0).all() else "no"
+        forward(model, inputs)
+    known = (strategy.places[0][:, 1:] >= 0).all(1)
+    if known.any() and not known.all():  # what stands around an image is of no patch
+        known |= seen_shares(model, inputs)[0].sum(1) == 0
+    return "yes" if known.all() else "no"
 
 
 TOWER_CHECKS: dict[str, Check] = {
