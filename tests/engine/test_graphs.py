@@ -79,6 +79,19 @@ def test_a_replay_gives_what_a_run_gives(models, name, positions) -> None:
     assert_alike(tp.Graphs(2), model, inputs, strategy, positions=positions)
 
 
+def test_other_words_are_no_other_kind(models) -> None:
+    """Few as they are: fewer tokens than the numbers that say the sizes of images."""
+    near_model, model = models["llava"]
+    inputs, graphs = batch(near_model, ROWS[:1]), tp.Graphs(2)
+    text = ~tp.visual_mask(near_model, inputs["input_ids"])
+    for word in (5, 6, 7):
+        own = far(inputs | {"input_ids": inputs["input_ids"].masked_fill(text, word)})
+        expected = call(model, own, tp.build_strategy("fastv"))
+        found = call(model, own, tp.build_strategy("fastv"), graphs)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert (graphs.replays, len(graphs)) == (2, 1)
+
+
 @pytest.mark.parametrize("logits", ["all", "full"])
 @pytest.mark.parametrize("name", ["pyramiddrop", "random"])
 @pytest.mark.share(2)

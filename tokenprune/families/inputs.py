@@ -51,19 +51,27 @@ def shows_images(inputs: Mapping[str, Any]) -> bool:
     return any("pixel" in key for key in inputs) or bool(inputs.get("mm_encoder_outputs"))
 
 
-#: What no layout reads, and a trace must not keep alive.
-_LARGE = {"attention_mask", "labels", "shift_labels", "position_ids", "pixel_values"}
+#: What says something of each token: no layout reads it, no trace keeps it alive, and calls that
+#: differ in it are of one kind where prefills are captured.
+_OF_TOKENS = {
+    *("input_ids", "labels", "shift_labels", "position_ids", "cache_position"),
+    *("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"),
+    *("attention_mask", "visual_mask", "visual_pos_masks", "vision_mask"),
+}
 
 
 def facts(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `Layout` may know of a call: its integer tensors.
+    """What a `Layout` may know of a call: its integer tensors, but for tokens and pixels.
 
     Of places (column, row) of all patches, those of each image's last: the others are a table.
     """
     known: dict[str, Any] = {
         key: value
         for key, value in inputs.items()
-        if isinstance(value, Tensor) and not value.is_floating_point() and key not in _LARGE
+        if isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and key not in _OF_TOKENS
+        and "pixel" not in key
     }
     for kind in ("image", "video"):
         if (table := known.pop(f"{kind}_position_ids", None)) is not None:
