@@ -14,6 +14,7 @@ import torch
 from far import FAR, Device, far, near
 from models import ROWS, batch, build, labelled
 from oracles import tiny
+from zoo import ZOO
 
 import tokenprune as tp
 from tokenprune.strategy import vision_needs
@@ -84,6 +85,27 @@ def test_a_call_with_images_asks_once(models, name, positions, rows) -> None:
     assert device.crossings == expected
     with torch.no_grad(), tp.prune(near_model, strategy, SCHEDULE, positions):
         torch.testing.assert_close(near(logits), near_model(**inputs).logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # models warn of much that is their own affair
+@pytest.mark.parametrize("model_type", ["mistral3", "gemma4", "llava_onevision", "molmo2"])
+@pytest.mark.share(2)
+def test_sizes_of_images_come_with_what_is_asked_anyway(model_type) -> None:
+    """Also in a generation, which has the images encoded before the call."""
+    near_model = ZOO[model_type].build("sdpa")
+    model = far(near_model)
+    inputs = far(ZOO[model_type].batch(near_model, [(3, "image", 5)]))
+    schedule = tp.Schedule.one_shot(layer=2, keep=0.5)
+    with torch.no_grad(), tp.prune(model, tp.build_strategy("pool"), schedule) as trace:
+        with Device():
+            model(**inputs)  # the first call compares two ways to the same queries and keys
+        found = [asked(lambda: model(**inputs)), trace.places]
+        found += [asked(lambda: model.generate(**inputs, max_new_tokens=1)), trace.places]
+    assert found[0] == {"fetch: read": 1, "_moved: upload": 1, "places_on: upload": 1}
+    del found[2]["noted: read"]  # by `generate` itself
+    assert found[2] == found[0]
+    assert torch.equal(found[1][0], found[3][0])
+    assert (found[1][0] >= 0).all()
 
 
 @pytest.mark.parametrize("rows", BATCHES)

@@ -47,6 +47,7 @@ ENGINE = [
     "tests/engine/test_generation.py",
     "tests/engine/test_oracles.py",
     "tests/families/test_adapters.py",
+    "tests/families/test_places.py",
 ]
 PACKED = [
     "tests/engine/test_packed.py",

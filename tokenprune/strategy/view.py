@@ -108,7 +108,8 @@ class TokenView:
     def places(self) -> Tensor:
         """Image, grid, row and column of each token, int64 (B, V, 4), -1 where unknown.
 
-        An image cut into tiles has two grids: the whole image, and the mosaic of its tiles.
+        Grids are numbered within an image: the whole image and the mosaic of its tiles, or tiles
+        one by one; of a video, frames. A newline is in the column after the last of its row.
         """
         return self._places()
 
