@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from zoo.pixels import expected, made_of
 from zoo.specimen import IMAGE, Picture, pixels
 
 import tokenprune as tp
+from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.families.adapter import Run, adapter_of
 from tokenprune.families.places import find_runs, in_order, of_shapes
 
@@ -68,7 +70,7 @@ def test_places_are_those_of_the_pixels(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", WITH_VIDEOS)
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_places_in_videos_beside_images_are_those_of_the_pixels(model_type: str) -> None:
     specimen = ZOO[model_type]
     hold(specimen, specimen.build("sdpa"), MIXED, "right")
@@ -95,7 +97,7 @@ def sized(specimen: Specimen) -> Specimen:
 
 
 @pytest.mark.parametrize("model_type", SIZED)
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_places_in_images_of_many_sizes_are_those_of_the_pixels(model_type: str) -> None:
     specimen = sized(ZOO[model_type])
     model = specimen.build("sdpa")
@@ -125,7 +127,7 @@ def test_places_in_generation_are_those_of_a_forward_pass(model_type: str) -> No
 
 
 @pytest.mark.parametrize("model_type", WITH_VIDEOS)
-@pytest.mark.share(4)
+@pytest.mark.share(6)
 def test_rows_have_the_places_that_they_have_alone(model_type: str) -> None:
     specimen = ZOO[model_type]
     model, prompts = specimen.build("sdpa"), [*MIXED, *PROMPTS]
@@ -221,3 +223,33 @@ def test_codes_are_in_raster_order_with_a_token_after_each_row() -> None:
     (own, _, two, _) = traced(model, ZOO["chameleon"].batch(model))
     assert own == [[0, 0, row, column] for row in range(4) for column in range(4)]
     assert two[16:] == [[1, *place[1:]] for place in own]
+
+
+def test_images_of_many_sizes_are_no_tiles() -> None:
+    """LLaVA with a tower that takes any size: Pixtral's calls say them, others' do not."""
+    layout, runs = adapter_of("llava").layout, [[Run(24), Run(4)]]
+    vision = SimpleNamespace(model_type="pixtral", image_size=1024, patch_size=16)
+    config = SimpleNamespace(vision_config=vision)
+    (own,) = layout(config, {"image_sizes": torch.tensor([[64, 96], [32, 32]])}, runs)
+    assert torch.equal(own[:, 0], torch.arange(2).repeat_interleave(torch.tensor([24, 4])))
+    assert own[23].tolist() == [0, 0, 3, 5]
+    assert layout(config, {}, runs) is None
+    for size in (None, [32, 64]):
+        config.vision_config = SimpleNamespace(model_type="timm", image_size=size, patch_size=16)
+        (own,) = layout(config, {}, runs)
+        assert (own[:, 1:] == -1).all()
+
+
+def test_pictures_are_of_grids_that_lie_on_the_whole_image() -> None:
+    grids = {}
+    for model_type in ("llava", "qwen2_5_vl", "internvl"):
+        model = ZOO[model_type].build("sdpa")
+        with tp.prune(model, tp.build_strategy("random"), tp.Schedule()) as trace:
+            forward(model, ZOO[model_type].batch(model))
+        kept = kept_tokens(trace, 0, len(trace.places[0]))
+        grids[model_type] = kept["framing"], kept["grids"]
+    assert grids == {
+        "llava": ("centre", [[4, 4]]),
+        "qwen2_5_vl": ("whole", [[2, 3]]),
+        "internvl": (None, []),
+    }

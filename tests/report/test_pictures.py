@@ -44,6 +44,7 @@ def test_faded_patches_differ_from_any_background(level: int) -> None:
 def test_square_grid_shows_the_central_square_that_clip_sees() -> None:
     image = gradient((200, 100))
     assert pictures.seen(image, [(24, 24)]).tobytes() == image.crop((50, 0, 150, 100)).tobytes()
+    assert pictures.seen(image, [(24, 24)], "whole").size == (200, 100)
     assert pictures.seen(image, [(12, 24)]).size == (200, 100)
     assert pictures.seen(image, [(24, 24), (24, 48)]).size == (200, 100)
 

@@ -546,6 +546,18 @@ def test_a_budget_of_what_outliers_ask_for_is_done_by_their_rule() -> None:
     assert len(found[0]) == 14
 
 
+def test_windows_of_vscan_end_with_their_grid() -> None:
+    """Of three tiles of an image and another image, in one row; a newline is in none."""
+    order = torch.arange(4)
+    spots = torch.stack([order // 2, order % 2], 1)
+    grids = ((0, 0), (0, 1), (0, 2), (1, 0))
+    parts = [torch.cat([torch.tensor([own] * 4), spots], 1) for own in grids]
+    places = torch.cat([*parts, torch.tensor([[1, -1, -1, -1]])])[None]
+    window, first = tp.build_strategy("vscan", window=2)._windows(places, places[..., 0] >= 0)
+    assert window.tolist() == [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [17]]
+    assert first.nonzero()[:, 1].tolist() == [0, 4, 8, 12]
+
+
 def test_vscan_is_composed() -> None:
     strategy, schedule, positions = tp.published("vscan", num_layers=32)
     assert strategy == tp.PerStage((tp.build_strategy("vscan"), tp.build_strategy("pyramiddrop")))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.pixtral import by_sizes
-from tokenprune.families.places import by_runs, nowhere, of_shapes, patches_across, raster
+from tokenprune.families.places import by_runs, nowhere, of_shapes, patches_across, raster, whole
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -29,8 +29,7 @@ def layout(
 
 def _apart(run: Run, side: int) -> list[Places]:
     """Squares of a run, each an image."""
-    images, rest = divmod(run.length, side**2)
-    return [] if rest else [of_shapes([(side, side)])] * images
+    return [of_shapes([(side, side)])] * whole(run, side**2)
 
 
 def images_or_frames(
@@ -42,9 +41,9 @@ def images_or_frames(
     def shaped(run: Run) -> list[Places]:
         if not run.is_video:
             return [] if run.is_video is None else _apart(run, side)
-        count, rest = divmod(run.length, side**2 + 1)
-        frames = [torch.cat([nowhere(1), raster(frame, side, side)]) for frame in range(count)]
-        return [] if rest else [torch.cat(frames)]
+        frames = range(whole(run, side**2 + 1))
+        parts = [torch.cat([nowhere(1), raster(frame, side, side)]) for frame in frames]
+        return [torch.cat(parts)] if parts else []
 
     return by_runs(runs, shaped)
 

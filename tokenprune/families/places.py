@@ -175,8 +175,13 @@ def by_runs(runs: Sequence[Sequence[Run]], shaped: Shaped) -> list[Places]:
 
 def tiles(run: Run, side: int) -> list[Places]:
     """A run of square grids as one image: its tiles, where these are several."""
-    count, rest = divmod(run.length, side**2)
-    return [] if rest else [of_shapes([(side, side)] * count)]
+    count = whole(run, side**2)
+    return [of_shapes([(side, side)] * count)] if count else []
+
+
+def whole(run: Run, size: int) -> int:
+    """How many tiles of a size a run is; 0 where it is no whole ones."""
+    return run.length // size if size and run.length % size == 0 else 0
 
 
 def by_squares(side: Callable[[Any], int]) -> Layout:
@@ -195,9 +200,12 @@ def by_squares(side: Callable[[Any], int]) -> Layout:
 
 
 def patches_across(config: Any) -> int:
-    """How many patches a square image of the tower is high and wide."""
-    size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    edge, step = (value if isinstance(value, int) else value[0] for value in (size, patch))
+    """How many patches the tower's images are high and wide; 0 where they are of many sizes."""
+    sizes = (getattr(config.vision_config, name, None) for name in ("image_size", "patch_size"))
+    edges = [{size} if isinstance(size, int) else set(size or ()) for size in sizes]
+    if any(len(edge) != 1 for edge in edges):
+        return 0
+    (edge,), (step,) = edges
     across: int = edge // step
     return across
 
