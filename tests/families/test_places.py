@@ -126,6 +126,25 @@ def test_places_in_generation_are_those_of_a_forward_pass(model_type: str) -> No
                 assert beams == [own for own in expected for _ in range(2)]
 
 
+def test_one_of_several_images_stays_whole_in_llava_onevision() -> None:
+    """Its newline, after the last row alone, is in no grid."""
+
+    def image(model: Any, own: torch.Generator) -> Picture:
+        sizes = {"image_sizes": torch.tensor([[16, 32]])}
+        return Picture([IMAGE] * 5, {"pixel_values": pixels(own, 1, 1, 3, 16, 16)} | sizes)
+
+    given = ZOO["llava_onevision"]
+    specimen = replace(
+        given,
+        pictures=given.pictures | {"image": image},
+        extras=lambda model, inputs: {"batch_num_images": torch.tensor([2])},
+    )
+    model, prompts = specimen.build("sdpa"), [(2, "image", 3, "image", 1)]
+    hold(specimen, model, prompts)
+    (own,) = traced(model, specimen.batch(model, prompts))
+    assert own[4:6] == [[0, -1, -1, -1], [1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("model_type", WITH_VIDEOS)
 @pytest.mark.share(6)
 def test_rows_have_the_places_that_they_have_alone(model_type: str) -> None:

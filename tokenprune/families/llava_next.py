@@ -43,8 +43,10 @@ def images_or_frames(
 
 def _images(config: Any, inputs: Mapping[str, Any]) -> list[Places]:
     side, sizes = patches_across(config), inputs.get("image_sizes")
-    images = [] if sizes is None else [mosaic(config, size) for size in sizes.tolist()]
-    return [of_shapes([(side, side), (rows, columns + 1)]) for rows, columns in images]
+    if sizes is None or not side:
+        return []
+    mosaics = [mosaic(config, size) for size in sizes.tolist()]
+    return [of_shapes([(side, side), (rows, columns + 1)]) for rows, columns in mosaics]
 
 
 def mosaic(config: Any, size: Sequence[int]) -> tuple[int, int]:

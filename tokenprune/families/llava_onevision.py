@@ -34,9 +34,9 @@ def layout(
     The newline after an image that is whole, or after a video, is of no row.
     """
     side, sizes = patches_across(config), inputs.get("image_sizes")
-    given = [] if sizes is None else sizes.tolist()
+    given = [] if sizes is None or not side else sizes.tolist()
     images = []
-    for size, alone in zip(given, _alone(inputs, len(given)), strict=True):
+    for size, alone in zip(given, _alone(inputs, len(given)), strict=False):  # as the model does
         rows, columns = _shrunk(config, *mosaic(config, size)) if alone else (0, 0)
         own = [(side, side), (rows, columns + 1)] if alone else [(side, side)]
         images.append(torch.cat([of_shapes(own), nowhere(0 if alone else 1)]))
@@ -50,8 +50,8 @@ def layout(
 
 def _shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
     """Rows and columns of a mosaic that is no larger than a number of tiles."""
-    tiles = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    ratio = math.sqrt(rows * columns / (tiles * patches_across(config) ** 2))
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * patches_across(config) ** 2))
     return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
 
@@ -72,9 +72,9 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
     own = selected(model, named, index)
     if named.get("pixel_values_videos") is not None:
         return _of_videos(model, own, len(named["pixel_values_videos"]))
-    tiles = torch.split(own, _tiles_of_images(model, named))
+    split = torch.split(own, _tiles_of_images(model, named))
     sizes = named["image_sizes"]
-    parts = [_of_image(model, named, *one) for one in zip(tiles, sizes, strict=True)]
+    parts = [_of_image(model, named, *one) for one in zip(split, sizes, strict=True)]
     return _joined(parts)
 
 
