@@ -66,7 +66,11 @@ def test_packed_turns_see_the_prefix_and_themselves(
     assert (set(attend.looked) == {2}) == (layer == 2)
     if layer == 2:
         weights = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~sees, -torch.inf).softmax(-1)
-        torch.testing.assert_close(attend.looked[2], weights[:, :1, start:, words:start])
+        looked = attend.looked[2]
+        torch.testing.assert_close(looked[..., :start], weights[:, :, start:, :start])
+        own = weights[:, :, start:, start:].reshape(2, 2, turns, length, turns, length)
+        own = torch.stack([own[:, :, n, :, n] for n in range(turns)], 2).flatten(2, 3)
+        torch.testing.assert_close(looked[..., start:], own)
 
 
 def test_what_is_told_of_a_question_is_what_it_asks(recipes: SimpleNamespace) -> None:

@@ -54,7 +54,7 @@ def publish(name: str, folder: Path, times: dict[str, float]) -> None:
 def read_logs(folder: Path) -> pd.DataFrame:
     """The phases' logs, one after another, every tenth step; a resumed run's log wins."""
     parts, steps = [], 0
-    for phase in ("tower", "lookup", "final", "measure", "settle"):
+    for phase in ("tower", "lookup", "final", "measure", "join", "settle"):
         logs = sorted((folder / phase).glob("log_*/metrics.csv"))
         part = pd.DataFrame()
         for log in map(pd.read_csv, logs):

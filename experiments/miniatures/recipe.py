@@ -62,12 +62,12 @@ class Packed:
     Args:
         turn_length: Tokens of a turn, pads included.
         first_look: See above.
-        watched: Layers of which it is kept where half of the heads of turns look in the image.
+        watched: Layers of which it is kept where turns look.
 
     Attributes:
         hides: See above.
         start: Tokens before the turns.
-        looked: What is kept, (B, heads, tokens of turns, patches) by layer.
+        looked: What is kept, (B, H, tokens of turns, tokens before these and of their turn).
     """
 
     def __init__(self, turn_length: int, first_look: int, watched: Collection[int] = ()) -> None:
@@ -106,8 +106,7 @@ class Packed:
         weights = torch.cat([shared, own], -1).softmax(-1)
         seen = key_p.shape[2]
         if module.layer_idx in self.watched and module.training:
-            half = weights.shape[1] // 2
-            self.looked[module.layer_idx] = weights[:, :half, :, len(WORDS) : seen]
+            self.looked[module.layer_idx] = weights
         turns = weights[..., :seen] @ value_p
         turns = turns + (weights[..., seen:].unflatten(2, (-1, length)) @ own_v).flatten(2, 3)
         return torch.cat([prefix, turns], 2).transpose(1, 2).contiguous(), None

@@ -45,6 +45,9 @@ POINTED_LAYER, STEPPED_LAYER = 4, 6  # layers below the read-outs
 #: Layers in which half of the heads are shown where to look: for what words name; for the second
 #: step.
 LOOKS = {2: "looks", 3: "looks", 5: "second_looks"}
+COUNTED_LAYER = 3  # here a third head spreads over what is counted, and over the first token
+JOINED_LAYER = 4  # here the last word looks at the other word that it is compared with
+NUM_HEADS = 4
 POINTED_CLASSES = (GRID, GRID, len(SYMBOLS), len(COLOURS), hard.MAX_ALIKE + 1)
 NOTHING = (-100,) * len(POINTED_CLASSES)
 SCALES = (GRID, GRID, hard.MAX_ALIKE)  # of rows, columns, numbers
@@ -233,6 +236,8 @@ class PackedScenes(Dataset[dict[str, Any]]):
         sample, (scene, questions) = self.scenes[index], self.scenes.scene(index)
         ids, labels, evidence, steps = [], [], [], []
         measured: list[float] = []
+        counts: list[bool] = []
+        joins: list[int] = []
         looks: list[Cells] = []
         second_looks: list[Cells] = []
         for question in questions:
@@ -243,6 +248,11 @@ class PackedScenes(Dataset[dict[str, Any]]):
             evidence += [*facts, *[NOTHING] * (TURN_LENGTH - len(words))]
             measured += [UNTOLD] * (len(words) - 1) + [result_of(scene, question)]
             measured += [UNTOLD] * (TURN_LENGTH - len(words))
+            kind, pad = question.turn.kind, TURN_LENGTH - len(words)
+            is_counted = [kind in ("count", "compare") and word in COLOURS for word in words]
+            counts += [*is_counted, *[False] * pad]
+            other = {"relation": 1, "compare": 4}.get(kind, -1)
+            joins += [*[-1] * (len(words) - 1), other, *[-1] * pad]
             first, second = looks_of(scene, question)
             looks += [*first, *[()] * (TURN_LENGTH - len(first))]
             second_looks += [*second, *[()] * (TURN_LENGTH - len(second))]
@@ -267,13 +277,15 @@ class PackedScenes(Dataset[dict[str, Any]]):
             "evidence": torch.tensor(evidence),
             "steps": torch.tensor(steps),
             "results": torch.tensor(measured),
+            "counts": torch.tensor(counts),
+            "joins": torch.tensor(joins),
             "looks": marked(looks, kept),
             "second_looks": marked(second_looks, kept),
             "kinds": torch.tensor([hard.KINDS.index(turn.kind) for turn in sample.turns]),
         }
 
 
-PACKED = Packed(TURN_LENGTH, FIRST_LOOK, LOOKS)
+PACKED = Packed(TURN_LENGTH, FIRST_LOOK, {*LOOKS, JOINED_LAYER})
 AttentionInterface.register("packed", PACKED)
 
 
@@ -289,10 +301,11 @@ class Questions(Phase):
         max_alike: int = hard.MAX_ALIKE,
         hides: bool = False,
         measures: bool = True,
+        joins: bool = True,
     ) -> None:
         super().__init__(model, rate, num_steps, curve)
         freeze_all_but_the_decoder(model)
-        self.hides = hides  # see `Packed`
+        self.hides, self.joins = hides, joins  # see `Packed`, `_look`
         width = model.config.text_config.hidden_size
         self.pointer = nn.Linear(width, sum(POINTED_CLASSES))
         self.stepper = nn.Linear(width, sum(POINTED_CLASSES[:3]))
@@ -379,8 +392,24 @@ class Questions(Phase):
     def _look(self, batch: dict[str, Tensor]) -> Tensor:
         """Loss of heads that look elsewhere."""
         loss = batch["ids"].new_zeros((), dtype=torch.float32)
+        all_looked, PACKED.looked = PACKED.looked, {}
+        half, words = NUM_HEADS // 2, len(WORDS)
+        if self.joins:
+            # Of n things, n parts of n + 2: what is averaged says how many there are.
+            asked = batch["counts"]
+            cells = batch["looks"][asked].float()
+            parts = torch.cat([2 * torch.ones_like(cells[:, :1]), cells], 1)
+            parts = parts / parts.sum(1, keepdim=True)
+            third = all_looked[COUNTED_LAYER][:, half][asked]
+            seen = torch.cat([third[:, :1], third[:, words : PACKED.start]], 1)
+            loss = loss - 0.2 * (parts * (seen + 1e-4).log()).sum(1).mean()
+            joins = batch["joins"]
+            joined = all_looked[JOINED_LAYER][:, :half, :, PACKED.start :].mean(1)[joins >= 0]
+            share = joined.gather(1, joins[joins >= 0][:, None])
+            loss = loss - 0.2 * (share + 1e-4).log().mean()
+            self.log(f"look_{JOINED_LAYER}", share.detach().mean())
         for layer, name in LOOKS.items():
-            looked = PACKED.looked.pop(layer).mean(1)
+            looked = all_looked[layer][:, :half, :, words : PACKED.start].mean(1)
             wanted = batch[name]
             share = (looked * wanted).sum(-1)[wanted.any(-1)]
             loss = loss - 0.2 * (share + 1e-4).log().mean()
@@ -464,7 +493,7 @@ def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniatures/small"))
-    given = arguments(parser, tower=8, lookup=6, final=16, measure=12, settle=4)
+    given = arguments(parser, tower=8, lookup=6, final=16, measure=4, join=12, settle=4)
     model = build_model("hard")
     phases = Phases(model, given.folder)
 
@@ -474,15 +503,17 @@ def main() -> None:
     def ask(name: str, questions: Questions, epochs: int, seed: int, kept: int) -> None:
         phases.run(name, questions, epochs, lambda own: Feed(own, 100, 16, seed, kept))
 
-    hidden = {"hides": True, "measures": False}
+    hidden = {"hides": True, "measures": False, "joins": False}
     epochs = given.lookup_epochs
     lookup = Questions(model, 1.5e-3, 100 * epochs, "constant", max_alike=0, **hidden)
     ask("lookup", lookup, epochs, 1, FEW)
     epochs = given.final_epochs
     ask("final", Questions(model, 1.2e-3, 2_200, "cosine", **hidden), epochs, 2, MANY)
     epochs = given.measure_epochs
-    measure = Questions(model, 1e-3, 100 * epochs, "cosine", hides=True)
+    measure = Questions(model, 1e-3, 1_200, "cosine", hides=True, joins=False)
     ask("measure", measure, epochs, 4, MANY)
+    epochs = given.join_epochs
+    ask("join", Questions(model, 1e-3, 100 * epochs, "cosine", hides=True), epochs, 5, MANY)
     epochs = given.settle_epochs
     ask("settle", Questions(model, 5e-4, 100 * epochs, "cosine"), epochs, 3, GRID**2)
     phases.save("model", "hard")
