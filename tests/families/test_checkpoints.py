@@ -13,7 +13,7 @@ import tokenprune as tp
 from tokenprune.cli.configs import compose
 from tokenprune.runs.compose import build_pruning
 
-SHIPPED = ("tiny", "hub")
+SHIPPED = ("tiny", "small", "hub")
 #: Model type of each choice of `model=`, and what its config says beside the decoder's sizes.
 TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_1_5_7b": ("Llava", {}),

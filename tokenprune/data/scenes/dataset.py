@@ -114,12 +114,12 @@ class SceneDataset(Dataset[Sample]):
                 f"SceneDataset: expected 0 <= max_alike <= {hard.MAX_ALIKE}, got {max_alike}. "
                 "Answers count to six."
             )
-        self.rules = LEVELS[level]
-        kinds = self.rules.KINDS if kinds is None else kinds
-        unknown = [kind for kind in kinds if kind not in self.rules.KINDS]
+        known = LEVELS[level].KINDS
+        kinds = known if kinds is None else kinds
+        unknown = [kind for kind in kinds if kind not in known]
         if unknown or not kinds:
             raise ValueError(
-                f"SceneDataset.kinds: expected some of {list(self.rules.KINDS)}, got "
+                f"SceneDataset.kinds: expected some of {list(known)}, got "
                 f"{list(kinds)}. Name at least one, and only these."
             )
         self.split = split
@@ -137,7 +137,7 @@ class SceneDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         scene, questions, rng = self._make(index)
-        image = draw_scene(rng, scene, self.rules.STYLE)
+        image = draw_scene(rng, scene, LEVELS[self.level].STYLE)
         turns = tuple(question.turn for question in questions)
         stream = "" if self.level == "easy" else f"{self.level}-"
         name = f"{stream}{self.split}-{self.seed}-{index}"
@@ -164,4 +164,4 @@ class SceneDataset(Dataset[Sample]):
             kinds = list(self.kinds) + [rng.choice(again) for _ in range(self.num_turns)]
             kinds = kinds[: self.num_turns]
             rng.shuffle(kinds)
-        return scene, [self.rules.ask(rng, scene, kind) for kind in kinds], rng
+        return scene, [LEVELS[self.level].ask(rng, scene, kind) for kind in kinds], rng
