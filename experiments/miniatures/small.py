@@ -9,7 +9,9 @@ Phases:
    then on fuller ones whenever lookups work. Most empty patches are left out, which is quick, and
    image tokens do not see each other, so that evidence stays in its own patch.
 3. `final`: full scenes while the learning rate falls.
-4. `settle`: as at inference, every patch given and nothing hidden.
+4. `measure` and `join`: with more read-outs (`Questions.measure`, `result`), and shown where to
+   look for what is counted and compared.
+5. `settle`: as at inference, nothing hidden; every patch in half of the batches, a part in others.
 
 Every image carries several questions. They share its tokens, and a mask keeps them apart. Half-way
 up the decoder, read-outs that are not shipped tell what the words of a question point at.
@@ -40,6 +42,7 @@ COLOUR_NAMES = list(COLOURS)
 VOCABULARY = VOCABULARIES["hard"]
 TURN_LENGTH = 12  # tokens of the longest turn, its answer and </s> included
 NUM_TURNS = 16
+BATCH = 16  # scenes
 FIRST_LOOK = 2  # layer from which on questions may look at the image before the last phase
 POINTED_LAYER, STEPPED_LAYER = 4, 6  # layers below the read-outs
 #: Layers in which half of the heads are shown where to look: for what words name; for the second
@@ -232,6 +235,13 @@ class PackedScenes(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def _number(self, index: int) -> int:
+        """Patches of a sample: where all are given, every other batch has a part of them still."""
+        batch = index // BATCH
+        if self.num_kept < GRID**2 or batch % 2 == 0:
+            return self.num_kept
+        return random.Random(f"kept/{batch}").randint(MANY, GRID**2)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample, (scene, questions) = self.scenes[index], self.scenes.scene(index)
         ids, labels, evidence, steps = [], [], [], []
@@ -268,7 +278,7 @@ class PackedScenes(Dataset[dict[str, Any]]):
             for cell in sign.cells:
                 shown[cell] = 2
         noise = torch.rand(GRID**2, generator=torch.Generator().manual_seed(index))
-        kept = (shown.flatten() + noise).topk(self.num_kept).indices.sort().values
+        kept = (shown.flatten() + noise).topk(self._number(index)).indices.sort().values
         return {
             "pixel_values": pixels_of(sample.image),
             "kept": kept,
@@ -493,7 +503,7 @@ def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniatures/small"))
-    given = arguments(parser, tower=8, lookup=6, final=16, measure=4, join=12, settle=4)
+    given = arguments(parser, tower=8, lookup=6, final=16, measure=4, join=12, settle=3)
     model = build_model("hard")
     phases = Phases(model, given.folder)
 
@@ -501,7 +511,7 @@ def main() -> None:
     phases.run("tower", tower, given.tower_epochs, lambda own: Feed(own, 75, 32))
 
     def ask(name: str, questions: Questions, epochs: int, seed: int, kept: int) -> None:
-        phases.run(name, questions, epochs, lambda own: Feed(own, 100, 16, seed, kept))
+        phases.run(name, questions, epochs, lambda own: Feed(own, 100, BATCH, seed, kept))
 
     hidden = {"hides": True, "measures": False, "joins": False}
     epochs = given.lookup_epochs
