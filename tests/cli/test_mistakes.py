@@ -22,6 +22,11 @@ from tokenprune.cli.mistakes import explain
         (["eval", "strategy=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
         (["eval", "schedule=pyramidd"], "got 'pyramidd'. Did you mean 'pyramid'?"),
         (["eval", "model=tinny"], "got 'tinny'. Did you mean 'tiny'?"),
+        (
+            ["eval", "model=small"],
+            "data.test.level: expected hard for model=small, got easy. Add da",
+        ),
+        (["eval", "data=scenes_hard"], "expected easy for model=tiny, got hard. Add data=scenes."),
         (["eval", "stratgy=fastv"], "got 'stratgy=fastv'. Did you mean 'strategy'?"),
         (["eval", "schedule.lamm=1"], "got 'schedule.lamm=1'. Did you mean 'schedule.lam'?"),
         (
