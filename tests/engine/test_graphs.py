@@ -155,7 +155,10 @@ def test_every_model_type_is_replayed_or_runs(name) -> None:
                 logits = model(**own, use_cache=True).logits
                 found.append([logits, *(row for stage in trace.stages for row in stage.kept)])
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert graphs.replays == (0 if name in _WHY else 2)
+    # That a decoder makes no cache which it is not given is known after its first call: for
+    # Granite 4 Vision's the second is another kind.
+    expected = 1 if name == "granite4_vision" else 2
+    assert graphs.replays == (0 if name in _WHY else expected)
     assert len(graphs.told) == (name in _WHY)
     assert all(_WHY[name] in said for said in graphs.told), graphs.told
 
