@@ -156,8 +156,18 @@ def rank_in_units(scores_BV: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> Tenso
 
 def sizes_of_units(unit_BV: Tensor) -> Tensor:
     """Tokens of each unit, int64 (B, V + 1); of the last, what does not exist, too."""
-    sizes_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
-    return sizes_BU.scatter_add(1, unit_BV, torch.ones_like(unit_BV))
+    return _sums_of_units(torch.ones_like(unit_BV), unit_BV)
+
+
+def count_in_unit(marked_BV: Tensor, unit_BV: Tensor) -> Tensor:
+    """Of each token, how many of its unit are marked, int64 (B, V)."""
+    return _sums_of_units(marked_BV.long(), unit_BV).gather(1, unit_BV)
+
+
+def _sums_of_units(values_BV: Tensor, unit_BV: Tensor) -> Tensor:
+    """Sum of int64 values over each unit, (B, V + 1)."""
+    sums_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
+    return sums_BU.scatter_add(1, unit_BV, values_BV)
 
 
 def mark(picks: Sequence[Tensor], keep_B: Tensor, valid_BV: Tensor) -> Tensor:

@@ -14,19 +14,18 @@ import torch
 
 from tokenprune.data.collate import PromptCollator
 from tokenprune.data.scenes import LEVELS, SceneDataset
-from tokenprune.runs.models import load
+from tokenprune.runs import models
 
 NUM_SCENES = 200
-LEVEL_OF = {"tiny": "easy", "small": "hard"}
 
 
 def main() -> None:
     """Measures on unseen scenes, one question each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=LEVEL_OF)
+    parser.add_argument("name", choices=models.LEVELS)
     name = parser.parse_args().name
-    level = LEVEL_OF[name]
-    loaded, grid = load(name, attention="eager"), LEVELS[level].STYLE.grid
+    level = models.LEVELS[name]
+    loaded, grid = models.load(name, attention="eager"), LEVELS[level].STYLE.grid
     scenes = SceneDataset("test", NUM_SCENES, level=level)
     collate = PromptCollator(loaded.processor)
     rows = []

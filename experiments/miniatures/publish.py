@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tokenprune.cli.main import main as tokenprune_command
-from tokenprune.runs.models import SHIPPED
+from tokenprune.runs.models import LEVELS, SHIPPED
 
 ROOT = Path(__file__).resolve().parent
 #: Column of the log that says how full scenes were, and what it says.
@@ -35,7 +35,7 @@ def publish(name: str, folder: Path, times: dict[str, float]) -> None:
     shutil.copytree(folder / "model", shipped)
     run = folder / "test"
     shutil.rmtree(run, ignore_errors=True)
-    data = {"tiny": "scenes", "small": "scenes_hard"}[name]
+    data = "scenes" if LEVELS[name] == "easy" else "scenes_hard"
     code = tokenprune_command(
         [
             *("eval", "strategy=none", f"model={name}", f"data={data}"),

@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from model import build_processor
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+
+from tokenprune.data.scenes import COLOURS, SYMBOLS
 
 #: What stands before the image in every prompt.
 WORDS = ("<s>", "USER", ":")
@@ -51,6 +54,110 @@ class Phase(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Asking(Phase):
+    """A phase of questions: the decoder alone learns, and right answers are counted by kind."""
+
+    #: What of a phase grows with success, and stands in its checkpoints.
+    growing: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float,
+        num_steps: int,
+        curve: str,
+        hides: bool,
+        kinds: Sequence[str],
+    ) -> None:
+        super().__init__(model, rate, num_steps, curve)
+        freeze_all_but_the_decoder(model)
+        self.kinds = tuple(kinds)
+        # A small decoder copies the whole scene into every image token and looks it up in its first
+        # layer; large ones keep the evidence where it is and look further in. To get the latter's
+        # shape, nine batches of ten hide image tokens from each other, and from the questions in
+        # the first layers; the tenth is as at inference.
+        self.hides = hides
+        self.right: dict[str, list[float]] = defaultdict(list)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[self.growing] = getattr(self, self.growing)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        setattr(self, self.growing, checkpoint[self.growing])
+
+    def now_hides(self) -> bool:
+        """Whether this batch does."""
+        return self.training and self.hides and self.global_step % 10 > 0
+
+    def shift(self, num_rows: int, num_patches: int, device: torch.device) -> Tensor:
+        """By so much questions start earlier, int64 (B, 1); for half of the rows they do not.
+
+        Images of one size would teach that questions start at one position. A model that counts on
+        it is lost when positions are renumbered after pruning.
+        """
+        shift = torch.randint(0, num_patches, (num_rows, 1), device=device)
+        return shift * torch.randint(0, 2, (num_rows, 1), device=device)
+
+    def answer(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and which of its turns are right, bool (B, turns)."""
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss, right = self.answer(batch)
+        self.log("loss", loss.detach())
+        for number, kind in enumerate(self.kinds):
+            own = right[batch["kinds"] == number].float()
+            if len(own):
+                self.right[kind].append(own.mean().item())
+        self.log("accuracy", right.float().mean())
+        self.log(self.growing, float(getattr(self, self.growing)))
+        return loss
+
+    def means(self, last: int) -> dict[str, float]:
+        """Logs the accuracy of each kind over the epoch's last batches, and begins anew."""
+        means = {kind: float(np.mean(values[-last:])) for kind, values in self.right.items()}
+        for kind, mean in means.items():
+            self.log(f"accuracy_{kind}", mean)
+        self.right.clear()
+        return means
+
+
+class Naming(Phase):
+    """A phase in which patches learn the words for what they show.
+
+    Args:
+        vocabulary: The model's words.
+    """
+
+    def __init__(self, model: nn.Module, num_steps: int, vocabulary: Sequence[str]) -> None:
+        super().__init__(model, 2e-3, num_steps, "cosine")
+        width = model.config.text_config.hidden_size  # type: ignore[union-attr]
+        self.none = nn.Parameter(torch.randn(3, width) * width**-0.5)  # no symbol, no colour, sign
+        ids = [vocabulary.index(word) for word in (*SYMBOLS, *COLOURS)]
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+
+    def read(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of patches (B, P, D), and how like each word of a symbol and of a colour.
+
+        Before the symbols is that for none, before the colours, too; after these that of a sign.
+        """
+        features = self.model.model.multi_modal_projector(states)
+        features = nn.functional.rms_norm(features, features.shape[-1:])
+        words = self.model.get_input_embeddings().weight[self.ids]
+        symbols = torch.cat([self.none[:1], words[: len(SYMBOLS)]])
+        colours = torch.cat([self.none[1:2], words[len(SYMBOLS) :], self.none[2:]])
+        return features, features @ symbols.T, features @ colours.T
+
+
+def weighed(logits: Sequence[Tensor], classes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Cross-entropy of several read-outs of patches, with their classes (B, P, read-outs)."""
+    losses = [
+        weight * nn.functional.cross_entropy(own.flatten(0, 1), target.flatten())
+        for own, target, weight in zip(logits, classes.unbind(-1), weights, strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 class Packed:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import pytorch_lightning as pl
 import torch
 from model import VOCABULARIES, build_model
 from publish import publish
-from recipe import WORDS, Packed, Phase, Phases, arguments, freeze_all_but_the_decoder, pixels_of
+from recipe import WORDS, Asking, Naming, Packed, Phase, Phases, arguments, pixels_of, weighed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AttentionInterface
@@ -52,7 +51,10 @@ COUNTED_LAYER = 3  # here a third head spreads over what is counted, and over th
 JOINED_LAYER = 4  # here the last word looks at the other word that it is compared with
 NUM_HEADS = 4
 POINTED_CLASSES = (GRID, GRID, len(SYMBOLS), len(COLOURS), hard.MAX_ALIKE + 1)
+PLACE_CLASSES = (GRID, GRID, 1 + max(hard.SIGN_LENGTHS))  # row, column, number on a sign
+WHOLE_CLASSES = (len(SYMBOLS), len(COLOURS) + 2)
 NOTHING = (-100,) * len(POINTED_CLASSES)
+NO_STEP = (-100,) * 3
 SCALES = (GRID, GRID, hard.MAX_ALIKE)  # of rows, columns, numbers
 UNTOLD = -100.0
 FEW, MANY = 48, 160  # patches that the decoder is given in the second and the third phase
@@ -91,48 +93,33 @@ class CrowdedScenes(Dataset[tuple[Tensor, Tensor]]):
         return pixels_of(draw_scene(rng, scene, hard.STYLE)), classes.flatten(0, 1)
 
 
-class Tower(Phase):
+class Tower(Naming):
     """Patch features, through the projector, must match the words for what the patch shows."""
 
     def __init__(self, model: nn.Module, num_steps: int) -> None:
-        super().__init__(model, 2e-3, num_steps, "cosine")
-        width = model.config.text_config.hidden_size
-        self.none = nn.Parameter(torch.randn(3, width) * width**-0.5)  # no symbol, no colour, sign
-        self.place = nn.Linear(width, 2 * GRID + 1 + max(hard.SIGN_LENGTHS))
-        self.whole = nn.Linear(
-            model.config.vision_config.hidden_size, len(SYMBOLS) + len(COLOURS) + 2
-        )
-        ids = [VOCABULARY.index(word) for word in (*SYMBOLS, *COLOURS)]
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        super().__init__(model, num_steps, VOCABULARY)
+        self.place = nn.Linear(model.config.text_config.hidden_size, sum(PLACE_CLASSES))
+        self.whole = nn.Linear(model.config.vision_config.hidden_size, sum(WHOLE_CLASSES))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         pixels, classes = batch
-        inner = self.model.model
-        states = inner.vision_tower(pixels).last_hidden_state
-        features = inner.multi_modal_projector(states[:, 1:])
-        features = nn.functional.rms_norm(features, features.shape[-1:])
-        words = self.model.get_input_embeddings().weight[self.ids]
-        symbols = torch.cat([self.none[:1], words[: len(SYMBOLS)]])
-        colours = torch.cat([self.none[1:2], words[len(SYMBOLS) :], self.none[2:]])
-        row, column, number = self.place(features).split([GRID, GRID, 7], -1)
-        logits = (features @ symbols.T, features @ colours.T, row, column, number)
-        loss = sum(
-            weight * nn.functional.cross_entropy(own.flatten(0, 1), classes[..., i].flatten())
-            for i, (own, weight) in enumerate(zip(logits, (1, 1, 0.2, 0.2, 0.5), strict=True))
-        )
+        states = self.model.model.vision_tower(pixels).last_hidden_state
+        features, symbols, colours = self.read(states[:, 1:])
+        logits = (symbols, colours, *self.place(features).split(PLACE_CLASSES, -1))
+        loss = weighed(logits, classes, (1, 1, 0.2, 0.2, 0.5))
         # The class token: how the objects of the picture are spread over symbols and colours.
         shown = classes[..., 0] > 0
-        whole = self.whole(states[:, 0]).split([len(SYMBOLS), len(COLOURS) + 2], -1)
-        for own, i, most in zip(whole, (0, 1), (len(SYMBOLS), len(COLOURS) + 2), strict=True):
-            ones = nn.functional.one_hot((classes[..., i] - 1).clamp_min(0), most)
+        whole = self.whole(states[:, 0]).split(WHOLE_CLASSES, -1)
+        for own, shows, most in zip(whole, classes[..., :2].unbind(-1), WHOLE_CLASSES, strict=True):
+            ones = nn.functional.one_hot((shows - 1).clamp_min(0), most)
             share = (ones * shown[..., None]).sum(1).float()
             share = share / share.sum(-1, keepdim=True)
             loss = loss + 0.5 * nn.functional.cross_entropy(own, share)
-        right = [own.argmax(-1) == classes[..., i] for i, own in enumerate(logits)]
+        right = torch.stack([own.argmax(-1) for own in logits], -1) == classes
         self.log("loss", loss.detach())
-        self.log("patch_accuracy", (right[0] & right[1])[shown].float().mean())
-        self.log("place_accuracy", (right[2] & right[3]).float().mean())
-        self.log("number_accuracy", right[4][classes[..., 4] > 0].float().mean())
+        self.log("patch_accuracy", right[..., :2].all(-1)[shown].float().mean())
+        self.log("place_accuracy", right[..., 2:4].all(-1).float().mean())
+        self.log("number_accuracy", right[..., 4][classes[..., 4] > 0].float().mean())
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -170,7 +157,7 @@ def facts_of(
             places = [item.row, item.column]
             own[:4] = [*places, SYMBOLS.index(item.symbol), COLOUR_NAMES.index(item.colour)]
         facts.append(tuple(own))
-    step = (-100, -100, -100)
+    step = NO_STEP
     if question.turn.kind == "steps":
         step = (*question.cells[1], SYMBOLS.index(question.turn.answer))
     return facts, step
@@ -209,6 +196,11 @@ def result_of(scene: Scene, question: Question) -> float:
         axis = int("left" in words)
         return (question.cells[1][axis] - question.cells[0][axis]) / GRID
     return UNTOLD
+
+
+def turn(own: list[Any], nothing: Any) -> list[Any]:
+    """An entry for each token of a turn: those that there are, then `nothing`."""
+    return [*own, *[nothing] * (TURN_LENGTH - len(own))]
 
 
 def marked(cells: list[Cells], kept: Tensor) -> Tensor:
@@ -253,24 +245,21 @@ class PackedScenes(Dataset[dict[str, Any]]):
         for question in questions:
             words = question.turn.question.replace("?", "").split()
             answer = [*question.turn.answer.split(), "</s>"]
-            pads = TURN_LENGTH - len(words) - len(answer)
+            kind, last = question.turn.kind, len(words) - 1
             facts, step = facts_of(scene, question)
-            evidence += [*facts, *[NOTHING] * (TURN_LENGTH - len(words))]
-            measured += [UNTOLD] * (len(words) - 1) + [result_of(scene, question)]
-            measured += [UNTOLD] * (TURN_LENGTH - len(words))
-            kind, pad = question.turn.kind, TURN_LENGTH - len(words)
-            is_counted = [kind in ("count", "compare") and word in COLOURS for word in words]
-            counts += [*is_counted, *[False] * pad]
-            other = {"relation": 1, "compare": 4}.get(kind, -1)
-            joins += [*[-1] * (len(words) - 1), other, *[-1] * pad]
             first, second = looks_of(scene, question)
-            looks += [*first, *[()] * (TURN_LENGTH - len(first))]
-            second_looks += [*second, *[()] * (TURN_LENGTH - len(second))]
-            steps += [(-100,) * 3] * (len(words) - 1) + [step]
-            steps += [(-100,) * 3] * (TURN_LENGTH - len(words))
+            other = {"relation": 1, "compare": 4}.get(kind, -1)
             numbers = [VOCABULARY.index(word) for word in words + answer]
-            ids += numbers + [0] * pads
-            labels += [-100] * len(words) + numbers[len(words) :] + [-100] * pads
+            ids += turn(numbers, 0)
+            labels += turn([*[-100] * len(words), *numbers[len(words) :]], -100)
+            evidence += turn(facts, NOTHING)
+            steps += turn([*[NO_STEP] * last, step], NO_STEP)
+            measured += turn([*[UNTOLD] * last, result_of(scene, question)], UNTOLD)
+            is_counted = [kind in ("count", "compare") and word in COLOURS for word in words]
+            counts += turn(is_counted, False)
+            joins += turn([*[-1] * last, other], -1)
+            looks += turn(first, ())
+            second_looks += turn(second, ())
         shown = torch.zeros(GRID, GRID)
         for item in scene.items:
             shown[item.row, item.column] = 2
@@ -299,8 +288,10 @@ PACKED = Packed(TURN_LENGTH, FIRST_LOOK, {*LOOKS, JOINED_LAYER})
 AttentionInterface.register("packed", PACKED)
 
 
-class Questions(Phase):
+class Questions(Asking):
     """The decoder answers questions; the rest stays as it is."""
+
+    growing = "max_alike"
 
     def __init__(
         self,
@@ -313,25 +304,17 @@ class Questions(Phase):
         measures: bool = True,
         joins: bool = True,
     ) -> None:
-        super().__init__(model, rate, num_steps, curve)
-        freeze_all_but_the_decoder(model)
-        self.hides, self.joins = hides, joins  # see `Packed`, `_look`
+        super().__init__(model, rate, num_steps, curve, hides, hard.KINDS)
+        self.joins = joins  # see `_look`
         width = model.config.text_config.hidden_size
         self.pointer = nn.Linear(width, sum(POINTED_CLASSES))
         self.stepper = nn.Linear(width, sum(POINTED_CLASSES[:3]))
         # Read out as quantities: row, column and number of what a word names; what is asked for.
         self.measure = nn.Linear(width, 3) if measures else None
         self.result = nn.Linear(width, 1) if measures else None
-        self.max_alike = max_alike  # grows with success
-        self.right: dict[str, list[float]] = defaultdict(list)
+        self.max_alike = max_alike
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["max_alike"] = self.max_alike
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.max_alike = checkpoint["max_alike"]
-
-    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def answer(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids, labels, kept = batch["ids"], batch["labels"], batch["kept"]
         num_rows, device, words = len(ids), ids.device, len(WORDS)
         inner = self.model.model
@@ -350,22 +333,14 @@ class Questions(Phase):
         turns = words + GRID**2 + torch.arange(ids.shape[1], device=device) % TURN_LENGTH
         turns = turns.expand(num_rows, -1)
         if self.training and self.curve != "constant":
-            # Images of one size would teach that questions start at one position. A model that
-            # counts on it is lost when positions are renumbered after pruning.
-            shift = torch.randint(0, GRID**2, (num_rows, 1), device=device)
-            turns = turns - shift * torch.randint(0, 2, (num_rows, 1), device=device)
-        # A small decoder copies the whole scene into every image token and looks it up in its first
-        # layer; large ones keep the evidence where it is and look further in. To get the latter's
-        # shape, nine batches of ten hide image tokens from each other, and from the questions in
-        # the first layers; the tenth is as at inference.
-        PACKED.hides = self.training and self.hides and self.global_step % 10 > 0
+            turns = turns - self.shift(num_rows, GRID**2, device)
+        PACKED.hides = self.now_hides()
         output = inner.language_model(
             inputs_embeds=inputs,
             position_ids=torch.cat([order, words + kept, turns], 1),
             use_cache=False,
             output_hidden_states=True,
         )
-        states = output.last_hidden_state[:, PACKED.start - 1 : -1]
         # Answers alone, which are a quarter of the tokens.
         asked = labels != -100
         logits = self.model.lm_head(
@@ -442,22 +417,8 @@ class Questions(Phase):
             self.log(f"miss_{layer}", miss.detach())
         return loss
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        loss, right = self._forward(batch)
-        self.log("loss", loss.detach())
-        for number, kind in enumerate(hard.KINDS):
-            own = right[batch["kinds"] == number].float()
-            if len(own):
-                self.right[kind].append(own.mean().item())
-        self.log("accuracy", right.float().mean())
-        self.log("max_alike", float(self.max_alike))
-        return loss
-
     def on_train_epoch_end(self) -> None:
-        means = {kind: float(np.mean(values[-30:])) for kind, values in self.right.items()}
-        for kind, mean in means.items():
-            self.log(f"accuracy_{kind}", mean)
-        self.right.clear()
+        means = self.means(30)
         lookups = [means[kind] for kind in ("read", "colour")]
         if self.curve == "constant" and np.mean(lookups) > 0.8:
             self.max_alike = min(self.max_alike + 2, hard.MAX_ALIKE)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import pytorch_lightning as pl
 import torch
 from model import VOCABULARIES, build_model
 from publish import publish
-from recipe import WORDS, Packed, Phase, Phases, arguments, freeze_all_but_the_decoder, pixels_of
+from recipe import WORDS, Asking, Naming, Packed, Phase, Phases, arguments, pixels_of, weighed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AttentionInterface
@@ -44,7 +43,6 @@ from tokenprune.data.scenes import (
     easy,
 )
 
-ROOT = Path(__file__).resolve().parent
 GRID, KINDS = easy.STYLE.grid, easy.KINDS
 VOCABULARY = VOCABULARIES["easy"]
 PREFIX = [*WORDS, *["<image>"] * GRID**2]
@@ -88,41 +86,23 @@ class CrowdedScenes(Dataset[tuple[Tensor, Tensor]]):
         return pixels_of(draw_scene(rng, scene, easy.STYLE)), classes.flatten(0, 1)
 
 
-class Tower(Phase):
+class Tower(Naming):
     """Patch features, through the projector, must match the words for what the patch shows."""
 
     def __init__(self, model: nn.Module, num_steps: int) -> None:
-        super().__init__(model, 2e-3, num_steps, "cosine")
-        width = model.config.text_config.hidden_size
-        self.none = nn.Parameter(torch.randn(3, width) * width**-0.5)  # no symbol, no colour, sign
-        self.place = nn.Linear(width, 2 * GRID)
-        ids = [VOCABULARY.index(word) for word in (*SYMBOLS, *COLOURS)]
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        super().__init__(model, num_steps, VOCABULARY)
+        self.place = nn.Linear(model.config.text_config.hidden_size, 2 * GRID)
 
-    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         pixels, classes = batch
-        inner = self.model.model
-        states = inner.vision_tower(pixels).last_hidden_state[:, 1:]
-        features = inner.multi_modal_projector(states)
-        features = nn.functional.rms_norm(features, features.shape[-1:])
-        words = self.model.get_input_embeddings().weight[self.ids]
-        symbols = torch.cat([self.none[:1], words[: len(SYMBOLS)]])
-        colours = torch.cat([self.none[1:2], words[len(SYMBOLS) :], self.none[2:]])
-        place = self.place(features)
-        logits = (features @ symbols.T, features @ colours.T, place[..., :GRID], place[..., GRID:])
-        loss = sum(
-            weight * nn.functional.cross_entropy(own.flatten(0, 1), classes[..., i].flatten())
-            for i, (own, weight) in enumerate(zip(logits, (1, 1, 0.2, 0.2), strict=True))
-        )
-        right = torch.stack([own.argmax(-1) == classes[..., i] for i, own in enumerate(logits)], -1)
-        return loss, right
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        loss, right = self._step(batch)
-        shown = batch[1][..., 0] > 0
-        both = (right[..., 0] & right[..., 1])[shown].float().mean()
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log("patch_accuracy", both, prog_bar=True)
+        states = self.model.model.vision_tower(pixels).last_hidden_state[:, 1:]
+        features, symbols, colours = self.read(states)
+        logits = (symbols, colours, *self.place(features).split(GRID, -1))
+        loss = weighed(logits, classes, (1, 1, 0.2, 0.2))
+        right = torch.stack([own.argmax(-1) for own in logits], -1) == classes
+        shown = classes[..., 0] > 0
+        self.log("loss", loss.detach())
+        self.log("patch_accuracy", right[..., :2].all(-1)[shown].float().mean())
         self.log("place_accuracy", right[..., 2:].float().mean())
         return loss
 
@@ -180,8 +160,10 @@ PACKED = Packed(TURN_LENGTH, FIRST_LOOK)
 AttentionInterface.register("packed", PACKED)
 
 
-class Questions(Phase):
-    """Projector and decoder answer questions; the tower stays as it is."""
+class Questions(Asking):
+    """The decoder answers questions; the rest stays as it is."""
+
+    growing = "objects"
 
     def __init__(
         self,
@@ -193,23 +175,14 @@ class Questions(Phase):
         hides: bool = False,
         shifts: bool = False,
     ) -> None:
-        super().__init__(model, rate, num_steps, curve)
-        freeze_all_but_the_decoder(model)
-        self.hides = hides  # see `Packed`
+        super().__init__(model, rate, num_steps, curve, hides, KINDS)
         self.shifts = shifts
         # Reads row, column, symbol and colour of the object that a word names out of that word's
         # token. Yes or no is a coin that says little; this says which lookup went wrong.
         self.pointer = nn.Linear(model.config.text_config.hidden_size, sum(POINTED_CLASSES))
-        self.objects = objects  # most objects per scene now; grows with success
-        self.right: dict[str, list[float]] = defaultdict(list)
+        self.objects = objects  # most objects per scene now
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["objects"] = self.objects
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.objects = checkpoint["objects"]
-
-    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def answer(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids, labels = batch["ids"], batch["labels"]
         num_rows, packed = ids.shape
         start, device = len(PREFIX), ids.device
@@ -218,17 +191,9 @@ class Questions(Phase):
         positions = torch.where(order < start, order, start + (order - start) % TURN_LENGTH)
         positions = positions.repeat(num_rows, 1)
         if self.training and self.shifts:
-            # Images of one size would teach that questions start at one position. A model that
-            # counts on it is lost when positions are renumbered after pruning.
-            shift = torch.randint(0, GRID**2, (num_rows, 1), device=device)
-            shift = shift * torch.randint(0, 2, (num_rows, 1), device=device)
+            shift = self.shift(num_rows, GRID**2, device)
             positions = torch.where(order < start, positions, positions - shift)
-        # A small decoder copies the whole scene into every image token and looks it up in its first
-        # layer; large ones keep the evidence where it is and look further in. To get the latter's
-        # shape, nine batches of ten of the third phase hide image tokens from each other, and from
-        # the questions in the first layers; the tenth is as at inference.
-        PACKED.start = start
-        PACKED.hides = self.training and self.hides and self.global_step % 10 > 0
+        PACKED.start, PACKED.hides = start, self.now_hides()
         output = self.model(
             input_ids=torch.cat([prefix.expand(num_rows, -1), ids], 1),
             pixel_values=batch["pixel_values"],
@@ -251,22 +216,8 @@ class Questions(Phase):
         right = ~wrong.unflatten(1, (-1, TURN_LENGTH)).any(-1)
         return loss, right
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        loss, right = self._forward(batch)
-        self.log("loss", loss.detach(), prog_bar=True)
-        for number, kind in enumerate(KINDS):
-            own = right[batch["kinds"] == number].float()
-            if len(own):
-                self.right[kind].append(own.mean().item())
-        self.log("accuracy", right.float().mean(), prog_bar=True)
-        self.log("objects", float(self.objects), prog_bar=True)
-        return loss
-
     def on_train_epoch_end(self) -> None:
-        means = {kind: float(np.mean(values[-50:])) for kind, values in self.right.items()}
-        for kind, mean in means.items():
-            self.log(f"accuracy_{kind}", mean)
-        self.right.clear()
+        means = self.means(50)
         self.log("objects_now", float(self.objects))
         # One object more when the lookups work; comparisons may lag behind.
         lookups = [means[kind] for kind in ("read", "colour") if kind in means]

@@ -99,6 +99,16 @@ def _cells(scene) -> list[tuple[int, int]]:
     return items + [cell for sign in scene.signs for cell in sign.cells]
 
 
+def _pixels_near(image, item, cell: int, tolerance: int) -> int:
+    """Pixels of an object's cell whose colour is its own, give or take."""
+    left, top = item.column * cell, item.row * cell
+    pixels = image.crop((left, top, left + cell, top + cell)).get_flattened_data()
+    own = COLOURS[item.colour]
+    return sum(
+        all(abs(a - b) <= tolerance for a, b in zip(pixel, own, strict=True)) for pixel in pixels
+    )
+
+
 @pytest.mark.parametrize("max_alike", [0, 6])
 def test_answers_agree_with_hard_scenes(max_alike):
     scenes = SceneDataset("train", 300, num_turns=11, level="hard", max_alike=max_alike)
@@ -153,13 +163,7 @@ def test_hard_pictures_have_a_patch_for_each_cell():
         image = scenes[index].image
         assert image.size == (336, 336)
         for item in scene.items:
-            box = (item.column * 14, item.row * 14, item.column * 14 + 14, item.row * 14 + 14)
-            pixels = list(image.crop(box).get_flattened_data())
-            near = [
-                all(abs(a - b) <= 60 for a, b in zip(pixel, COLOURS[item.colour], strict=True))
-                for pixel in pixels
-            ]
-            assert sum(near) >= 3, (index, item)
+            assert _pixels_near(image, item, 14, 60) >= 3, (index, item)
     assert scenes[0].id != SceneDataset("test", 3)[0].id
 
 
@@ -182,13 +186,7 @@ def test_colours_of_objects_can_be_seen_where_the_scene_says():
         scene, _ = scenes.scene(index)
         image = scenes[index].image
         for item in scene.items:
-            box = (item.column * 16, item.row * 16, item.column * 16 + 16, item.row * 16 + 16)
-            pixels = list(image.crop(box).get_flattened_data())
-            near = [
-                all(abs(a - b) <= 14 for a, b in zip(pixel, COLOURS[item.colour], strict=True))
-                for pixel in pixels
-            ]
-            assert sum(near) >= 4, (index, item)
+            assert _pixels_near(image, item, 16, 14) >= 4, (index, item)
 
 
 @pytest.mark.parametrize(

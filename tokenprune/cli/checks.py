@@ -30,7 +30,7 @@ from tokenprune.cli.mistakes import BadInput
 from tokenprune.cost import DecoderShape
 from tokenprune.runs import budgets, targets
 from tokenprune.runs.compose import build_pruning, build_strategy, explicit_schedule
-from tokenprune.runs.models import SHIPPED, check_choices, load_config
+from tokenprune.runs.models import LEVELS, SHIPPED, check_choices, load_config
 from tokenprune.runs.sweeps import check_baseline, expand, is_grid, sweep_name
 
 #: The folder of configs/hydra/default.yaml: of a sweep that nobody has named.
@@ -254,16 +254,15 @@ def _check_scenes(config: DictConfig) -> None:
     """Each shipped model has learnt one level of the generated scenes, and its words."""
     if not _has_model(config) or config.model.path not in SHIPPED or "data" not in config:
         return
-    levels = {"tiny": "easy", "small": "hard"}
+    name = config.model.path
     for part in ("test", "train", "validation"):
         node = config.data.get(part)
         if node is None or not str(node.get("_target_")).endswith("scenes.SceneDataset"):
             continue
-        if (level := node.get("level", "easy")) != levels[config.model.path]:
-            group = "scenes" if level == "hard" else "scenes_hard"
+        if (level := node.get("level", "easy")) != LEVELS[name]:
             raise BadInput(
-                f"data.{part}.level: expected {levels[config.model.path]} for "
-                f"model={config.model.path}, got {level}. Add data={group}."
+                f"data.{part}.level: expected {LEVELS[name]} for model={name}, got {level}. "
+                f"Add data={'scenes' if level == 'hard' else 'scenes_hard'}."
             )
 
 

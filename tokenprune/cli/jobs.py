@@ -32,8 +32,6 @@ from tokenprune.runs import launchers, results, team
 from tokenprune.runs.devices import num_gpus
 from tokenprune.runs.folders import LOCK, occupied
 
-_FORMAT = warnings.formatwarning
-
 
 @dataclass(frozen=True)
 class Job:
@@ -243,23 +241,16 @@ def quiet() -> Iterator[None]:
         bars: Any = transformers_logging
         bars.disable_progress_bar()  # in a log, bars are noise
     ordinary = warnings.formatwarning
-    warnings.formatwarning = _warning  # type: ignore[assignment]
+
+    def formatted(message: Warning | str, *where: Any, **line: Any) -> str:
+        """A warning of ours without where in the code it is; others as ever."""
+        ours = str(message).startswith("prune: ")
+        return f"tokenprune: {message}\n" if ours else ordinary(message, *where, **line)
+
+    warnings.formatwarning = formatted
     try:
         yield
     finally:
         warnings.formatwarning = ordinary
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    number: int,
-    line: str | None = None,
-) -> str:
-    """What a warning of ours says, without where in the code; others as ever."""
-    if str(message).startswith("prune: "):
-        return f"tokenprune: {message}\n"
-    return _FORMAT(message, category, filename, number, line)

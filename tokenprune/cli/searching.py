@@ -143,8 +143,9 @@ def search(
                 raise
             told: dict[str, list[float]] = {}
             try:
-                for name in set(own) - set(wrong):
-                    told[name] = _values(folder / name, returned.get(name), settings.objectives)
+                for name in different:
+                    if name not in wrong:
+                        told[name] = _values(folder / name, returned.get(name), settings.objectives)
             finally:  # no trial stays open, to come again, for what a run did not come to
                 for trial, name in zip(trials, own, strict=True):
                     if told.get(name):

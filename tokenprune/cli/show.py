@@ -75,11 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     name = run_name([f"{args.image.stem}-{strategy}"])
     output = args.output or Path("outputs") / "show" / f"{name}.png"
     kept = kept_tokens(trace, 0, num_visual)
-    cuts = [(stage["layer"], stage["kept"]) for stage in kept["stages"]]
     if kept["grids"]:
-        into = [stage.get("into") for stage in kept["stages"]]
-        grids, places, framing = kept["grids"], kept["places"], kept["framing"]
-        picture = pictures.stages(image, grids, places, cuts, into=into, framing=framing)
+        picture = pictures.stages(image, **pictures.drawing(kept))
         results.write_image(output, picture, form)
         print(f"picture         {output}")
     else:

@@ -23,9 +23,6 @@ from tokenprune.runs import files, results
 
 #: Folder of the notes, in that of the run; it goes once the run is complete.
 NOTES = "parts"
-#: What makes no other evaluation: who does it, and what is told of it.
-_ASIDE = {"trainer", "logger", "imports", "baseline", "shard", "shard_timeout"}
-#: What of a trainer makes another one.
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Notes:
             config: Its resolved config.
             marks: What its files are, see `results.fingerprint`.
         """
-        own = {key: value for key, value in config.items() if key not in _ASIDE}
+        own = {key: value for key, value in config.items() if key not in results.ASIDE}
         trainer = config.get("trainer") or {}
         own["trainer"] = {key: trainer.get(key) for key in results.DECISIVE_TRAINER}
         text = json.dumps([own, dict(marks)], sort_keys=True, default=str)

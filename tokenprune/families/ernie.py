@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.patches import frames, runs, times_rows_columns
-from tokenprune.families.places import in_order, of_times
+from tokenprune.families.places import in_order, of_times, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -18,11 +18,10 @@ def layout(
     config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
     """A grid of squares each two frames of a video; of an odd number, the last is left out."""
-    edge, videos = config.vision_config.spatial_merge_size, inputs.get("video_grid_thw")
-    if videos is not None:
-        times, sizes = videos[:, :1], videos[:, 1:]
-        videos = torch.cat([(times // 2).clamp_min(1), sizes], 1)
-    return in_order(of_times(inputs.get("image_grid_thw"), edge), of_times(videos, edge), runs)
+    edge = config.vision_config.spatial_merge_size
+    videos = [(max(1, times // 2), *size) for times, *size in told(inputs, "video_grid_thw")]
+    images = told(inputs, "image_grid_thw")
+    return in_order(of_times(images, edge), of_times(videos, edge), runs)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:

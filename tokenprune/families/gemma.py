@@ -15,7 +15,7 @@ from tokenprune.families.attending import captured
 from tokenprune.families.llava import all_patches
 from tokenprune.families.llava import layout as apart
 from tokenprune.families.patches import runs, squares
-from tokenprune.families.places import by_squares, in_order, of_shapes
+from tokenprune.families.places import by_squares, in_order, of_shapes, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -36,18 +36,13 @@ def of_squares(
 def _of_last(
     inputs: Mapping[str, Any], edge: int, runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
-    images, frames = (_shapes(inputs.get(f"last_{kind}_patches"), edge) for kind in _KINDS)
-    counts, rest = inputs.get("num_frames_per_video"), iter(frames)
-    videos = [
-        of_shapes(islice(rest, count)) for count in ([] if counts is None else counts.tolist())
-    ]
+    images, frames = (
+        [(row // edge + 1, column // edge + 1) for column, row in told(inputs, name)]
+        for name in ("last_image_patches", "last_video_patches")
+    )
+    rest = iter(frames)
+    videos = [of_shapes(islice(rest, count)) for count in told(inputs, "num_frames_per_video")]
     return in_order([of_shapes([shape]) for shape in images], videos, runs)
-
-
-def _shapes(last: Tensor | None, edge: int) -> list[tuple[int, int]]:
-    """Rows and columns of grids whose last patch has that (column, row)."""
-    given: list[list[int]] = [] if last is None else last.tolist()
-    return [(row // edge + 1, column // edge + 1) for column, row in given]
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
@@ -72,7 +67,6 @@ def placed_patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patch
     return Patches(runs(index.gather(1, order)[exists], edge))
 
 
-_KINDS = ("image", "video")
 SQUARES = Tower("vision_tower", patches)
 _LAYOUT = by_squares(lambda config: isqrt(config.mm_tokens_per_image))
 for _model_type in ("gemma3", "shieldgemma2"):

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, grids, squares, times_rows_columns
-from tokenprune.families.places import in_order, nowhere, raster
+from tokenprune.families.places import in_order, nowhere, raster, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -20,10 +20,8 @@ def layout(
     config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
     """A grid of squares with the token after each row as its last column; the ends are nowhere."""
-    if (sizes := inputs.get("image_grid_thw")) is None:
-        return None
     edge, images = config.vision_config.spatial_merge_size, []
-    for _, rows, columns in sizes.tolist():
+    for _, rows, columns in told(inputs, "image_grid_thw"):
         own = raster(0, rows // edge, columns // edge + 1)
         images.append(torch.cat([nowhere(1), own, nowhere(1)]))
     return in_order(images, [], runs)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import grids, of_sizes, times_rows_columns
-from tokenprune.families.places import in_order, of_shapes
+from tokenprune.families.places import in_order, of_shapes, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -22,9 +22,10 @@ def layout(
     """One grid of squares an image, or a video."""
     tall, wide = config.vision_config.merge_kernel_size
     images, videos = (
-        [of_shapes([(rows // tall, columns // wide)]) for _, rows, columns in sizes.tolist()]
-        if (sizes := inputs.get(f"{kind}_grid_thw")) is not None
-        else []
+        [
+            of_shapes([(rows // tall, columns // wide)])
+            for _, rows, columns in told(inputs, f"{kind}_grid_thw")
+        ]
         for kind in ("image", "video")
     )
     return in_order(images, videos, runs)

@@ -21,6 +21,7 @@ from tokenprune.families.places import (
     of_shapes,
     patches_across,
     tiles,
+    told,
     with_videos,
 )
 from tokenprune.families.tower import Patches, Tower
@@ -42,10 +43,8 @@ def images_or_frames(
 
 
 def _images(config: Any, inputs: Mapping[str, Any]) -> list[Places]:
-    side, sizes = patches_across(config), inputs.get("image_sizes")
-    if sizes is None or not side:
-        return []
-    mosaics = [mosaic(config, size) for size in sizes.tolist()]
+    side = patches_across(config)
+    mosaics = [mosaic(config, size) for size in told(inputs, "image_sizes")] if side else []
     return [of_shapes([(side, side), (rows, columns + 1)]) for rows, columns in mosaics]
 
 

@@ -21,6 +21,7 @@ from tokenprune.families.places import (
     of_shapes,
     patches_across,
     tiles,
+    told,
     with_videos,
 )
 from tokenprune.families.tower import Patches, Tower
@@ -33,13 +34,15 @@ def layout(
 
     The newline after an image that is whole, or after a video, is of no row.
     """
-    side, sizes = patches_across(config), inputs.get("image_sizes")
-    given = [] if sizes is None or not side else sizes.tolist()
+    side = patches_across(config)
+    sizes = told(inputs, "image_sizes") if side else []
     images = []
-    for size, alone in zip(given, _alone(inputs, len(given)), strict=False):  # as the model does
-        rows, columns = _shrunk(config, *mosaic(config, size)) if alone else (0, 0)
-        own = [(side, side), (rows, columns + 1)] if alone else [(side, side)]
-        images.append(torch.cat([of_shapes(own), nowhere(0 if alone else 1)]))
+    for size, alone in zip(sizes, _alone(inputs, len(sizes)), strict=False):  # as the model does
+        if alone:
+            rows, columns = _shrunk(config, *mosaic(config, size))
+            images.append(of_shapes([(side, side), (rows, columns + 1)]))
+        else:
+            images.append(torch.cat([of_shapes([(side, side)]), nowhere(1)]))
     half = -(-side // 2)
 
     def frames(run: Run) -> list[Places]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
-from tokenprune.families.places import in_order, of_shapes, of_times
+from tokenprune.families.places import in_order, of_shapes, of_times, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -17,10 +17,11 @@ def layout(
     config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
     """The thumbnail of an image, then its crops as one grid; the frames of a video."""
-    images, videos = (inputs.get(f"{kind}_grids") for kind in ("image", "video"))
-    given = [] if images is None else images.tolist()
-    whole = [of_shapes([(a, b), (c, d)] if c * d else [(a, b)]) for a, b, c, d in given]
-    return in_order(whole, of_times(videos, 1), runs)
+    images = [
+        of_shapes([(a, b), (c, d)] if c * d else [(a, b)])
+        for a, b, c, d in told(inputs, "image_grids")
+    ]
+    return in_order(images, of_times(told(inputs, "video_grids"), 1), runs)
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:

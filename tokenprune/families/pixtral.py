@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import grids, of_sizes, squares
-from tokenprune.families.places import in_order, of_shapes
+from tokenprune.families.places import in_order, of_shapes, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -19,11 +19,12 @@ def by_sizes(
     config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]], edge: int
 ) -> list[Places] | None:
     """Squares of `edge` x `edge` patches of each image, whatever stands between its rows."""
-    if (sizes := inputs.get("image_sizes")) is None:
-        return None
     patch = config.vision_config.patch_size
-    shapes = [tuple(length // patch // edge for length in size) for size in sizes.tolist()]
-    return in_order([of_shapes([(rows, columns)]) for rows, columns in shapes], [], runs)
+    images = [
+        of_shapes([(rows // patch // edge, columns // patch // edge)])
+        for rows, columns in told(inputs, "image_sizes")
+    ]
+    return in_order(images, [], runs)
 
 
 def layout(

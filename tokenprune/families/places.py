@@ -137,10 +137,15 @@ def numbered(image: Places, number: int) -> Places:
     return torch.cat([torch.full_like(image[:, :1], number), image[:, 1:]], 1)
 
 
-def of_times(sizes: Tensor | None, edge: int) -> list[Places]:
+def told(inputs: Mapping[str, Any], name: str) -> list[Any]:
+    """What a call says of its images or videos under a name: an entry of each, if anything."""
+    said: Tensor | None = inputs.get(name)
+    return [] if said is None else said.tolist()
+
+
+def of_times(sizes: Iterable[Sequence[int]], edge: int) -> list[Places]:
     """Images or videos by their (times, rows, columns) of patches: a grid a time, of squares."""
-    given: list[list[int]] = [] if sizes is None else sizes.tolist()
-    return [of_shapes([(rows // edge, columns // edge)] * times) for times, rows, columns in given]
+    return [of_shapes([(rows // edge, columns // edge)] * times) for times, rows, columns in sizes]
 
 
 def by_times(edge: Callable[[Any], int]) -> Layout:
@@ -154,7 +159,7 @@ def by_times(edge: Callable[[Any], int]) -> Layout:
         config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
     ) -> list[Places] | None:
         kinds = ("image_grid_thw", "video_grid_thw")
-        images, videos = (of_times(inputs.get(kind), edge(config)) for kind in kinds)
+        images, videos = (of_times(told(inputs, kind), edge(config)) for kind in kinds)
         return in_order(images, videos, runs)
 
     return layout

@@ -4,23 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
-from tokenprune.families.places import by_squares, in_order, patches_across, raster
+from tokenprune.families.places import by_squares, in_order, patches_across, raster, told
 
 
 def _of_codes(
     config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
 ) -> list[Places] | None:
     """A code a square of pixels, and a token after each row of them."""
-    edge, sizes = 2 ** (len(config.vq_config.channel_multiplier) - 1), inputs.get("image_sizes")
-    given = [] if sizes is None else sizes.tolist()
-    return in_order(
-        [raster(0, rows // edge, 1 + columns // edge) for rows, columns in given], [], runs
-    )
+    edge, sizes = _edge_of_codes(config), told(inputs, "image_sizes")
+    images = [raster(0, rows // edge, 1 + columns // edge) for rows, columns in sizes]
+    return in_order(images, [], runs)
 
 
-def _side_of_codes(config: Any) -> int:
-    side: int = config.vq_config.resolution // 2 ** (len(config.vq_config.channel_multiplier) - 1)
-    return side
+def _edge_of_codes(config: Any) -> int:
+    """Pixels that a code is high and wide."""
+    edge: int = 2 ** (len(config.vq_config.channel_multiplier) - 1)
+    return edge
 
 
 _QUERIES = "learned queries, each of which reads all patches, so that no token is of any patch"
@@ -48,7 +47,7 @@ _LAYOUTS = {
     "got_ocr2": _CONVOLVED,
     "pp_chart2table": _CONVOLVED,
     "emu3": _of_codes,
-    "chameleon": by_squares(_side_of_codes),
+    "chameleon": by_squares(lambda config: config.vq_config.resolution // _edge_of_codes(config)),
 }
 for _model_type, _reason in _REASONS.items():
     register_adapter(_model_type, Adapter(layout=_LAYOUTS.get(_model_type), unread=_reason))

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
 from tokenprune.families.attending import captured
 from tokenprune.families.patches import frames, times_rows_columns
-from tokenprune.families.places import in_order, of_times
+from tokenprune.families.places import in_order, of_times, told
 from tokenprune.families.tower import Patches, Tower
 
 
@@ -31,10 +31,9 @@ def layout(
 
 
 def _of_kind(inputs: Mapping[str, Any], kind: str) -> list[Places]:
-    sizes, edges = inputs.get(f"{kind}_grid_thw"), inputs.get(f"{kind}_merge_sizes")
-    if sizes is None or edges is None:
-        return []
-    return [of_times(size[None], edge)[0] for size, edge in zip(sizes, edges.tolist(), strict=True)]
+    sizes, edges = (told(inputs, f"{kind}_{name}") for name in ("grid_thw", "merge_sizes"))
+    both = zip(sizes, edges, strict=True) if sizes and edges else ()
+    return [image for size, edge in both for image in of_times([size], edge)]
 
 
 def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:

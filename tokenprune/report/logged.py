@@ -25,14 +25,5 @@ def kept_pictures(folder: Path) -> dict[str, Image.Image]:
         if not entry["grids"] or not entry["stages"]:
             continue
         with Image.open(folder / entry["image"]) as image:
-            cuts = [(stage["layer"], stage["kept"]) for stage in entry["stages"]]
-            into = [stage.get("into") for stage in entry["stages"]]
-            found[str(entry["id"])] = pictures.stages(
-                image,
-                entry["grids"],
-                entry["places"],
-                cuts,
-                into=into,
-                framing=entry.get("framing"),
-            )
+            found[str(entry["id"])] = pictures.stages(image, **pictures.drawing(entry))
     return found

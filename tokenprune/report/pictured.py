@@ -123,11 +123,7 @@ class Pictured:
         whole_panel: pictures.Panel | None = None
         for group, records in self.members:
             own = next(r for r in records if r["id"] == record["id"])
-            shown = own["stages"][stages]
-            cuts = [(int(stage["layer"]), stage["kept"]) for stage in shown]
-            into = [stage.get("into") for stage in shown]
-            grids, places, framing = own["grids"], own["places"], own.get("framing")
-            panels = pictures.panels(image, grids, places, cuts, PANEL_PIXELS, into, framing)
+            panels = pictures.panels(image, size=PANEL_PIXELS, **pictures.drawing(own, stages))
             whole_panel = whole_panel or panels[0]
             drawn.append(panels[1:])
             answer = self.answer(group, record)

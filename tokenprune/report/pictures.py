@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -31,6 +32,18 @@ class Panel:
 
     title: str
     images: tuple[Image.Image, ...]
+
+
+def drawing(kept: Mapping[str, Any], cuts: slice = slice(None)) -> dict[str, Any]:
+    """Arguments of `panels` and `stages`: what a sample's entry of kept.json says of some cuts."""
+    shown = kept["stages"][cuts]
+    return {
+        "grids": kept["grids"],
+        "places": kept["places"],
+        "stages": [(int(stage["layer"]), stage["kept"]) for stage in shown],
+        "into": [stage.get("into") for stage in shown],
+        "framing": kept.get("framing"),
+    }
 
 
 def seen(

@@ -20,8 +20,8 @@ DOWNSAMPLE = results.DOWNSAMPLE
 # the answers. `data.seed` orders training samples; `data.test.seed` asks other questions.
 SEEDS = ("seed", "strategy.seed", "data.seed")
 NO_EFFECT = (
-    *("logger", "num_pictures", "data.num_workers", "trainer.callbacks", "device"),
-    *("baseline", "imports", "ckpt_path", "shard", "shard_timeout", "graphs"),
+    *results.ASIDE,
+    *("num_pictures", "data.num_workers", "device", "ckpt_path", "graphs"),
 )
 # What a method is, told by its row: a budget is the schedule that it asked for.
 OWN = ("strategy", "schedule", "positions", "budget", "data.image_scale")

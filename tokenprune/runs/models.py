@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-#: The models inside the package.
-SHIPPED = {name: _ASSETS / name for name in ("tiny", "small")}
+#: The models inside the package, and the level of the generated scenes that each has learnt.
+LEVELS = {"tiny": "easy", "small": "hard"}
+SHIPPED = {name: _ASSETS / name for name in LEVELS}
 
 
 @dataclass(frozen=True)

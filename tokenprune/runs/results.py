@@ -205,7 +205,7 @@ def _digest_files(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 #: What makes no other run, see `changes`.
-_ASIDE = {"logger", "imports", "baseline", "shard", "shard_timeout"}
+ASIDE = {"logger", "imports", "baseline", "shard", "shard_timeout"}
 #: Where a training goes on by itself: no other training. A checkpoint by its path makes one.
 GOES_ON = (None, "last", "auto")
 #: What of an evaluation's trainer can change its answers.
@@ -231,7 +231,7 @@ def changes(
     old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
     assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - _ASIDE)
+    keys = sorted({*map(str, old), *config} - ASIDE)
     evaluates = last == METRICS
     before, now = ({k: _decisive(k, c.get(k), evaluates) for k in keys} for c in (old, config))
     differing = [key for key in keys if before[key] != now[key]]

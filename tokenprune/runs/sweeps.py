@@ -136,9 +136,10 @@ def run_name(overrides: Sequence[str]) -> str:
     """Folder of a run: its overrides, so that the same run finds the same folder again."""
     # Where it runs, that a training goes on, what a sweep is compared with, how an evaluation is
     # shared out: no other one.
+    goes_on = "|".join(way or "null|" for way in results.GOES_ON)
     left_out = (
         r"[+]*((experiment|hydra|launcher|search|baseline|shard|shard_timeout)\b|"
-        r"ckpt_path=(last|auto|null)?$)"
+        rf"ckpt_path=({goes_on})$)"
     )
     # The order in which they were given is no matter; the method comes first.
     parts = sorted((o for o in overrides if not re.match(left_out, o)), key=_place)

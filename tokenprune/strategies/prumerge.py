@@ -162,7 +162,7 @@ class PruMerge(PruningStrategy):
         """As many as there are outliers among a row's scores; at most what the schedule says."""
         import torch
 
-        from tokenprune.tensors import rank_in_units, sizes_of_units
+        from tokenprune.tensors import count_in_unit, rank_in_units, sizes_of_units
 
         attention_BV = view.vision_rows(self.layer, "class", "one")[:, 0]
         has_BV = (view.tiles >= 0) & view.valid
@@ -181,8 +181,7 @@ class PruMerge(PruningStrategy):
             order_BV = rank_in_units(has_BV.float() * 0, unit_BV, has_BV)
             even_BV = has_BV & (rank_BV >= few_BV) & (order_BV < size_BV - 1)
             even_BV &= order_BV % stride_BV == 0
-        num_even_BU = sizes_of_units(unit_BV.masked_fill(~even_BV, unit_BV.shape[1]))
-        quota_BV = few_BV + num_even_BU.gather(1, unit_BV) + 1
+        quota_BV = few_BV + count_in_unit(even_BV, unit_BV) + 1
         quota_BV = quota_BV.masked_fill(~has_BV, 0)  # newlines
         # What the schedule does not allow is done by its rule; what may keep all keeps all.
         bound_BV = (keep >= view.num_original)[:, None] | (quota_BV > most.quota)

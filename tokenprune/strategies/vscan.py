@@ -79,7 +79,13 @@ class VScan(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import join_nearest, mixture, rank_in_units, share_out
+        from tokenprune.tensors import (
+            count_in_unit,
+            join_nearest,
+            mixture,
+            rank_in_units,
+            share_out,
+        )
 
         near_BV = view.vision_rows(self.shallow, self.queries).mean(1)  # over heads
         far_BV = view.vision_rows(self.layer, self.queries).mean(1)
@@ -89,7 +95,7 @@ class VScan(PruningStrategy):
         image_BV, quota_BU = share_out(keep, view.places[..., 0], valid_BV)
         budget_BV = quota_BU.gather(1, image_BV)
         window_BV, first_BV = self._windows(view.places, valid_BV & view.has_patches)
-        number_BV = _total(first_BV, image_BV)
+        number_BV = count_in_unit(first_BV, image_BV)
         half_BV = torch.where(number_BV > 0, budget_BV // 2, 0)
         number_BV = number_BV.clamp_min(1)
         up_BV = number_BV - 1 if self.limits == "ceil" else 0
@@ -98,11 +104,11 @@ class VScan(PruningStrategy):
         if self.limits == "ceil":
             best_BV = near_BV.masked_fill(~local_BV, -1)
             local_BV = local_BV & (rank_in_units(best_BV, image_BV, valid_BV) < half_BV)
-        rest_BV = budget_BV - (_total(local_BV, image_BV) if self.exact_budget else half_BV)
+        rest_BV = budget_BV - (count_in_unit(local_BV, image_BV) if self.exact_budget else half_BV)
         low_BV = far_BV.masked_fill(~view.has_patches, -1)  # newlines stay only when all else does
         left_BV = valid_BV & ~local_BV
         kept_BV = local_BV | (left_BV & (rank_in_units(low_BV, image_BV, left_BV) < rest_BV))
-        kept_BV = torch.where(budget_BV == _total(valid_BV, image_BV), valid_BV, kept_BV)
+        kept_BV = torch.where(budget_BV == count_in_unit(valid_BV, image_BV), valid_BV, kept_BV)
 
         unit = torch.nn.functional.normalize(view.projected.float(), dim=-1)
         tile_BV, joins_BV = view.tiles, valid_BV & view.has_patches & ~kept_BV
@@ -148,9 +154,3 @@ class VScan(PruningStrategy):
             positions="renumbered",
             strategies=(("vscan", {}), ("pyramiddrop", {})),
         )
-
-
-def _total(marked_BV: Tensor, unit_BV: Tensor) -> Tensor:
-    """How many tokens of each one's unit are marked, int64 (B, V)."""
-    total_BU = unit_BV.new_zeros(unit_BV.shape[0], unit_BV.shape[1] + 1)
-    return total_BU.scatter_add(1, unit_BV, marked_BV.long()).gather(1, unit_BV)
