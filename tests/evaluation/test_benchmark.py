@@ -9,6 +9,8 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ import datasets
 import made_benchmarks as made
 from lmms_eval import evaluator
 from lmms_eval.models import get_model
+from processes import run
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
@@ -207,6 +210,56 @@ def test_lmms_eval_asks_the_plug_in(form: Any, prompts: list[str], tmp_path: Pat
     assert costs["visual_tokens_per_layer"] == FASTV_LENGTHS
     assert (costs["strategy"], costs["layers"], costs["keeps"]) == ("fastv", [2], [0.25])
     assert report["throughput"]["avg_avg_tokens"] == sum(FASTV_LENGTHS) / 8
+
+
+OWN_TASK = """
+task: scenes
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function asking.picture
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+ASKING = """
+def picture(row):
+    return [row["image"].convert("RGB")]
+"""
+
+
+def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """Seven questions by two processes, one of which has to be given one of them twice."""
+    scenes = [SceneDataset("test", 7)[number] for number in range(7)]
+    rows = [
+        {"image": s.image, "question": s.turns[0].question, "answer": s.turns[0].answer}
+        for s in scenes
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "scenes.parquet")
+    Path("tasks").mkdir()
+    Path("tasks/asking.py").write_text(ASKING)
+    Path("tasks/scenes.yaml").write_text(OWN_TASK.replace("DATA", str(tmp_path / "scenes.parquet")))
+    found = []
+    for processes in (1, 2):
+        own = f"overrides=strategy=fastv;schedule.keep=0.1,summary=costs{processes}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc-per-node", str(processes)]
+        asked = ["-m", "lmms_eval", "--model", "tokenprune", "--model_args", own]
+        asked += ["--include_path", "tasks", "--tasks", "scenes", "--batch_size", "2"]
+        asked += ["--output_path", f"out{processes}", "--log_samples"]
+        run([*launch, *asked], env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+        (report,) = Path(f"out{processes}").rglob("*_results.json")
+        (samples,) = Path(f"out{processes}").rglob("*_samples_scenes.jsonl")
+        told = [json.loads(line) for line in samples.read_text().splitlines()]
+        answers = {one["doc_id"]: one["filtered_resps"] for one in told}
+        assert len(told) == len(answers) == 7
+        found.append((json.loads(report.read_text())["results"]["scenes"], answers))
+        costs = json.loads(Path(f"costs{processes}.json").read_text())
+        assert costs["num_requests"] == (7 if processes == 1 else 4)
+        assert costs["visual_tokens_per_layer"] == [144, 144, *[14] * 6]
+    assert found[0] == found[1]
 
 
 def test_a_run_in_which_nothing_is_pruned_fails(prompts: list[str]) -> None:
