@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         TokenView,
         VisionRows,
         VisionStates,
+        Words,
         available,
         build_strategy,
         register,
@@ -84,6 +85,7 @@ __all__ = [
     "TracedStage",
     "VisionRows",
     "VisionStates",
+    "Words",
     "attach",
     "available",
     "build_strategy",
@@ -122,7 +124,8 @@ _NAMES = {
             "TextView",
             "TokensAndText",
         ),
-        *("TokenView", "VisionRows", "VisionStates", "available", "build_strategy", "register"),
+        *("TokenView", "VisionRows", "VisionStates", "Words"),
+        *("available", "build_strategy", "register"),
     ),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
-from models import ROWS, batch, build
+from models import ROWS, Row, batch, build
 from oracles import all_visual
 
 import tokenprune as tp
@@ -134,6 +135,73 @@ def test_a_question_without_ids_is_refused():
     call["attention_mask"] = inputs["attention_mask"]
     with pytest.raises(ValueError, match="Asking: expected input_ids, for a strategy that reads"):
         shown(model, call, tp.Question())
+
+
+#: By its words, rows whose image text precedes alone, and one that is nothing but an image.
+WORDLESS = {"before": Row([4, (32, 32)]), "none": Row([(32, 32)])}
+REFUSES = {
+    ("sparsevlm", "before"): " after the last image",
+    ("sparsevlm", "none"): " after the last image",
+    ("cdpruner", "none"): "",
+}
+
+
+@pytest.mark.parametrize("where", WORDLESS)
+@pytest.mark.parametrize("name", ["sparsevlm", "cdpruner", "dart", "fastv", "pyramiddrop"])
+def test_a_row_without_the_text_that_a_choice_reads(name, where):
+    """Refused where nothing else can take its place; never answered as if it were there."""
+    model = build("llava")
+    strategy = tp.build_strategy(name, **({"exact_budget": True} if name == "dart" else {}))
+    inputs = batch(model, [WORDLESS[where], ROWS[1], ROWS[0]])
+    refused = REFUSES.get((name, where))
+    if refused is not None:
+        message = (
+            f"prune: expected text of the prompt{refused} in every row that loses tokens, for "
+            f"{type(strategy).__name__}, got none in row 0. Put the question there, or choose "
+            "another strategy."
+        )
+        with tp.prune(model, strategy, CUTS), pytest.raises(ValueError, match=re.escape(message)):
+            model(**inputs)
+    else:
+        with torch.no_grad(), tp.prune(model, strategy, CUTS) as trace:
+            model(**inputs)
+        counts = [len(kept) for kept in trace.stages[0].kept]
+        assert counts[1] == 0
+        assert counts[0] == counts[2] > 0
+    # A row that keeps all of its tokens lacks nothing, nor one without an image.
+    for asked, schedule in ((inputs, tp.Schedule()), (batch(model, [ROWS[1], ROWS[0]]), CUTS)):
+        with torch.no_grad(), tp.prune(model, strategy, schedule):
+            model(**asked)
+    whole = tp.Schedule.one_shot(2, 1.0)
+    with torch.no_grad(), tp.prune(model, strategy, whole) as trace:
+        model(**inputs)
+    assert [len(kept) for kept in trace.stages[0].kept] == [16, 0, 16]
+
+
+def test_an_answer_is_no_text_that_is_asked_for():
+    """With labels, words after the image that are all learned are none of the prompt's."""
+    model, strategy = build("llava"), tp.build_strategy("sparsevlm")
+    inputs = batch(model, [ROWS[0]])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-5] = -100
+    with tp.prune(model, strategy, CUTS):
+        model(**inputs, labels=torch.full_like(labels, -100))  # nothing learned: the row stays
+        with pytest.raises(ValueError, match="expected text of the prompt after the last image"):
+            model(**inputs, labels=labels)
+
+
+def test_a_step_and_a_turn_without_an_image_need_no_text():
+    """Of a conversation whose image is cut; an image of a later turn needs words of its own."""
+    model, strategy = build("llava"), tp.build_strategy("sparsevlm")
+    first, bare = batch(model, [ROWS[0]]), batch(model, [WORDLESS["before"]])
+    with torch.no_grad(), tp.prune(model, strategy, CUTS):
+        assert model.generate(**first, max_new_tokens=3).shape[1] == first["input_ids"].shape[1] + 3
+        cache = model(**first, use_cache=True).past_key_values
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=cache)
+        bare.pop("attention_mask")
+        with pytest.raises(ValueError, match="expected text of the prompt after the last image"):
+            model(**bare, past_key_values=cache)
 
 
 def test_the_most_that_a_row_keeps_is_known_beforehand():

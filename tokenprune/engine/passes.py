@@ -25,7 +25,7 @@ from tokenprune.engine.upload import HOST, bring
 from tokenprune.engine.vision import Seen, Signals, Watch, match
 from tokenprune.families.places import find_runs, places
 from tokenprune.families.projection import scales_by_position
-from tokenprune.strategy import Need
+from tokenprune.strategy import Need, Words
 
 
 @dataclass(eq=False)
@@ -330,6 +330,7 @@ def plan_pass(
     if prunes:
         _check_inputs(settings, inputs, rows, offset)
         budgets = [_budget(settings, rows, cut) for cut in range(len(settings.cuts))]
+        _check_words(settings, rows, budgets)
         if watch is not None:
             seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     if prunes or rows.padded or rows.targets is not None:
@@ -484,6 +485,29 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             f"cu_seq_lens_q of {len(ends) - 1} and no position_ids that start anew with each",
             "Pass these, too; where positions have several axes, the text's before them.",
         )
+
+
+def _check_words(settings: Settings, rows: Rows, budgets: list[list[int]]) -> None:
+    """Refuses rows that would lose tokens by what text says of them, and have no such text."""
+    for needs, strategy, budget in zip(
+        settings.declared, settings.strategies, budgets, strict=True
+    ):
+        for follow in (need.follow for need in needs if isinstance(need, Words)):
+            assert rows.prompt is not None
+            found = zip(
+                rows.num_visual,
+                budget,
+                rows.num_follow if follow else counts(rows.prompt),
+                strict=True,
+            )
+            without = [row for row, (had, keep, words) in enumerate(found) if keep < had > 0 == words]
+            if without:
+                where = " after the last image" if follow else ""
+                raise ValueError(
+                    f"prune: expected text of the prompt{where} in every row that loses tokens, for "
+                    f"{type(strategy).__name__}, got none in row {without[0]}. Put the question "
+                    "there, or choose another strategy."
+                )
 
 
 def _place_finder(settings: Settings, rows: Rows) -> Callable[[], list[Tensor]]:

@@ -31,6 +31,7 @@ from tokenprune.strategy import (
     Text,
     VisionNeed,
     VisionRows,
+    Words,
     vision_needs,
 )
 
@@ -122,7 +123,7 @@ class Settings:
     def reads_text(self) -> bool:
         """Whether a strategy asks for the prompt's text, or what it attends to."""
         return any(
-            isinstance(need, (Text, Question, DecoderKeys, Normed))
+            isinstance(need, (Text, Question, DecoderKeys, Normed, Words))
             or (isinstance(need, DecoderRows) and need.queries == "text")
             for need in self.needs
         )
@@ -192,7 +193,7 @@ class Settings:
             )
         known = (
             *(DecoderRows, DecoderKeys, Entered, Normed, Projected, Question, RandomNumbers, Text),
-            *(VisionNeed, BeforeProjector),
+            *(VisionNeed, BeforeProjector, Words),
         )
         for need in self.needs:
             if not isinstance(need, known):

@@ -12,7 +12,7 @@ user names that CLIP, and the model's own tokenizer, which gives the question's 
 Departures. The first is the default, since few models have CLIP's tower. All tokens of a row are
 one pool, where the released code picks crop by crop and scales relevance over all of them. The
 question is the text after the last image, what a chat template puts there included, or all of it if
-there is none. Tokens that are no patch (newlines) are as irrelevant to CLIP as can be. With more
+there is none; a row that loses tokens and has no text at all is refused. Tokens that are no patch (newlines) are as irrelevant to CLIP as can be. With more
 tokens asked than the embeddings have dimensions the released code divides by nothing: here a token
 that is no more than 2e-4 its own counts as explained, adds nothing, and is picked when no other is
 left, the lower index first.
@@ -34,6 +34,7 @@ from tokenprune.strategy import (
     TextView,
     TokenView,
     VisionStates,
+    Words,
     check_choice,
     register,
 )
@@ -76,8 +77,8 @@ class CDPruner(PruningStrategy):
 
     def needs(self) -> tuple[Need, ...]:
         if self.relevance == "clip":
-            return (Projected(), Question(), VisionStates(self.layer, "hidden"))
-        return (Projected(), Text())
+            return (Projected(), Question(), Words(), VisionStates(self.layer, "hidden"))
+        return (Projected(), Text(), Words())
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch

@@ -4,7 +4,8 @@ Pivots are the visual tokens, and the text tokens after the image, with the larg
 key in the layer before the cut. Each pivot in turn keeps, of the visual tokens left, the share that
 is least like it, by the cosine of hidden states after the model's last norm. As in the released
 code the share is rounded down, so up to seven tokens fewer than asked are kept; `exact_budget=True`
-hands the rest to the first pivots.
+hands the rest to the first pivots. A row with fewer tokens than pivots, or no text after its last
+image (the released code fails there), has fewer pivots, and each keeps more.
 
 Departures: the budget counts the image pivots (the released 128 are 132 here), and pivots take
 turns by norm, first those of the image, then those of the text. The released code goes through a

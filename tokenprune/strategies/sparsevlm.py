@@ -16,7 +16,8 @@ seats of the kept ones and of the last dropped ones (positions are counted anew,
 original ones a kept token behind a filled seat has the position of the seat that it moves to).
 Means of attention are float32. The released code adds noise of 1e-6 to the density; here there is
 none, and ties go to the lower index, which decides where there is one cluster only. Where no text
-token exceeds the mean, all rate. Version 2.0's divisor turns negative beyond a distance of 1706
+token exceeds the mean, all rate; a row that loses tokens and has no text after its last image is
+refused, since text before an image pays it nothing. Version 2.0's divisor turns negative beyond a distance of 1706
 (base 10000, heads of 128): longer prompts are refused.
 """
 
@@ -36,6 +37,7 @@ from tokenprune.strategy import (
     Selection,
     Text,
     TokenView,
+    Words,
     register,
 )
 
@@ -85,7 +87,7 @@ class SparseVLM(PruningStrategy):
         object.__setattr__(self, "keeps_exactly", self.version != "1.0")
 
     def needs(self) -> tuple[Need, ...]:
-        return (Entered(), Text(), DecoderRows("text", "previous"))
+        return (Entered(), Text(), Words(follow=True), DecoderRows("text", "previous"))
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         from tokenprune.tensors import top_k

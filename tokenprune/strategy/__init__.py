@@ -40,6 +40,7 @@ from tokenprune.strategy.needs import (
     VisionNeed,
     VisionRows,
     VisionStates,
+    Words,
     check_choice,
     check_fraction,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "VisionNeed",
     "VisionRows",
     "VisionStates",
+    "Words",
     "available",
     "build_strategy",
     "decoder_rows",

@@ -82,6 +82,17 @@ class Question(Need):
 
 
 @dataclass(frozen=True)
+class Words(Need):
+    """That there is text in the prompt of every row that loses tokens; else the call is refused.
+
+    Args:
+        follow: Whether it must come after the row's last visual token.
+    """
+
+    follow: bool = False
+
+
+@dataclass(frozen=True)
 class RandomNumbers(Need):
     """Numbers by chance, which a row gets alone and in a batch alike.
 
