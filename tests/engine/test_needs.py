@@ -157,8 +157,8 @@ def test_a_row_without_the_text_that_a_choice_reads(name, where):
     if refused is not None:
         message = (
             f"prune: expected text of the prompt{refused} in every row that loses tokens, for "
-            f"{type(strategy).__name__}, got none in row 0. Put the question there, or choose "
-            "another strategy."
+            f"{type(strategy).__name__}, got none in row 0. Put the question there, in the "
+            "same call, or choose another strategy."
         )
         with tp.prune(model, strategy, CUTS), pytest.raises(ValueError, match=re.escape(message)):
             model(**inputs)

@@ -150,6 +150,20 @@ def asks_before(strategy: tp.PruningStrategy) -> bool:
     return any(getattr(need, "source", "") == "previous" for need in strategy.needs())
 
 
+def lacks_words(case: Case, row: list[Token]) -> bool:
+    """Whether a row of a call would lose tokens by what words say of them, and has none."""
+    count = sum(token.visual for token in row)
+    last = max((place for place, token in enumerate(row) if token.visual), default=-1)
+    text = [n for n, own in enumerate(row) if not (own.visual or own.hidden or own.label != -100)]
+    for stage, strategy in enumerate(case.strategies):
+        for need in strategy.needs():
+            first = last if isinstance(need, tp.Words) and need.follow else -1
+            loses = isinstance(need, tp.Words) and case.schedule.count(stage, count) < count
+            if loses and not any(place > first for place in text):
+                return True
+    return False
+
+
 def reasons(case: Case) -> list[str]:
     """What may be refused in this case, as patterns of the error."""
     found = []
@@ -176,6 +190,8 @@ def reasons(case: Case) -> list[str]:
         if any(a and b and a[-1].visual and b[0].visual for a, b in pairs):
             found.append("expected an image in one call")
     shows = [any(token.visual for row in call for token in row) for call in calls]
+    if any(lacks_words(case, row) for row in rows):
+        found.append("expected text of the prompt")
     if case.cache == "static" and any(shows[1:]):
         found.append("expected a cache that grows, for images of a later turn")
     if case.turns[-1].way == "chunks" and any(map(vision_needs, case.strategies)):

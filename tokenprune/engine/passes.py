@@ -506,7 +506,7 @@ def _check_words(settings: Settings, rows: Rows, budgets: list[list[int]]) -> No
                 raise ValueError(
                     f"prune: expected text of the prompt{where} in every row that loses tokens, for "
                     f"{type(strategy).__name__}, got none in row {without[0]}. Put the question "
-                    "there, or choose another strategy."
+                    "there, in the same call, or choose another strategy."
                 )
 
 
