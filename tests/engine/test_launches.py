@@ -40,7 +40,7 @@ PER_CUT = {
     "uniform": {1: (4, 2), 8: (4, 2)},
     "visionzip": {1: (151, 149), 8: (153, 151)},
     "vispruner": {1: (477, 475), 8: (478, 476)},
-    "vscan": {1: (223, 221), 8: (225, 223)},
+    "vscan": {1: (207, 205), 8: (209, 207)},
     "vtw": {1: (4, 2), 8: (4, 2)},
 }
 READS_TOWER = {name for name in PER_CUT if vision_needs(tp.build_strategy(name))}

@@ -553,7 +553,8 @@ def test_windows_of_vscan_end_with_their_grid() -> None:
     grids = ((0, 0), (0, 1), (0, 2), (1, 0))
     parts = [torch.cat([torch.tensor([own] * 4), spots], 1) for own in grids]
     places = torch.cat([*parts, torch.tensor([[1, -1, -1, -1]])])[None]
-    window, first = tp.build_strategy("vscan", window=2)._windows(places, places[..., 0] >= 0)
+    tiles = torch.tensor([[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [17]])
+    window, first = tp.build_strategy("vscan", window=2)._windows(places, tiles)
     assert window.tolist() == [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [17]]
     assert first.nonzero()[:, 1].tolist() == [0, 4, 8, 12]
 

@@ -1,8 +1,9 @@
 """VScan: Zhang et al., 2025, arXiv 2505.22654: the stage before the decoder, and both composed.
 
-Half of an image's budget is local: in each window of its grid what the class token attends to in a
+Half of a tile's budget is local: in each window of its grid what the class token attends to in a
 shallow layer of the tower. The rest is global: of what is left, what it attends to in the last but
-one. Every other token joins the kept one of its tile that it is most like, by what enters the
+one. As in the released code, which runs this in the tower, each tile of an image is chosen from by
+itself, and each frame of a video. Every other token joins the kept one of its tile that it is most like, by what enters the
 decoder, and they are averaged. Halfway through the decoder PyramidDrop's choice follows
 (`tp.published("vscan", ...)` and `strategy=vscan` run both).
 
@@ -12,9 +13,10 @@ Qwen2.5-VL: a window has at most its share, rounded up, and within that the best
 (there `queries="all", shallow=7, layer=-1, window=4`, whole-image layers of its tower). Rows and
 columns that fill no window belong to the last.
 
-Departures. Images share a row's budget by size. Tiles of an image are one pool, and windows lie on
-their mosaic, where the released code goes crop by crop; tokens join within their tile. An image
-whose grid is unknown has no windows: its whole budget is global.
+Departures. The released code gives every tile the same budget; here tiles share a row's budget by
+how many tokens they have, and newlines stay only when all else does. Where LLaVA-NeXT cuts the
+padding off a tile, windows begin where its tokens do. A tile whose grid is unknown has no windows:
+its whole budget is global.
 """
 
 from __future__ import annotations
@@ -91,11 +93,11 @@ class VScan(PruningStrategy):
         far_BV = view.vision_rows(self.layer, self.queries).mean(1)
         valid_BV, width = view.valid, near_BV.shape[1]
         keep = torch.minimum(keep, valid_BV.sum(1))
-        # Of each token its image's: number, budget, windows, what is kept in windows.
-        image_BV, quota_BU = share_out(keep, view.places[..., 0], valid_BV)
-        budget_BV = quota_BU.gather(1, image_BV)
-        window_BV, first_BV = self._windows(view.places, valid_BV & view.has_patches)
-        number_BV = count_in_unit(first_BV, image_BV)
+        # Of each token its tile's: number, budget, windows, what is kept in windows.
+        tile_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
+        budget_BV = quota_BU.gather(1, tile_BV)
+        window_BV, first_BV = self._windows(view.places, tile_BV)
+        number_BV = count_in_unit(first_BV, tile_BV)
         half_BV = torch.where(number_BV > 0, budget_BV // 2, 0)
         number_BV = number_BV.clamp_min(1)
         up_BV = number_BV - 1 if self.limits == "ceil" else 0
@@ -103,15 +105,14 @@ class VScan(PruningStrategy):
         local_BV = (window_BV < width) & (rank_BV < (half_BV + up_BV) // number_BV)
         if self.limits == "ceil":
             best_BV = near_BV.masked_fill(~local_BV, -1)
-            local_BV = local_BV & (rank_in_units(best_BV, image_BV, valid_BV) < half_BV)
-        rest_BV = budget_BV - (count_in_unit(local_BV, image_BV) if self.exact_budget else half_BV)
-        low_BV = far_BV.masked_fill(~view.has_patches, -1)  # newlines stay only when all else does
+            local_BV = local_BV & (rank_in_units(best_BV, tile_BV, valid_BV) < half_BV)
+        rest_BV = budget_BV - (count_in_unit(local_BV, tile_BV) if self.exact_budget else half_BV)
         left_BV = valid_BV & ~local_BV
-        kept_BV = local_BV | (left_BV & (rank_in_units(low_BV, image_BV, left_BV) < rest_BV))
-        kept_BV = torch.where(budget_BV == count_in_unit(valid_BV, image_BV), valid_BV, kept_BV)
+        kept_BV = local_BV | (left_BV & (rank_in_units(far_BV, tile_BV, left_BV) < rest_BV))
+        kept_BV = torch.where(budget_BV == count_in_unit(valid_BV, tile_BV), valid_BV, kept_BV)
 
         unit = torch.nn.functional.normalize(view.projected.float(), dim=-1)
-        tile_BV, joins_BV = view.tiles, valid_BV & view.has_patches & ~kept_BV
+        joins_BV = (tile_BV < width) & ~kept_BV
         fits_BVV = kept_BV[:, None] & (tile_BV[:, :, None] == tile_BV[:, None])
         joins_BV = joins_BV & fits_BVV.any(2)
         alike_BVV = (unit @ unit.mT).masked_fill(~fits_BVV, -torch.inf)
@@ -121,20 +122,28 @@ class VScan(PruningStrategy):
         share_BV = in_BV / count_BV.gather(1, seat_BV).clamp_min(1)
         return Selection(kept=kept_BV, weights=mixture(row_BV, share_BV, view.max_keep))
 
-    def _windows(self, places: Tensor, has_place_BV: Tensor) -> tuple[Tensor, Tensor]:
-        """Window of each token, int64 (B, V), V for none; and whether it is its window's first."""
+    def _windows(self, places: Tensor, tile_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """Window of each token, int64 (B, V), V for none; and whether it is its window's first.
+
+        Args:
+            places: int64 (B, V, 4), as in the view.
+            tile_BV: int64, the tile of each token, V for none.
+        """
         import torch
 
-        from tokenprune.tensors import number_grids
-
-        known_BV = has_place_BV & (places[..., 2] >= 0)
-        grid_BV = number_grids(places)
+        known_BV = (tile_BV < tile_BV.shape[1]) & (places[..., 2] >= 0)
         parts = []
         for place_BV in places[..., 2:].unbind(-1):  # rows, columns
-            last_BV = torch.zeros_like(grid_BV).scatter_reduce(1, grid_BV, place_BV, "amax")
-            full_BV = ((last_BV.gather(1, grid_BV) + 1) // self.window - 1).clamp_min(0)
-            parts.append(torch.minimum(place_BV // self.window, full_BV))
-        key_BV = (grid_BV * _SIDE + parts[0]) * _SIDE + parts[1]
+            ends_BU = torch.nn.functional.pad(place_BV, (0, 1))
+            first_BV, last_BV = (
+                ends_BU.scatter_reduce(1, tile_BV, place_BV, how, include_self=False).gather(
+                    1, tile_BV
+                )
+                for how in ("amin", "amax")
+            )
+            full_BV = ((last_BV - first_BV + 1) // self.window - 1).clamp_min(0)
+            parts.append(torch.minimum((place_BV - first_BV) // self.window, full_BV))
+        key_BV = (tile_BV * _SIDE + parts[0]) * _SIDE + parts[1]
         key_BV = key_BV.masked_fill(~known_BV, -1)
         sorted_BV, order_BV = key_BV.sort(dim=1, stable=True)
         new_BV = torch.ones_like(known_BV)
