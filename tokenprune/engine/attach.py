@@ -62,7 +62,8 @@ class Handle:
     """
 
     def __init__(self, settings: Settings, graphs: Graphs | None = None) -> None:
-        self.trace = Trace(framing=settings.anatomy.adapter.framing)
+        adapter = settings.anatomy.adapter
+        self.trace = Trace(framing=adapter.framing, newlines=adapter.newlines)
         self._graphs = graphs
         self._settings = settings
         self._thread = threading.local()

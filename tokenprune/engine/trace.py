@@ -62,10 +62,17 @@ class Trace:
         visual_lengths: int64 (num_layers, B): visual tokens among them.
         places: Per row, int64 (V, 4): image, grid, row, column of the call's visual tokens, or -1.
         framing: How an image's grids lie on it, as an adapter says it; None if that is not known.
+        newlines: Numbers of the grids of an image whose last column are tokens of no patch.
     """
 
-    def __init__(self, stages: Sequence[TracedStage] = (), framing: str | None = None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[TracedStage] = (),
+        framing: str | None = None,
+        newlines: tuple[int, ...] = (),
+    ) -> None:
         self.framing = framing
+        self.newlines = newlines
         self._stages: list[TracedStage] | Callable[[], list[TracedStage]] = list(stages)
         self._lengths: list[list[int]] = []
         self._visual_lengths: list[list[int]] = []

@@ -14,7 +14,9 @@ def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, 
     survivor it is from there on, -1 for those in none. Without `grids` nothing can be drawn.
     """
     framing = None if trace is None else trace.framing
-    places = trace.places[row].tolist() if trace is not None and trace.places else []
+    places = []
+    if trace is not None and trace.places:
+        places = _of_patches(trace.places[row].tolist(), trace.newlines)
     sizes: dict[tuple[int, int], list[int]] = {}
     for image, grid, grid_row, column in places:
         if image == 0 and grid >= 0:  # pictures show the first image
@@ -42,3 +44,12 @@ def kept_tokens(trace: tp.Trace | None, row: int, num_visual: int) -> dict[str, 
         "num_visual": num_visual,
         "stages": entries,
     }
+
+
+def _of_patches(places: list[list[int]], newlines: tuple[int, ...]) -> list[list[int]]:
+    """Places in which tokens of no patch, at the ends of rows, are in no column."""
+    last: dict[tuple[int, int], int] = {}
+    for image, grid, _, column in places:
+        if grid in newlines:
+            last[image, grid] = max(column, last.get((image, grid), -1))
+    return [[*own[:3], -1] if own[3] == last.get((own[0], own[1])) else own for own in places]

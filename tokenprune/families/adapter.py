@@ -48,7 +48,9 @@ class Adapter:
         placeholder_ids: Names of the config entries that hold the ids of visual placeholders.
         layout: Where each visual token sits in its image, if that is known.
         framing: How an image's grids lie on it, for pictures: each on all of it (`"whole"`), or a
-            lone square one on its central square (`"centre"`); None if they are parts of it.
+            lone square one on its central square (`"centre"`) or on the square around it, filled up
+            on both sides (`"padded"`); None if they are parts of it.
+        newlines: Numbers of the grids of an image whose last column are tokens of no patch.
         project: Queries and keys of a decoder layer, for attention rows.
         decoder: Path of the module that runs the layers, where `get_decoder()` finds another.
         token_arguments: Arguments of a layer with an entry per token, and the dimension it is in.
@@ -66,6 +68,7 @@ class Adapter:
     )
     layout: Layout | None = None
     framing: str | None = None
+    newlines: tuple[int, ...] = ()
     project: Project = project
     decoder: str | None = None
     token_arguments: Mapping[str, int] = field(default_factory=dict)

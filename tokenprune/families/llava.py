@@ -98,4 +98,6 @@ VIDEO = Tower(
 )
 register_adapter("video_llava", Adapter(layout=images_or_frames, framing="centre", tower=VIDEO))
 for _model_type, _tower in _TOWERS.items():
-    register_adapter(_model_type, Adapter(layout=layout, framing="centre", tower=_tower))
+    # CLIP's processor cuts off what is no square; those of DeepSeek fill it up to one.
+    _framing = "centre" if _model_type in ("llava", "vipllava") else "padded"
+    register_adapter(_model_type, Adapter(layout=layout, framing=_framing, tower=_tower))

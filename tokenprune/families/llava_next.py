@@ -92,12 +92,17 @@ def patches_or_frames(model: Any, named: Mapping[str, Any], index: Tensor) -> Pa
 
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
-register_adapter("llava_next", Adapter(layout=layout, framing="whole", tower=TOWER))
+#: Of the mosaic.
+_NEWLINES = (1,)
+register_adapter(
+    "llava_next", Adapter(layout=layout, framing="whole", newlines=_NEWLINES, tower=TOWER)
+)
 register_adapter(
     "llava_next_video",
     Adapter(
         layout=images_or_frames,
         framing="whole",
+        newlines=_NEWLINES,
         tower=replace(TOWER, patches=patches_or_frames),
     ),
 )

@@ -49,5 +49,15 @@ _LAYOUTS = {
     "emu3": _of_codes,
     "chameleon": by_squares(lambda config: config.vq_config.resolution // _edge_of_codes(config)),
 }
+#: Of those whose image is one grid.
+_FRAMINGS = {"pp_chart2table": "whole", "emu3": "whole", "chameleon": "centre"}
 for _model_type, _reason in _REASONS.items():
-    register_adapter(_model_type, Adapter(layout=_LAYOUTS.get(_model_type), unread=_reason))
+    register_adapter(
+        _model_type,
+        Adapter(
+            layout=_LAYOUTS.get(_model_type),
+            framing=_FRAMINGS.get(_model_type),
+            newlines=(0,) if _model_type == "emu3" else (),
+            unread=_reason,
+        ),
+    )

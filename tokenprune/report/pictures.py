@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 GHOST = 0.16
 LIGHT, DARK = 242, 26
 GAP = 8  # pixels between panels and between the grids of a panel
+PADDING = (127, 127, 127)  # what processors fill up with is nearly that
 INK, PAPER = (32, 32, 30), (255, 255, 255)
 #: Of tokens that were mixed; people who see few colours can tell them apart (Okabe and Ito, 2008).
 TINTS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178))
@@ -52,9 +53,10 @@ def seen(
     """The part of `image` that the grids cover.
 
     CLIP's processor (LLaVA-1.5) resizes the shortest edge and crops the centre, so a single square
-    grid on an oblong image covers the central square, unless `framing` is `"whole"`. Several grids
-    (LLaVA-NeXT: the whole image squeezed into a square, and the mosaic of its tiles without
-    padding) and oblong grids cover the whole image.
+    grid on an oblong image covers the central square, unless `framing` is `"whole"`, or `"padded"`:
+    then it covers the square around the image (DeepSeek-VL). Several grids (LLaVA-NeXT: the whole
+    image squeezed into a square, and the mosaic of its tiles without padding) and oblong grids
+    cover the whole image.
     """
     rgb = image.convert("RGB")
     if (
@@ -64,6 +66,11 @@ def seen(
         or rgb.width == rgb.height
     ):
         return rgb
+    side = max(rgb.size)
+    if framing == "padded":
+        around = Image.new("RGB", (side, side), PADDING)
+        around.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+        return around
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
     return rgb.crop((left, top, left + side, top + side))
