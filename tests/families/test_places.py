@@ -199,6 +199,34 @@ def test_runs_are_of_one_kind_and_without_text() -> None:
     assert find_runs(visual) == [[(3, None), (1, None)], []]
 
 
+def test_queries_of_a_window_sit_where_the_patches_do_that_they_begin_as() -> None:
+    """Granite Vision's: of 2 x 2 in a window of 4 x 4 patches, each reads all of the window."""
+    given = ZOO["granite4_vision"]
+
+    def config() -> Any:
+        made = given.config()
+        made.downsample_rate, made.image_grid_pinpoints = "2/4", [[64, 64]]
+        made.vision_config.image_size = 32
+        return made
+
+    def image(model: Any, own: torch.Generator) -> Picture:
+        # Of the mosaic's 8 rows one falls away at each end.
+        inputs = {"pixel_values": pixels(own, 1, 5, 3, 32, 32)}
+        inputs["image_sizes"] = torch.tensor([[48, 64]])
+        return Picture([IMAGE] * (16 + 6 * 9), inputs)
+
+    specimen = replace(given, config=config, pictures={"image": image})
+    model, prompts = specimen.build("sdpa"), [(2, "image", 3)]
+    hold(specimen, model, prompts)
+    inputs = specimen.batch(model, prompts)
+    (begins,), (reads,) = made_of(model, inputs), made_of(model, inputs, within=True)
+    for own, seen in zip(begins[:16], reads[:16], strict=True):
+        for begun, read in zip(own[1:], seen[1:], strict=True):
+            first = min(begun) // 4 * 4
+            assert begun == {min(begun), min(begun) + 1}
+            assert read == {*range(first, first + 4)}
+
+
 def test_a_mosaic_that_is_shrunk_has_the_places_of_what_it_is_shrunk_to() -> None:
     """LLaVA-OneVision's own packing, of rows and columns instead of features."""
     config = ZOO["llava_onevision"].config()

@@ -24,9 +24,9 @@ from zoo.specimen import Prompt, Specimen
 #: Types whose patches come in raster order, where others come in squares that are merged.
 RASTER = ("paddleocr_vl", "hunyuan_vl", "kimi_k25", "muse_glimmer", "muse_spark")
 #: Types with a token after each row of an image.
-NEWLINES = ("llava_next", "llava_next_video", "llava_onevision", "hunyuan_vl")
+NEWLINES = ("llava_next", "llava_next_video", "llava_onevision", "hunyuan_vl", "granite4_vision")
 #: Types with a mosaic of tiles behind the whole image, here of 2 x 2.
-MOSAICS = ("llava_next", "llava_next_video", "llava_onevision")
+MOSAICS = ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision")
 #: Types that have text between the tiles, or frames, of an image.
 APART = ("smolvlm", "idefics3", "aya_vision", "ovis2", "granite_docling", "llama4", "internvl")
 #: An axis of a patch's place: its tile or frame, its row, its column.
@@ -103,8 +103,15 @@ def _counted(own: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _silent(model: Any) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
-    """A call of a model whose tower attends to nothing: what enters the decoder, (B, T, D)."""
+def _silent(
+    model: Any, within: bool = False
+) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+    """A call of a model whose tower attends to nothing: what enters the decoder, (B, T, D).
+
+    Args:
+        model: The model.
+        within: Whether what attends between tower and decoder does.
+    """
     anatomy = examine(model)
     hooks = []
 
@@ -112,12 +119,16 @@ def _silent(model: Any) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
         return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Entered(kwargs["inputs_embeds"])
+        raise _Entered(args[0] if args else kwargs["hidden_states"])
 
     if (parts := anatomy.vision) is None:
         own = set(anatomy.decoder.modules())
         rest = [module for module in model.modules() if module not in own]
-        silent = [part for part in rest if type(part).__name__.endswith("Attention")]
+        attending = [part for part in rest if type(part).__name__.endswith("Attention")]
+        # The innermost: what is around them may add their input.
+        silent = [part for part in attending if len({*part.modules()} & {*attending}) == 1]
+        if within:
+            silent = [part for part in silent if part in {*model.model.vision_tower.modules()}]
         hooks += [module.register_forward_hook(silence) for module in silent]
     else:
         layers = [layer for stack in (parts.layers, *parts.others) for layer in stack]
@@ -125,7 +136,7 @@ def _silent(model: Any) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
         pooling = getattr(getattr(parts.base, "multi_modal_projector", None), "image_pooling_2d", 0)
         silent += [pooling.q_proj] if pooling else []  # asks all patches of a token alike
         hooks += [module.register_forward_hook(silence) for module in silent]
-    hooks.append(anatomy.decoder.register_forward_pre_hook(enter, with_kwargs=True))
+    hooks.append(anatomy.layers[0].register_forward_pre_hook(enter, with_kwargs=True))
 
     def call(inputs: dict[str, Tensor]) -> Tensor:
         try:
@@ -146,12 +157,12 @@ def _silent(model: Any) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
 Made = tuple[frozenset[tuple[str, int]], frozenset[int], frozenset[int]]
 
 
-def made_of(model: Any, inputs: dict[str, Tensor]) -> list[list[Made]]:
-    """What each visual token of each row is made of."""
+def made_of(model: Any, inputs: dict[str, Tensor], within: bool = False) -> list[list[Made]]:
+    """What each visual token of each row is made of; of `within` see `_silent`."""
     visual = tp.visual_mask(model, inputs["input_ids"])
     noise = torch.Generator().manual_seed(0)
     found: dict[tuple[int, int, int], list[Any]] = {}
-    with _silent(model) as call:
+    with _silent(model, within) as call:
         plain = call(inputs)
         for pixels in pixels_of(model, inputs):
             values = inputs[pixels.name]

@@ -44,15 +44,21 @@ def images_or_frames(
 
 def _images(config: Any, inputs: Mapping[str, Any]) -> list[Places]:
     side = patches_across(config)
-    mosaics = [mosaic(config, size) for size in told(inputs, "image_sizes")] if side else []
+    return bases_and_mosaics(config, inputs, side)
+
+
+def bases_and_mosaics(config: Any, inputs: Mapping[str, Any], side: int) -> list[Places]:
+    """Of each image the whole, then its mosaic, of tiles that are so many tokens high and wide."""
+    sizes = told(inputs, "image_sizes") if side else []
+    mosaics = [mosaic(config, size, side) for size in sizes]
     return [of_shapes([(side, side), (rows, columns + 1)]) for rows, columns in mosaics]
 
 
-def mosaic(config: Any, size: Sequence[int]) -> tuple[int, int]:
+def mosaic(config: Any, size: Sequence[int], side: int) -> tuple[int, int]:
     """Rows and columns of an image's unpadded mosaic (Liu et al., 2024, "spatial_unpad")."""
     from transformers.image_processing_utils import select_best_resolution
 
-    (height, width), side = size, patches_across(config)
+    height, width = size
     edge = config.vision_config.image_size
     tall, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
     rows, columns = side * (tall // edge), side * (wide // edge)
@@ -93,16 +99,16 @@ def patches_or_frames(model: Any, named: Mapping[str, Any], index: Tensor) -> Pa
 TOWER = Tower("vision_tower", patches, projector="multi_modal_projector")
 
 #: Of the mosaic.
-_NEWLINES = (1,)
+NEWLINES = (1,)
 register_adapter(
-    "llava_next", Adapter(layout=layout, framing="whole", newlines=_NEWLINES, tower=TOWER)
+    "llava_next", Adapter(layout=layout, framing="whole", newlines=NEWLINES, tower=TOWER)
 )
 register_adapter(
     "llava_next_video",
     Adapter(
         layout=images_or_frames,
         framing="whole",
-        newlines=_NEWLINES,
+        newlines=NEWLINES,
         tower=replace(TOWER, patches=patches_or_frames),
     ),
 )

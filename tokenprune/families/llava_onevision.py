@@ -39,7 +39,7 @@ def layout(
     images = []
     for size, alone in zip(sizes, _alone(inputs, len(sizes)), strict=False):  # as the model does
         if alone:
-            rows, columns = _shrunk(config, *mosaic(config, size))
+            rows, columns = _shrunk(config, *mosaic(config, size, side))
             images.append(of_shapes([(side, side), (rows, columns + 1)]))
         else:
             images.append(torch.cat([of_shapes([(side, side)]), nowhere(1)]))

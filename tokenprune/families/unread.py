@@ -1,9 +1,11 @@
 """Families whose vision tower cannot be read, each with its reason."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from tokenprune.families.adapter import Adapter, Places, Run, register_adapter
+from tokenprune.families.llava_next import NEWLINES, bases_and_mosaics
 from tokenprune.families.places import by_squares, in_order, patches_across, raster, told
 
 
@@ -14,6 +16,14 @@ def _of_codes(
     edge, sizes = _edge_of_codes(config), told(inputs, "image_sizes")
     images = [raster(0, rows // edge, 1 + columns // edge) for rows, columns in sizes]
     return in_order(images, [], runs)
+
+
+def _of_windows(
+    config: Any, inputs: Mapping[str, Any], runs: Sequence[Sequence[Run]]
+) -> list[Places] | None:
+    """As LLaVA-NeXT's. A token's query begins as the patches at its place, and reads its window."""
+    side = int(patches_across(config) * Fraction(config.downsample_rate))
+    return in_order(bases_and_mosaics(config, inputs, side), [], runs)
 
 
 def _edge_of_codes(config: Any) -> int:
@@ -47,17 +57,24 @@ _LAYOUTS = {
     "got_ocr2": _CONVOLVED,
     "pp_chart2table": _CONVOLVED,
     "emu3": _of_codes,
+    "granite4_vision": _of_windows,
     "chameleon": by_squares(lambda config: config.vq_config.resolution // _edge_of_codes(config)),
 }
-#: Of those whose image is one grid.
-_FRAMINGS = {"pp_chart2table": "whole", "emu3": "whole", "chameleon": "centre"}
+#: Of those whose grids lie on the whole image, or on a square of it.
+_FRAMINGS = {
+    "pp_chart2table": "whole",
+    "emu3": "whole",
+    "granite4_vision": "whole",
+    "chameleon": "centre",
+}
+_NEWLINES = {"emu3": (0,), "granite4_vision": NEWLINES}
 for _model_type, _reason in _REASONS.items():
     register_adapter(
         _model_type,
         Adapter(
             layout=_LAYOUTS.get(_model_type),
             framing=_FRAMINGS.get(_model_type),
-            newlines=(0,) if _model_type == "emu3" else (),
+            newlines=_NEWLINES.get(_model_type, ()),
             unread=_reason,
         ),
     )
