@@ -15,7 +15,7 @@ from subprocess import PIPE
 import pytest
 from commands import COMMAND, TINY, console_in, random_llava, refused
 from PIL import Image
-from processes import call, started
+from processes import call, run, started
 
 from tokenprune.cli import main as cli
 from tokenprune.runs.folders import LOCK, occupied
@@ -75,6 +75,89 @@ def test_f3_sweeps_one_after_another_make_one_table(
     assert cli.main(sweep(checkpoint, "strategy=uniform")) == 0
     assert strategies() == ["fastv", "random", "uniform"]
     assert "3 runs: shared/results.csv" in capsys.readouterr().out
+
+
+@pytest.fixture
+def two(checkpoint: Path) -> tuple[list[str], list[str]]:
+    """Commands of two experiments in one folder, each with a run `none`, of other questions."""
+    Path("mine/experiment").mkdir(parents=True)
+    for name, asked in (("few", 2), ("more", 3)):
+        Path(f"mine/experiment/{name}.yaml").write_text(
+            "# @package _global_\n"
+            "defaults: [override /model: hub]\n"
+            f"model: {{path: {checkpoint}}}\n"
+            f"data: {{batch_size: 4, test: {{num_samples: {asked}}}}}\n"
+            "max_new_tokens: 2\nnum_pictures: 1\ntrainer: {callbacks: []}\n"
+            "hydra: {mode: MULTIRUN, sweep: {dir: shared}, sweeper: {grids: [{strategy: none}]}}\n"
+        )
+    few, more = (["eval", "--config-dir", "mine", f"experiment={n}"] for n in ("few", "more"))
+    return few, more
+
+
+def test_runs_of_one_name_are_both_kept(
+    two: tuple[list[str], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in two:
+        assert cli.main(command) == 0
+    assert "1 of 1 runs: beside others of their names, which have another data, in folders" in (
+        printed := capsys.readouterr().out
+    )
+    assert "2 runs: shared/results.csv" in printed
+    first, second = sorted(path.parent for path in Path("shared").rglob("metrics.json"))
+    assert first.name == "none"
+    assert second.name.startswith("none-")
+    made = [json.loads((run / "metrics.json").read_text()) for run in (first, second)]
+    assert [run["num_samples"] for run in made] == [2, 3]
+    for command in two:
+        assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
+
+
+@pytest.mark.matrix
+def test_runs_of_one_name_are_both_kept_by_a_launcher(two: tuple[list[str], list[str]]) -> None:
+    for _ in range(2):
+        for command in two:
+            done = run([*COMMAND, *command, "launcher=joblib"])
+    assert "1 of 1 runs: complete already" in done.stdout
+    assert len(list(Path("shared").rglob("metrics.json"))) == 2
+
+
+def test_a_run_that_came_meanwhile_stays(
+    two: tuple[list[str], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two sweeps look for folders before either has written anything."""
+    assert cli.main(two[0]) == 0
+    whole = Path("shared/none/metrics.json").read_bytes()
+    monkeypatch.setattr("tokenprune.cli.launching.own_names", lambda *arguments: arguments[-1])
+    assert cli.main(two[1]) == 2
+    error = capsys.readouterr().err
+    assert "hydra.sweep.dir: expected no other run in" in error
+    assert "got one with another data. Choose" in error
+    assert Path("shared/none/metrics.json").read_bytes() == whole
+
+
+@pytest.mark.matrix
+def test_trainings_of_one_name_are_both_kept(checkpoint: Path) -> None:
+    """Interrupted or not: a training's checkpoints are hours of work."""
+    Path("mine/experiment").mkdir(parents=True)
+    for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
+        Path(f"mine/experiment/{name}.yaml").write_text(
+            f"# @package _global_\nlearning_rate: {rate}\n"
+        )
+    own = ["train", "-m", "--config-dir", "mine", *random_llava(checkpoint), "strategy=none"]
+    own += ["trainer.max_steps=1", "data.train.num_samples=2", "data.validation.num_samples=2"]
+    own += ["data.batch_size=2", "trainer.callbacks=[]", "hydra.sweep.dir=shared", "logger=csv"]
+    assert cli.main([*own, "experiment=slow"]) == 0
+    (first,) = Path("shared").iterdir()
+    (first / "training.json").unlink()
+    kept = (first / "checkpoints/last.ckpt").read_bytes()
+    assert cli.main([*own, "experiment=fast"]) == 0
+    assert (first / "checkpoints/last.ckpt").read_bytes() == kept
+    (second,) = (path for path in Path("shared").iterdir() if path != first)
+    assert (second / "csv/metrics.csv").is_file()  # what refers to the folder means the new one
+    assert second.name.startswith(f"{first.name}-")
 
 
 @pytest.mark.matrix

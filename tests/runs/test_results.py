@@ -100,6 +100,27 @@ def test_by_what_an_evaluation_is_done_makes_no_other_run(
     assert results.changes(tmp_path, other, MARKS, results.CONFIG) == ["trainer"]
 
 
+def test_another_run_of_the_same_name(tmp_path: Path) -> None:
+    """It is another by what its config has; newer packages and files make the same run anew."""
+    other = CONFIG | {"model": {"path": "small"}}
+    assert results.others(tmp_path, other, True) == []
+    write(tmp_path)
+    assert results.others(tmp_path, CONFIG | {"logger": None, "later": 1}, True) == []
+    assert results.others(tmp_path, other, True) == ["model"]
+    assert results.others(tmp_path, {"seed": 0}, True) == ["layers", "model"]  # another command's
+    places = {results.beside(tmp_path / "none", own, True) for own in (CONFIG, other)}
+    assert len(places) == 2
+    assert all(place.parent == tmp_path and "none-" in place.name for place in places)
+    # By what an evaluation is done makes no other.
+    run = CONFIG | {"trainer": {"devices": 1}}
+    (tmp_path / "config.yaml").write_text("trainer: {devices: 2}")
+    assert results.others(tmp_path, run, True) == []
+    assert results.others(tmp_path, run, False) == ["trainer"]
+    assert results.beside(tmp_path, run, True) == results.beside(
+        tmp_path, run | {"trainer": {"devices": 2}, "logger": "csv"}, True
+    )
+
+
 def test_a_training_from_another_checkpoint_is_another_one(tmp_path: Path) -> None:
     write(tmp_path)
     for start in (None, "last", "auto"):

@@ -116,8 +116,11 @@ def run(config: DictConfig, folder: Path, names: Mapping[str, str], again: bool)
     sizes = asdict(cost.DecoderShape.from_config(shape_config(config)))
     marks = results.fingerprint(resolved) | {"shape": json.dumps(sizes, sort_keys=True)}
     marks["machine"] = str(machine(choose_device(config.device))["machine"])
-    if not again and results.changes(folder, resolved, marks, RESULT) == []:
+    changes = None if again else results.changes(folder, resolved, marks, RESULT)
+    if changes == []:
         return read(folder)
+    if changes:
+        print(f"{folder.name}: again, {', '.join(changes)} changed", flush=True)
     found = dict(names) | measure(config)
     with files.together(folder, RESULT) as stage:
         results.write_text(stage / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.bench import table
 from tokenprune.bench.check import MEASURES, check
-from tokenprune.cli.jobs import Job, names, tidy, told
+from tokenprune.cli.jobs import Job, check_own, names, tidy, told
 from tokenprune.cli.launching import here
 from tokenprune.runs.compose import plain
 from tokenprune.runs.targets import load_imports
@@ -35,6 +35,7 @@ def _task(config: DictConfig) -> float:
         from tokenprune.bench.run import run
 
         load_imports(config)
+        check_own(folder, plain(config))
         called = names(plain(config))
         shape = OmegaConf.select(config, "shape.path")
         shape = shape or str(HydraConfig.get().runtime.choices.get("shape"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, names, quiet, tell, tidy, told
+from tokenprune.cli.jobs import Job, check_own, names, quiet, tell, tidy, told
 from tokenprune.runs import results
 from tokenprune.runs.compose import plain
 from tokenprune.runs.tabulation import listed
@@ -75,6 +75,7 @@ def _task(config: DictConfig) -> float:
 
         load_imports(config)
         resolved = plain(config)
+        check_own(folder, resolved)
         changes = results.changes(folder, resolved, fingerprint(resolved))
         named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
         metrics = benchmark(config, folder, named)

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, names, quiet, tell, tidy, told
+from tokenprune.cli.jobs import Job, check_own, names, quiet, tell, tidy, told
 from tokenprune.evaluation.metrics import build_metric
 from tokenprune.runs import results, team
 from tokenprune.runs.compose import entries, plain
@@ -57,6 +57,7 @@ def _task(config: DictConfig) -> float | None:
     with tidy(folder, part), quiet():
         load_imports(config)
         resolved = plain(config)
+        check_own(folder, resolved)
         changes = results.changes(folder, resolved, results.fingerprint(resolved))
         metrics = team.together(_evaluate, resolved, folder, names(resolved))
         if metrics is None:

@@ -82,7 +82,9 @@ class Job:
 
     def _start(self, args: argparse.Namespace) -> None:
         with process.Interruptible():
-            hydra_start.start(self.command, args, Work(self.task, self.complete))
+            hydra_start.start(
+                self.command, args, Work(self.task, self.complete, self.command == "train")
+            )
 
     def _launched(
         self, overrides: Sequence[str], arguments: Sequence[str]
@@ -143,6 +145,29 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         if set_here or (named[group] in ("hub", "folder") and config[group].get("path")):
             named[group] = str(config[group]["path"])
     return named | {"strategy": f"{strategy}({', '.join(changed)})" if changed else strategy}
+
+
+def check_own(folder: Path, config: Mapping[str, Any], trains: bool = False) -> None:
+    """Refuses to take the place of another run of a sweep.
+
+    `launching.own_names` finds such a folder before, unless the other run has come since, or the
+    sweeper is another's.
+
+    Args:
+        folder: Of the run.
+        config: Its resolved config.
+        trains: See `Work`.
+
+    Raises:
+        ValueError: The folder holds another one.
+    """
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    if differing := results.others(folder, config, not trains) if sweeps else []:
+        raise ValueError(
+            f"hydra.sweep.dir: expected no other run in {str(folder)!r}, got one with another "
+            f"{', '.join(differing)}. Choose another folder, or, where two sweeps have just begun "
+            "in this one, give the command once more: its run then goes beside that one."
+        )
 
 
 def tell(folder: Path, metrics: Mapping[str, Any], changes: Sequence[str] | None) -> None:

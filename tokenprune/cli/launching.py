@@ -16,11 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from tokenprune.cli import process
 from tokenprune.cli.collect import tabulate
 from tokenprune.cli.mistakes import BadInput, explain, one_line
+from tokenprune.runs import results, targets
+from tokenprune.runs.compose import plain
 from tokenprune.runs.folders import LOCK
 from tokenprune.runs.tabulation import finish_sweep
 
@@ -34,10 +36,12 @@ class Work:
     Attributes:
         task: Does one run.
         complete: Whether a folder holds a config's run, complete; None where only the run can say.
+        trains: Whether all of a trainer's config makes a run, see `results.changes`.
     """
 
     task: Callable[[DictConfig], Any]
     complete: Callable[[DictConfig, Path], bool] | None = None
+    trains: bool = False
 
     def __call__(self, config: DictConfig) -> Any:
         if not here():
@@ -69,6 +73,7 @@ def run_all(
     Raises:
         BadInput: Some did not run to their end in other processes.
     """
+    names = own_names(config, loader, work, jobs, names)
     _, failed = start(config, launcher, loader, work, jobs, names)
     folder, baseline = Path(config.hydra.sweep.dir), config.get("baseline")
     if here(config):  # a measurement has written its own
@@ -76,6 +81,55 @@ def run_all(
     else:
         tabulate(folder, names, baseline)
     refuse(failed, len(jobs))
+
+
+def own_names(
+    config: DictConfig,
+    loader: ConfigLoader,
+    work: Any,
+    jobs: Sequence[Sequence[str]],
+    names: Sequence[str],
+) -> list[str]:
+    """The folders of a sweep's runs: beside those that hold other runs of the same names.
+
+    Two experiments may share a sweep's folder and have a run `none` each, of other models.
+    """
+    folder, found, told = Path(config.hydra.sweep.dir), list(names), dict[str, None]()
+    trains = getattr(work, "trains", False)
+    for number, (job, name) in enumerate(zip(jobs, names, strict=True)):
+        if not (folder / name / results.CONFIG).is_file():
+            continue
+        own = _compose(config, loader, _call(job, name), folder / name)
+        targets.load_imports(own)
+        resolved = plain(own)
+        if differing := results.others(folder / name, resolved, not trains):
+            place = results.beside(folder / name, resolved, not trains)
+            found[number] = str(place.relative_to(folder))
+            told |= dict.fromkeys(differing)
+    HydraConfig.instance().set_config(config)
+    if moved := [name for name, first in zip(found, names, strict=True) if name != first]:
+        print(
+            f"{len(moved)} of {len(jobs)} runs: beside others of their names, which have another "
+            f"{', '.join(told)}, in folders such as {moved[0]}",
+            flush=True,
+        )
+    return found
+
+
+def _call(job: Sequence[str], name: str) -> list[str]:
+    """The overrides of a run in its folder."""
+    return [*job, f"hydra.sweep.subdir='{name}'"]
+
+
+def _compose(config: DictConfig, loader: ConfigLoader, call: list[str], folder: Path) -> DictConfig:
+    """The config of a run in a folder, which Hydra's own node is told, as its task is given it."""
+    own = loader.load_sweep_config(config, call)
+    with read_write(own.hydra.runtime), open_dict(own.hydra.runtime):
+        own.hydra.runtime.output_dir = str(folder.absolute())  # entries may refer to it
+    HydraConfig.instance().set_config(own)
+    OmegaConf.set_struct(own, False)
+    del own["hydra"]
+    return own
 
 
 def start(
@@ -103,7 +157,7 @@ def start(
         by name. In this process a failure is raised.
     """
     folder = Path(config.hydra.sweep.dir)
-    calls = [[*job, f"hydra.sweep.subdir='{name}'"] for job, name in zip(jobs, names, strict=True)]
+    calls = [_call(job, name) for job, name in zip(jobs, names, strict=True)]
     if here(config):
         done = launcher.launch(calls, initial_job_idx=first)
         # The property raises what the job raised.
@@ -113,10 +167,7 @@ def start(
         known = getattr(work, "complete", None)
         if known is None or not (folder / names[number]).is_dir():
             return False
-        own = loader.load_sweep_config(config, calls[number])
-        HydraConfig.instance().set_config(own)
-        OmegaConf.set_struct(own, False)
-        del own["hydra"]
+        own = _compose(config, loader, calls[number], folder / names[number])
         return bool(known(own, folder / names[number]))
 
     missing = [number for number in range(len(jobs)) if not complete(number)]

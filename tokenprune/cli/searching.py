@@ -22,7 +22,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from tokenprune.cli.collect import tabulate
-from tokenprune.cli.launching import refuse, start
+from tokenprune.cli.launching import own_names, refuse, start
 from tokenprune.cli.mistakes import BadInput, unknown
 from tokenprune.runs.folders import occupied
 from tokenprune.runs.sweeps import run_name
@@ -124,6 +124,7 @@ def search(
             trials = [study.ask(space) for _ in range(min(left, settings.at_once))]
             jobs = [[*fixed, *_overrides(trial.params)] for trial in trials]
             own = [run_name(job) for job in jobs]
+            own = own_names(config, loader, work, jobs, own)
             for trial, name in zip(trials, own, strict=True):
                 trial.set_user_attr("run", name)
             different = dict(zip(own, jobs, strict=True))  # a choice may come twice

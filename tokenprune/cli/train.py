@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tokenprune.cli.jobs import Job, quiet, tidy
+from tokenprune.cli.jobs import Job, check_own, quiet, tidy
 from tokenprune.runs import results, team
 from tokenprune.runs.compose import plain
 from tokenprune.runs.targets import load_imports
@@ -49,6 +49,7 @@ def _task(config: DictConfig) -> float | None:
         load_imports(config)
         if sweeps:
             resolved = plain(config)
+            check_own(folder, resolved, trains=True)
             marks = results.fingerprint(resolved)
             label = f"[{HydraConfig.get().job.num}] {folder.name}"
             changes = results.changes(folder, resolved, marks, SUMMARY)

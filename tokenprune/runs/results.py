@@ -228,16 +228,49 @@ def changes(
     files_there = all((folder / name).is_file() for name in (CONFIG, VERSIONS))
     if not files_there or not (folder / last).exists():
         return None
-    old = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
-    assert isinstance(old, dict)
-    keys = sorted({*map(str, old), *config} - ASIDE)
-    evaluates = last == METRICS
+    differing = _differing(_noted(folder), config, last == METRICS)
+    return differing + [key for key in marks if versions.get(key) != marks[key]]
+
+
+def others(folder: Path, config: Mapping[str, Any], evaluates: bool) -> list[str]:
+    """By what of its config the run in a folder, complete or begun, is another than this one.
+
+    Args:
+        folder: A run's folder; it may hold none.
+        config: The resolved config.
+        evaluates: Whether a trainer's processes are no part of it, see `changes`.
+    """
+    if not (folder / CONFIG).is_file():
+        return []
+    noted = _noted(folder)
+    # A key that only this one has came with a later version.
+    return [key for key in _differing(noted, config, evaluates) if key in noted]
+
+
+def beside(folder: Path, config: Mapping[str, Any], evaluates: bool) -> Path:
+    """Where a run goes whose folder holds another one; arguments as for `others`."""
+    own = {key: _decisive(key, config[key], evaluates) for key in config.keys() - ASIDE}
+    text = json.dumps(own, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return folder.with_name(f"{folder.name}-{digest}")
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """The config of the run in a folder."""
+    noted = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    assert isinstance(noted, dict)
+    return {str(key): value for key, value in noted.items()}
+
+
+def _differing(old: Mapping[str, Any], config: Mapping[str, Any], evaluates: bool) -> list[str]:
+    """In what two configs are no same run."""
+    keys = sorted({*old, *config} - ASIDE)
     before, now = ({k: _decisive(k, c.get(k), evaluates) for k in keys} for c in (old, config))
     differing = [key for key in keys if before[key] != now[key]]
     if "positions" in differing and old.get("positions") == _published(config):
         differing.remove("positions")
-    return differing + [key for key in marks if versions.get(key) != marks[key]]
+    return differing
 
 
 def _decisive(key: str, entry: Any, evaluates: bool) -> Any:
