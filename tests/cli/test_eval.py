@@ -16,6 +16,7 @@ from PIL import Image
 from processes import run
 
 from tokenprune.cli import main as cli
+from tokenprune.evaluation import loading
 from tokenprune.runs.compose import build_pruning, config_dir
 from tokenprune.runs.sweeps import expand, run_name, sweep_name
 
@@ -86,6 +87,38 @@ def test_a_sweep_runs_again_what_has_other_data(
     assert json.loads((folder / table[0]["run"] / "predictions.jsonl").read_text())["answer"] == (
         "green"
     )
+
+
+def test_rows_of_two_commits_of_a_data_set_are_told_apart(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is complete stays so, whatever has come to the Hub: nobody asks it."""
+    datasets = pytest.importorskip("datasets")
+    row = {"image": [Image.new("RGB", (32, 32))], "question": ["what ?"], "answer": ["red"]}
+    (tmp_path / "data").mkdir()
+    whole = datasets.Dataset.from_dict(row)
+    whole.to_parquet(str(tmp_path / "data/test.parquet"))
+    found = datasets.load_dataset_builder(str(tmp_path / "data"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *given, **options: found)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: {"test": whole})
+    command = ["eval", "-m", *random_llava(checkpoint), *TINY, "data=hub", "data.path=owner/name"]
+    command += ["hydra.sweep.dir=sweep"]
+    for commit, strategy in (("a" * 40, "none"), ("b" * 40, "none,fastv")):
+        found.hash = commit
+        loading.cached_data.cache_clear()
+        loading.cached_batches.cache_clear()
+        assert cli.main([*command, f"strategy={strategy}"]) == 0
+    said = capsys.readouterr().out
+    assert "complete already" in said
+    assert "data.path: owner/name had other contents for some runs: aaaaaaaa (1), bbbbbbbb" in said
+    files = Path("sweep").rglob("versions.json")
+    made = sorted(json.loads(path.read_text())["data.path"] for path in files)
+    assert made == ["a" * 40, "b" * 40]
+    with Path("sweep/results.csv").open(newline="") as file:
+        assert {row["device"] for row in csv.DictReader(file)} == {"cpu"}
 
 
 @pytest.fixture

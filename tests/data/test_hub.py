@@ -12,6 +12,7 @@ from PIL import Image
 from questions import talk
 
 from tokenprune.data import HubDataset, Turn
+from tokenprune.data.module import VQADataModule
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,20 @@ def test_hub_reads_conversations_and_several_images(tmp_path, capsys):
         HubDataset(path, image_column="images", answer_column="answers")
     data = HubDataset(path, image_column="images", answer_column="answers", skip_bad=True)
     assert data[0].turns == (Turn("q", "red", "all", ("red", "crimson", "red")),)
+
+
+def test_hub_knows_its_commit(tmp_path, monkeypatch):
+    """As `datasets` says it: without asking the Hub again."""
+    datasets = pytest.importorskip("datasets")
+    row = {"image": "https://example.org/a.png", "question": "q", "answer": "a"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    found = datasets.load_dataset_builder(str(tmp_path))
+    assert HubDataset(str(tmp_path)).commit is None  # what is here has a digest
+    commit = found.hash = "0123456789" * 4
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *given, **options: found)
+    assert HubDataset("owner/name").commit == commit
+    assert VQADataModule.from_hub(path="owner/name").commit == commit
+    assert VQADataModule().commit is None
 
 
 def test_hub_names_what_is_wrong(saved, tmp_path, monkeypatch):

@@ -157,6 +157,23 @@ def test_other_models_data_and_questions_are_never_compared(
     assert missing == (told if "asked" in other else [])
 
 
+def test_rows_of_two_commits_are_named_and_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"data": {"path": "owner/name"}}
+    for name, commit in (("none", "a" * 40), ("fastv", "b" * 40)):
+        keep = None if name == "none" else 0.5
+        versions = {"data.path": commit}
+        make_run(tmp_path, name, answers(0.5, 1), strategy=name, keep=keep, config=data,
+                 versions=versions)  # fmt: skip
+    finish_sweep(tmp_path)
+    said = capsys.readouterr().out
+    assert (
+        "data.path: owner/name had other contents for some runs: bbbbbbbb (1), aaaaaaaa (1)" in said
+    )
+    assert not (tmp_path / "comparisons.csv").exists()
+
+
 def test_the_order_of_questions_does_not_matter(tmp_path: Path) -> None:
     make_run(tmp_path, "none", answers(0.9, 0))
     make_run(tmp_path, "fastv", answers(0.5, 1), strategy="fastv", keep=0.5)

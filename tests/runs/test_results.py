@@ -279,6 +279,22 @@ def test_a_stranger_s_package_of_our_name_does_not_count(
     assert versions["tokenprune"] == tokenprune.__version__
 
 
+def test_runs_on_two_machines_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "before")  # runs of earlier versions do not say
+    write(tmp_path / "here", device="cpu")
+    finish_sweep(tmp_path)
+    assert "device" not in capsys.readouterr().out
+    write(tmp_path / "there", device="NVIDIA H200")
+    finish_sweep(tmp_path)
+    said = capsys.readouterr().out
+    assert "device: runs on cpu (1), NVIDIA H200 (1); their times are not to be compared" in said
+    assert " device " in said.split("device:")[0]  # a column
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [row["device"] for row in csv.DictReader(file)] == ["", "cpu", "NVIDIA H200"]
+
+
 def test_kinds_do_not_pass_for_the_interval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

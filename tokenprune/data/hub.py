@@ -37,6 +37,9 @@ class HubDataset(CheckedRows):
         turns: See `CheckedRows`.
         skip_bad: See `CheckedRows`.
 
+    Attributes:
+        commit: On the Hub, of what was read, where that is known.
+
     Raises:
         ValueError: `datasets` is not installed, the data set cannot be loaded or is empty, a column
             is missing, or a row is not as expected.
@@ -74,6 +77,7 @@ class HubDataset(CheckedRows):
             asked = [conversations_column]
         texts = [column for column in (*asked, id_column, kind_column) if column]
         self._table = load_table(path, name, split, revision, image_column, texts)
+        self.commit = self._table.commit
         local = Path(path).expanduser()
         self._folder = local if local.is_dir() else local.parent
         # `datasets` follows a link to the folder itself.

@@ -6,6 +6,7 @@ numbers, dates and missing values, so it only says which files a split has, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def load_table(
     Raises:
         ValueError: It cannot be loaded, is empty, or a column is missing.
     """
-    found = _find(path, name, split, revision)
+    found, commit = _find(path, name, split, revision)
     if isinstance(found, list):
         lines: list[Line] = []
         for file in found:
@@ -59,9 +60,9 @@ def load_table(
         )
     if isinstance(found, list):
         pictures = (pair for file in found for pair in file.pictures.items())
-        return WrittenTable(lines, fetched=any(called != own for called, own in pictures))
+        return WrittenTable(lines, any(called != own for called, own in pictures), commit)
     try:
-        return ArrowTable(found, texts, image_column)
+        return ArrowTable(found, texts, image_column, commit)
     except ValueError as error:
         raise ValueError(
             f"HubDataset: expected images or paths in the column {image_column!r} of {path!r}, "
@@ -79,8 +80,8 @@ def caches() -> list[Path]:
     return [Path(str(folder)) for folder in (*fetched, HF_HUB_CACHE)]
 
 
-def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
-    """A `datasets.Dataset`, or a list of text files."""
+def _find(path: str, name: str | None, split: str, revision: str | None) -> tuple[Any, str | None]:
+    """A `datasets.Dataset`, or a list of text files; and the commit on the Hub that it is of."""
     import datasets
 
     local = Path(path).expanduser()
@@ -97,16 +98,18 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
             f"{path!r}. Convert it, or point to its folder."
         )
     if local.is_file() and end in (*CSV, *LINES, *JSON):
-        return [TextFile(local, form_of(local.name))]
+        return [TextFile(local, form_of(local.name))], None
+    commit = None
     try:
         if local.is_file():
             files = {split: str(local)}
-            return datasets.load_dataset(end[1:], data_files=files, split=split)
+            return datasets.load_dataset(end[1:], data_files=files, split=split), None
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             loaded = datasets.load_from_disk(str(local))
         else:
             source = str(local) if is_local else path
             builder = datasets.load_dataset_builder(source, name, revision=revision)
+            commit = _commit(builder)
             loaded = text_files(builder, split)
             if loaded is None:
                 loaded = datasets.load_dataset(source, name, revision=revision)
@@ -125,7 +128,13 @@ def _find(path: str, name: str | None, split: str, revision: str | None) -> Any:
             f"HubDataset: expected one of the splits {sorted(loaded)} of {path!r}, got {split!r}. "
             "Set split."
         )
-    return loaded[split]
+    return loaded[split], commit
+
+
+def _commit(builder: Any) -> str | None:
+    """The commit that a builder's files are of; local ones have another kind of mark."""
+    found = re.fullmatch(r"[0-9a-f]{40}", str(builder.hash))
+    return found and found[0]
 
 
 def _empty(path: str, split: str) -> ValueError:

@@ -211,6 +211,12 @@ class VQADataModule(pl.LightningDataModule):
             image_scale=image_scale,
         )
 
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub that its data sets are of, where that is known."""
+        own = (getattr(data, "commit", None) for data in (self.test, self.train, self.validation))
+        return next((commit for commit in own if commit is not None), None)
+
     def train_dataloader(self) -> DataLoader[Sample]:
         data = self._data(self.train, "train")
         trainer: Any = self.trainer

@@ -27,6 +27,8 @@ class Table(Protocol):
 
     #: Whether images lie where `datasets` keeps what it fetched.
     fetched: bool
+    #: The commit on the Hub that it came from, where that is known.
+    commit: str | None
 
     def __len__(self) -> int: ...
 
@@ -40,8 +42,8 @@ class Table(Protocol):
 class WrittenTable:
     """The rows of text files."""
 
-    def __init__(self, lines: Sequence[Line], fetched: bool) -> None:
-        self._lines, self.fetched = lines, fetched
+    def __init__(self, lines: Sequence[Line], fetched: bool, commit: str | None = None) -> None:
+        self._lines, self.fetched, self.commit = lines, fetched, commit
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -62,12 +64,16 @@ class ArrowTable:
         data: The data set.
         texts: Columns of texts.
         images: The column of images.
+        commit: See `Table`.
 
     Raises:
         ValueError: The column of images holds something else; the message says what.
     """
 
-    def __init__(self, data: Any, texts: Sequence[str], images: str) -> None:
+    def __init__(
+        self, data: Any, texts: Sequence[str], images: str, commit: str | None = None
+    ) -> None:
+        self.commit = commit
         self._texts, self._images = list(dict.fromkeys(texts)), images
         asked = list(dict.fromkeys((images, *texts)))
         self._media = [

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tokenprune.evaluation.generation import pruned
-from tokenprune.evaluation.loading import load_model
+from tokenprune.evaluation.loading import device_of, load_model
 from tokenprune.evaluation.run import run_names
 from tokenprune.evaluation.scores import interval, question_score, said, task_score
 from tokenprune.evaluation.summary import cost_of, kv_megabytes
@@ -69,10 +69,11 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
     )
     place = folder / Path(REPORT).parent
     report = _ask(resolved, tasks, model, place)
-    names = run_names(config, names, pruning) | {"metric": PACKAGE}
+    on = {"device": device_of(loaded.model)}
+    names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
     metrics, predictions, kept, images = _gather(report, model)
     results.write_text(folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False))
-    results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks)
+    results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
     return results.read_metrics(folder)
 
 

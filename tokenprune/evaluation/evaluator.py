@@ -16,6 +16,7 @@ from transformers import BatchFeature
 import tokenprune as tp
 from tokenprune.evaluation.answering import answer
 from tokenprune.evaluation.kept import kept_tokens
+from tokenprune.evaluation.loading import device_of
 from tokenprune.evaluation.metrics import SUMMARIES, build_metric
 from tokenprune.evaluation.shares import Share
 from tokenprune.evaluation.summary import summarise
@@ -185,8 +186,7 @@ class Evaluator(pl.LightningModule):
         )
         if self.metric in SUMMARIES:
             metrics["metric_summary"] = SUMMARIES[self.metric](records)
-        device = self.loaded.model.device
-        on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        metrics["device"] = on = device_of(self.loaded.model)
         pictured = [record for record in records if "kept" in record]
         pictures = [results.image_name(i, record["id"]) for i, record in enumerate(pictured)]
         row = results.row(metrics, self.folder.name)

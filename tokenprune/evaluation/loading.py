@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -58,6 +59,12 @@ def load_model(config: DictConfig, marks: Mapping[str, str] | None = None) -> Lo
         marks: What its files are, see `results.fingerprint`: those that changed are read again.
     """
     return cached_model(key_of(config.model, marks))
+
+
+def device_of(model: Any) -> str:
+    """What a model is on: a GPU by its name, else the device's kind."""
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 
 def key_of(config: DictConfig, marks: Mapping[str, str] | None) -> str:

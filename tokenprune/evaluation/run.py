@@ -71,12 +71,14 @@ def evaluate(
         pass  # refuses here, before any data is read, what the model does not support
     source: dict[str, Any]
     model, data = (loading.key_of(config[part], marks) for part in ("model", "data"))
-    notes, share = Notes.of(folder, resolved, marks), None
+    whole = loading.cached_data(data, model)
+    versions = results.commit_of(whole) | marks
+    notes, share = Notes.of(folder, resolved, versions), None
     grouped = bool(OmegaConf.select(config, "data.group_by_size"))
     if trainer.world_size == 1 and shard is None and not grouped and not notes.exist():
         source = {"dataloaders": loading.cached_batches(data, model)}
     else:
-        share = Share(loading.cached_data(data, model), notes, shard)
+        share = Share(whole, notes, shard)
         source = {"datamodule": share}
     if trainer.world_size > 1 and is_alone():
         del loaded  # the processes have their own
@@ -86,7 +88,7 @@ def evaluate(
         pruning=pruning,
         folder=folder,
         config=resolved | {"shard": None},
-        marks=marks,
+        marks=versions,
         names=run_names(config, names, pruning) | {"metric": config.metric},
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,

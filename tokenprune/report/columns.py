@@ -94,6 +94,7 @@ COLUMNS: dict[str, Column] = {
     "num_visual": Column("visual tokens", "number", "Visual tokens before any cut, mean."),
     "model": Column("model", "text", "The checkpoint that was evaluated."),
     "data": Column("data", "text", "The data that was asked about."),
+    "device": Column("device", "text", "What the model ran on: its times are of that."),
     "run": Column("run", "text", "The folder of the run, relative to this page."),
 }
 
@@ -101,7 +102,7 @@ COLUMNS: dict[str, Column] = {
 #: Columns of which a reader of many runs wants some values only.
 FILTERS = (
     *("strategy", "schedule", "lam", "num_stages", "layers", "keeps", "image_scale"),
-    *("positions", "seed", "model", "data"),
+    *("positions", "seed", "model", "data", "device"),
 )
 
 

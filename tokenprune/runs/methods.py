@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,33 @@ class Method:
 def read_runs(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Run]:
     """The runs of rows as `results.collect` gives them."""
     return [Run.read(as_text(row), folder / str(row["run"])) for row in rows]
+
+
+def mixed(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each thing in which rows of one table are of two kinds: devices, contents."""
+    told = []
+    on = Counter(device for run in runs if (device := run.text("device")))
+    if len(on) > 1:
+        told.append(
+            f"device: runs on {_counts(on)}; their times are not to be compared, and answers may "
+            "differ by rounding"
+        )
+    for key in dict.fromkeys(key for run in runs for key in run.contents):
+        marks: dict[str, Counter[str]] = {}
+        for run in runs:
+            if key in run.contents and key in run.config:
+                marks.setdefault(run.config[key], Counter())[run.contents[key][:8]] += 1
+        told += [
+            f"{key}: {path} had other contents for some runs: {_counts(own)}; only those of the "
+            "same are compared"
+            for path, own in marks.items()
+            if len(own) > 1
+        ]
+    return told
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} ({number})" for name, number in counter.items())
 
 
 def as_text(row: Mapping[str, Any]) -> dict[str, str]:

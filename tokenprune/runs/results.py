@@ -39,7 +39,7 @@ COLUMNS = (
     *("positions", "seed"),
     *("num_samples", "accuracy", "ci_low", "ci_high"),
     *("tflops", "tflops_ratio", "avg_tokens", "final_tokens", "prefill_ms", "kv_mb"),
-    *("num_visual", "model", "data", "run"),
+    *("num_visual", "model", "data", "device", "run"),
 )
 #: Our own version, from the code that runs: an installed package of this name is somebody else's.
 _OWN = {"tokenprune": __version__}
@@ -160,6 +160,15 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
         if Path(value).expanduser().exists():
             marks[key] = digest(Path(value).expanduser())
     return marks | _code(config.get("strategy"))
+
+
+def commit_of(data: Any) -> dict[str, str]:
+    """The commit on the Hub of a data set that was read, as another mark of a run.
+
+    Only reading tells it, so that no run is another one by it: rows of two commits are told apart.
+    """
+    commit = getattr(data, "commit", None)
+    return {} if commit is None else {"data.path": str(commit)}
 
 
 def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
@@ -416,6 +425,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints runs as a table for people."""
     names = ("model", "data", "image_scale", "seed")
     told = [name for name in names if len({entry.get(name) for entry in rows}) > 1]
+    if len({entry.get("device") for entry in rows} - {None}) > 1:  # of earlier runs unknown
+        told.append("device")
     cells = []
     for entry in rows:
         pruned = entry["schedule"] is not None

@@ -54,13 +54,14 @@ def finish_sweep(
 
     def writes(rows: Sequence[Mapping[str, Any]]) -> None:
         results.write_table(folder, rows)
-        there = methods.gather(methods.read_runs(folder, rows))
+        own_runs = methods.read_runs(folder, rows)
+        there = methods.gather(own_runs)
         compared, missing = comparisons.compare_methods(there, baselines)
         split, more = difficulty.split_by_difficulty(there)
         for module, own in ((comparisons, compared), (difficulty, split)):
             if own or (folder / module.TABLE).exists():  # else there is nothing to say
                 results.write_rows(folder / module.TABLE, module.COLUMNS, own)
-        found[:], notes[:] = [there, compared], [*missing, *more]
+        found[:], notes[:] = [there, compared], [*missing, *more, *methods.mixed(own_runs)]
 
     rows = results.settle(collects, writes)
     if not rows:

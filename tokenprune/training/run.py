@@ -8,8 +8,8 @@ a training is interrupted and goes on in `checkpoints.py` and `resume.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,60 +54,136 @@ def train(config: DictConfig, output_dir: Path) -> None:
         ValueError: If something in the config cannot be honoured.
         Stopped: A signal came while it trained; `checkpoints/last.ckpt` holds all steps.
     """
-    with ExitStack() as stack:
-        _train(config, output_dir, stack)
+    training = _prepare(_placed(config, output_dir), output_dir)
+    loggers = training.trainer.loggers
+    try:
+        _fit(training)
+        if training.found_all_done:
+            if is_first():
+                print(f"nothing left to train: {output_dir}", flush=True)
+            return
+        _gather(training)
+        counts = {
+            "num_trained": sum(p.numel() for p in training.trained.values()),
+            "num_parameters": sum(p.numel() for p in training.module.parameters()),
+        }
+        _save(training)
+        numbers = _last_numbers(training, loggers)
+        if training.trainer.is_global_zero:
+            summary = summarise(numbers) | {"positions": training.positions} | counts
+            results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
+            log_results(loggers, _flat(summary), {})
+            print(sentence(summary, output_dir / "model"), flush=True)
+    finally:
+        close(loggers)
 
 
-def _train(config: DictConfig, output_dir: Path, stack: ExitStack) -> None:
-    """As `train`; what is to be done in any case is left to the stack."""
+@dataclass
+class _Training:
+    """A training with all that it needs.
+
+    Attributes:
+        config: As `train` takes it.
+        folder: The run's.
+        start: The checkpoint to go on from; None to start anew.
+        module: The model, to be trained or trained.
+        data: Its data.
+        trainer: Lightning's.
+        signals: What a signal was noted by.
+        notes: What was noted of the run once there was something to train.
+    """
+
+    config: DictConfig
+    folder: Path
+    start: str | None
+    module: FineTune
+    data: Any
+    trainer: pl.Trainer
+    signals: StopSignals
+    notes: _Begin
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The weights that are trained, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
+    def positions(self) -> str:
+        pruning = self.module.pruning
+        return pruning.positions if pruning is not None else "original"
+
+    @property
+    def found_all_done(self) -> bool:
+        """Whether the checkpoint had it all, and an earlier command has saved it."""
+        began = self.start is None or self.notes.begun
+        return not began and (self.folder / SUMMARY).is_file()
+
+
+def _placed(config: DictConfig, folder: Path) -> DictConfig:
+    """A config whose logger writes to the run's folder, outside Hydra as well."""
     logs = config.get("logger")
     if logs and "save_dir" in logs.keys() and OmegaConf.is_interpolation(logs, "save_dir"):  # noqa: SIM118
         config = config.copy()
-        config.logger.save_dir = str(output_dir)  # what it refers to, outside Hydra as well
+        config.logger.save_dir = str(folder)
+    return config
+
+
+def _prepare(config: DictConfig, folder: Path) -> _Training:
+    """Builds all that is needed, in an order that refuses before anything large is read."""
     resolved = compose.plain(config)
     options = dict(resolved["trainer"])
     check_training(options)
-    first = is_first()
-    start = resume.find_checkpoint(config.ckpt_path, output_dir)
+    start = resume.find_checkpoint(config.ckpt_path, folder)
     marks = results.fingerprint(resolved)
-    changes = results.changes(output_dir, resolved, marks, LAST) if start is not None else None
-    if changes and first:
+    changes = results.changes(folder, resolved, marks, LAST) if start is not None else None
+    if changes and is_first():
         print(f"ckpt_path: goes on with another {', '.join(changes)} than before", flush=True)
     module = _build_module(config)
-    loaded, pruning = module.loaded, module.pruning
-    _check_precision(loaded.model, options)
+    _check_precision(module.loaded.model, options)
     if start is not None:
         resume.check_weights(start, module)
     module.attach(config.logits)  # refuses here, before any data is read, what is not supported
     module.detach()
-    data = targets.build(config.data, "data", pl.LightningDataModule, processor=loaded.processor)
+    processor = module.loaded.processor
+    data = targets.build(config.data, "data", pl.LightningDataModule, processor=processor)
     data.train_dataloader()  # refuses a config without training data
-    if 0 < (options.get("max_steps") or 0) < (options.get("log_every_n_steps") or 0):
-        options["log_every_n_steps"] = options["max_steps"]  # the curve has its end at least
     signals = StopSignals()
-    own = _callbacks(config, output_dir, signals, validates=data.validation is not None)
+    own = _callbacks(config, folder, signals, validates=data.validation is not None)
     given = [
         targets.build(callback, "trainer.callbacks", pl.Callback)
         for callback in options.pop("callbacks", None) or []
     ]
+    if 0 < (options.get("max_steps") or 0) < (options.get("log_every_n_steps") or 0):
+        options["log_every_n_steps"] = options["max_steps"]  # the curve has its end at least
     if data.validation is None:
         options["limit_val_batches"] = 0
     logger = build_logger(config.get("logger"))
-    notes = _Begin(output_dir, resolved, marks, anew=start is None)
+    known = results.commit_of(data) | marks
+    notes = _Begin(folder, resolved, known, anew=start is None)
     trainer = build_trainer(
         options,
         callbacks=[*given, notes, RandomStates(config.seed), *own],
         logger=logger,
         enable_model_summary=False,
     )
-    stack.callback(close, trainer.loggers)
+    return _Training(config, folder, start, module, data, trainer, signals, notes)
+
+
+def _fit(training: _Training) -> None:
+    """Trains to the end.
+
+    Raises:
+        Stopped: A signal came.
+    """
+    trainer, signals, start = training.trainer, training.signals, training.start
     signals.tell(trainer)
     if start is not None:
         resume.check_strategy(start, trainer.strategy)
-    if first:
+    if is_first():
         resume.cut_curves(trainer, start)
     if trainer.world_size > 1 and is_alone():
         begin(trainer.loggers)
+    module, data = training.module, training.data
     with quiet():
         try:
             with signals:
@@ -118,59 +194,59 @@ def _train(config: DictConfig, output_dir: Path, stack: ExitStack) -> None:
             raise
     if signals.received:  # as training ended by itself
         raise Stopped(signals.received)
-    if start is not None and not notes.begun and (output_dir / SUMMARY).is_file():
-        if first:
-            print(f"nothing left to train: {output_dir}", flush=True)
+
+
+def _gather(training: _Training) -> None:
+    """Has whole weights in this process, where the launcher's processes still hold shards."""
+    strategy = training.trainer.strategy
+    if not isinstance(strategy, Sharded) or is_alone():
         return
-    if isinstance(trainer.strategy, Sharded) and not is_alone():
-        # The launcher's processes still hold shards: a plain module takes their place.
-        before, names = module, [n for n, p in module.named_parameters() if p.requires_grad]
-        whole = trainer.strategy.whole_weights(names)
-        module = _build_module(config)
-        module.load_state_dict(whole, strict=False)
-        module.num_unsupervised = before.num_unsupervised
-        loaded = module.loaded
-        del before
-    counts = {
-        "num_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "num_parameters": sum(p.numel() for p in module.parameters()),
-    }
-    if config.keep == "best" and (output_dir / BEST).is_file():  # else none was validated
-        best = torch.load(output_dir / BEST, map_location="cpu", weights_only=True)
+    # A plain module takes their place.
+    before, whole = training.module, strategy.whole_weights(list(training.trained))
+    training.module = _build_module(training.config)
+    training.module.load_state_dict(whole, strict=False)
+    training.module.num_unsupervised = before.num_unsupervised
+
+
+def _save(training: _Training) -> None:
+    """Saves the weights that were asked for: all this before anything else can go wrong."""
+    module, folder = training.module, training.folder
+    writes = training.trainer.is_global_zero
+    if training.config.keep == "best" and (folder / BEST).is_file():  # else none was validated
+        best = torch.load(folder / BEST, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"], strict=False)
-    # All this before anything else can go wrong.
-    if trainer.is_global_zero and module.adapters is not None:
-        with files.draft(output_dir / "adapter") as folder:
-            module.adapters.save(folder)
+    if writes and module.adapters is not None:
+        with files.draft(folder / "adapter") as place:
+            module.adapters.save(place)
     module.merge()
-    if trainer.is_global_zero:
-        model: Any = loaded.model
+    if writes:
+        model: Any = module.loaded.model
         model.eval()
-        with files.draft(output_dir / "model") as folder:
-            loaded.model.save_pretrained(folder)
-            loaded.processor.save_pretrained(folder)
+        with files.draft(folder / "model") as place:
+            model.save_pretrained(place)
+            module.loaded.processor.save_pretrained(place)
+
+
+def _last_numbers(training: _Training, loggers: Sequence[Any]) -> dict[str, float]:
+    """What a training came to, with a validation of the weights that were saved."""
+    module, trainer = training.module, training.trainer
     numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    loggers = trainer.loggers
-    if data.validation is not None:
+    if training.data.validation is not None:
         trainer.loggers = []
         with quiet():
-            found = trainer.validate(module, datamodule=data, verbose=False)
+            found = trainer.validate(module, datamodule=training.data, verbose=False)
         # None where trainer.limit_val_batches=0.
         last = {name: float(value) for own in found for name, value in own.items()}
         # A curve ends with a validation of the last step.
-        ends = config.keep == "last" and numbers.get("step") != numbers.get("validated_step")
+        keeps_last = training.config.keep == "last"
+        ends = keeps_last and numbers.get("step") != numbers.get("validated_step")
         for logger in loggers if ends and last else []:
             logger.log_metrics(last, step=int(numbers["step"]))
             logger.save()
         numbers |= last
-    if trainer.is_global_zero:
-        numbers.setdefault("unsupervised_batches", float(module.num_unsupervised))
-        numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
-        used = {"positions": pruning.positions if pruning is not None else "original"}
-        summary = summarise(numbers) | used | counts
-        results.write_text(output_dir / SUMMARY, json.dumps(summary, indent=2))
-        log_results(loggers, _flat(summary), {})
-        print(sentence(summary, output_dir / "model"), flush=True)
+    numbers.setdefault("unsupervised_batches", float(module.num_unsupervised))
+    numbers.setdefault("step", trainer.global_step)  # logged by the last step, where one ran
+    return numbers
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
