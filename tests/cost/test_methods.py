@@ -76,6 +76,31 @@ def test_sparsevlm_s_averages(
     assert all(f"{keep:g}" in listed for keep in keeps)
 
 
+def test_sparsevlm_s_keys_and_values() -> None:
+    """302.4 MB of 576 tokens, 100.8 of 192: a third, to the byte."""
+    shape = tp.cost.DecoderShape.preset("llava-1.5-7b")
+    whole, third = (tp.cost.kv_bytes(shape, [count] * 32) for count in (576, 192))
+    assert (whole, whole) == (288 * 2**20, 3 * third)
+    assert whole / 1e6 == pytest.approx(302.4, rel=5e-3)
+    assert third / 1e6 == pytest.approx(100.8, rel=5e-3)
+
+
+def test_cdpruner_s_teraflops() -> None:
+    """41.7 for 2 880 tokens: of PyramidDrop's 20.8 each product and each sum is counted."""
+    shape = tp.cost.DecoderShape.preset("llava-next-7b")
+    found = 2 * tp.cost.flops(shape, [2880] * 32) / 1e12
+    assert found == pytest.approx(41.65, rel=1e-3)
+    assert found == pytest.approx(41.7, rel=5e-3)
+
+
+def test_vscan_s_average_on_qwen() -> None:
+    """A sixth of the tokens, and a third of these halfway: 11.13 %, of fractions."""
+    assert mean([0.167] * 14 + [0.167 * 0.333] * 14) == pytest.approx(0.1113, rel=1e-3)
+    stages = [(0, 0.167), (14, 0.0556)]
+    lengths = tp.Schedule.explicit(stages, "nearest").lengths(28, 10_000)
+    assert mean(lengths) / 10_000 == pytest.approx(0.1113, rel=5e-3)
+
+
 def test_sparsevlm_s_teraflops() -> None:
     """Its table, by layer inputs, with 117 text tokens."""
     shape = tp.cost.DecoderShape.preset("llava-1.5-7b")

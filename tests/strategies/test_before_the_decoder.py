@@ -429,6 +429,18 @@ def test_vscan(keep: int, exact: bool) -> None:
             torch.testing.assert_close(selection.weights[0, place], expected)
 
 
+@pytest.mark.parametrize("keep", [288, 192, 96])
+def test_vscan_s_published_budgets_fill_their_windows(keep: int) -> None:
+    """Of 24 x 24 patches in 16 windows: half of 288, 192 and 96 is 9, 6 and 3 a window."""
+    seen, near, _, places = vscan_view([[(24, 24)]], keep, 4)
+    kept = tp.build_strategy("vscan").select(seen, torch.tensor([keep])).kept[0]
+    assert int(kept.sum()) == keep
+    window = places[:, 2] // 6 * 4 + places[:, 3] // 6
+    for number in range(16):
+        best = near.masked_fill(window != number, -1).topk(keep // 2 // 16).indices
+        assert kept[best].all()
+
+
 def vscan_view(
     grids: list[list[tuple[int, int]]], keep: int, seed: int, known: bool = True
 ) -> tuple[tp.TokenView, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -234,6 +234,28 @@ def test_sparsevlm_s_lists_count_tokens_and_clusters() -> None:
         assert members == int(0.3 * (alive - single)) + 1
 
 
+@pytest.mark.parametrize(
+    ("visual", "asked", "kept"),
+    [(576, 132, 132), (576, 139, 132), (576, 128, 124), (2880, 324, 324), (2880, 331, 324)],
+)
+def test_dart_s_shares_are_whole(visual: int, asked: int, kept: int) -> None:
+    """16 tokens for each of 8 pivots, and the 4 of the image: the released 128 are 132."""
+    own = torch.Generator().manual_seed(0)
+
+    def of(*shape: int) -> tp.TokensAndText:
+        return tp.TokensAndText(
+            torch.randn(1, visual, *shape, generator=own), torch.randn(1, 9, *shape, generator=own)
+        )
+
+    words = torch.ones(1, 9, dtype=torch.bool)
+    text = tp.TextView(torch.zeros(1, 9, 4), words, words, torch.arange(9)[None] + visual)
+    answers = {tp.Text(): text, tp.DecoderKeys("previous"): of(2, 4), tp.Normed(): of(8)}
+    for exact, count in ((False, kept), (True, asked)):
+        strategy = tp.build_strategy("dart", exact_budget=exact)
+        view = one_row(answers, visual, asked)
+        assert int(strategy.select(view, torch.tensor([asked])).kept.sum()) == count
+
+
 def test_sparsevlm_s_version_may_be_a_number() -> None:
     for version, text in ((2.0, "2.0"), (2, "2.0"), (1.5, "1.5"), (1, "1.0")):
         numbered = tp.build_strategy("sparsevlm", version=version)
