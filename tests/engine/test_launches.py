@@ -44,6 +44,15 @@ PER_CUT = {
     "vtw": {1: (4, 2), 8: (4, 2)},
 }
 READS_TOWER = {name for name in PER_CUT if vision_needs(tp.build_strategy(name))}
+#: At most so many beside the tower's own, by images, for what strategies read of it.
+BESIDE_TOWER = {
+    "fastervlm": {1: 11, 8: 14},
+    "prumerge": {1: 21, 8: 23},
+    "prumerge_plus": {1: 21, 8: 23},
+    "visionzip": {1: 19, 8: 23},
+    "vispruner": {1: 19, 8: 23},
+    "vscan": {1: 22, 8: 28},
+}
 #: At most so many in a decoding step beyond the unpruned model's.
 PER_STEP = {"original": 0, "renumbered": 11}
 
@@ -119,6 +128,7 @@ def seeing() -> LlavaForConditionalGeneration:
 
 def test_every_strategy_has_a_count() -> None:
     assert sorted(PER_CUT) == tp.available()
+    assert set(BESIDE_TOWER) == READS_TOWER
 
 
 @pytest.mark.parametrize("num_rows", [1, 8])
@@ -156,6 +166,26 @@ def test_launches_of_a_cut_that_reads_the_tower(seeing, name, positions, num_row
         call()
         pruned = call()
     assert (pruned - plain) / CUTS <= PER_CUT[name][num_rows][positions == "renumbered"]
+
+
+@pytest.mark.parametrize("num_images", [1, 8])
+@pytest.mark.parametrize("name", sorted(PER_CUT))
+@pytest.mark.share(6)
+def test_launches_beside_the_tower(seeing, name, num_images) -> None:
+    """However deep the tower and however many its images; none for what does not read it."""
+    pixels = far(torch.randn(num_images, 3, 64, 64, generator=torch.Generator()))
+
+    @torch.no_grad()
+    def call() -> int:
+        with Device() as device:
+            seeing.model.get_image_features(pixel_values=pixels)
+        return device.launches
+
+    plain = call()
+    with tp.prune(seeing, tiny(name), SCHEDULE):
+        call()
+        pruned = call()
+    assert pruned - plain <= BESIDE_TOWER.get(name, {}).get(num_images, 0)
 
 
 @pytest.mark.parametrize("positions", PER_STEP)

@@ -103,9 +103,7 @@ def _counted(own: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _silent(
-    model: Any, within: bool = False
-) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+def _silent(model: Any, within: bool = False) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
     """A call of a model whose tower attends to nothing: what enters the decoder, (B, T, D).
 
     Args:

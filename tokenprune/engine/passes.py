@@ -500,7 +500,9 @@ def _check_words(settings: Settings, rows: Rows, budgets: list[list[int]]) -> No
                 rows.num_follow if follow else counts(rows.prompt),
                 strict=True,
             )
-            without = [row for row, (had, keep, words) in enumerate(found) if keep < had > 0 == words]
+            without = [
+                row for row, (had, keep, words) in enumerate(found) if keep < had > 0 == words
+            ]
             if without:
                 where = " after the last image" if follow else ""
                 raise ValueError(

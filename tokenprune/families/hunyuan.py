@@ -38,6 +38,4 @@ def patches(model: Any, named: Mapping[str, Any], index: Tensor) -> Patches:
 
 
 _TOWER = Tower("vision_tower", patches, frames=frames, form=captured)
-register_adapter(
-    "hunyuan_vl", Adapter(layout=layout, framing="whole", newlines=(0,), tower=_TOWER)
-)
+register_adapter("hunyuan_vl", Adapter(layout=layout, framing="whole", newlines=(0,), tower=_TOWER))
