@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tokenprune.runs import results
 
 UNPRUNED = "unpruned"
@@ -46,7 +44,7 @@ class Run:
         """A row with what its folder tells; what cannot be read there is left out."""
         if folder is None:
             return cls(values, None)
-        return cls(values, folder, _config(folder / results.CONFIG), _contents(folder))
+        return cls(values, folder, _config(folder), _contents(folder))
 
     def text(self, column: str) -> str:
         return self.values.get(column, "").strip()
@@ -244,15 +242,12 @@ def _without(config: Mapping[str, str], groups: Sequence[str]) -> dict[str, str]
     }
 
 
-def _config(path: Path) -> dict[str, str]:
-    """A resolved config by dotted key; empty where there is none to read."""
-    if not path.is_file():
-        return {}
+def _config(folder: Path) -> dict[str, str]:
+    """A run's resolved config by dotted key; empty where there is none to read."""
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception:  # whatever the readers of YAML make of something else
+        return dict(_flat(results.read_config(folder)))
+    except (OSError, ValueError):
         return {}  # the report shows it as it is
-    return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
