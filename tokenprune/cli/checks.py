@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,7 @@ def check(configs: Iterable[DictConfig], own: Callable[[DictConfig], None] | Non
         _check_pruning(config)
         _check_scenes(config)
         right.append(config)
+    _num_layers.cache_clear()  # a checkpoint may have changed since
     for config in right:
         _check_model(config)
 
@@ -282,10 +283,13 @@ def _check_model(config: DictConfig) -> None:
     if not _has_model(config) or config.model.path in SHIPPED:
         return
     model = config.model
-    shape = DecoderShape.from_config(
-        load_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    )
-    build_pruning(config, shape.num_layers)
+    build_pruning(config, _num_layers(model.path, model.revision, model.trust_remote_code))
+
+
+@lru_cache(maxsize=8)  # all runs of a sweep, each a question to the Hub
+def _num_layers(path: str, revision: str | None, trust_remote_code: bool) -> int:
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    return DecoderShape.from_config(config).num_layers
 
 
 def _has_model(config: DictConfig) -> bool:

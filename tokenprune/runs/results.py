@@ -127,6 +127,7 @@ def write_versions(folder: Path, versions: Mapping[str, str]) -> None:
     write_text(folder / VERSIONS, json.dumps(machine | packages | dict(versions), indent=2))
 
 
+@lru_cache
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -155,12 +156,17 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
             key == "model.path" and config["model"].get("_target_") == "tokenprune.runs.models.load"
         ):
             revision, trust = (config["model"].get(k) for k in ("revision", "trust_remote_code"))
-            found = load_config(value, revision=revision, trust_remote_code=bool(trust))
-            marks[key] = str(getattr(found, "_commit_hash", None))
+            marks[key] = _commit(value, revision, bool(trust))
     for key, value in _paths(config.get("data"), "data"):
         if Path(value).expanduser().exists():
             marks[key] = digest(Path(value).expanduser())
     return marks | _code(config.get("strategy"))
+
+
+@lru_cache  # a sweep asks the Hub once
+def _commit(model: str, revision: str | None, trust_remote_code: bool) -> str:
+    found = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    return str(getattr(found, "_commit_hash", None))
 
 
 def commit_of(data: Any) -> dict[str, str]:
