@@ -182,7 +182,7 @@ def draw(workload: Workload, schedule: tp.Schedule, title: str, path: Path) -> P
     )
     axes[1].set_ylabel("GFLOPs")
     axes[1].set_xlabel("decoder layer")
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper right")  # where pruning leaves room
     figure.suptitle(title)
     form = path.suffix.lstrip(".").lower()
     if form not in figure.canvas.get_supported_filetypes():
