@@ -13,7 +13,7 @@ from tokenprune.cli.main import main as tokenprune_command
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = Path("outputs/ablation")
-KEPT = "kept_5.png"  # the sign, which needs two patches
+KEPT = "kept_8.png"  # the sign, which needs six patches
 TEASER = ROOT.parents[1] / "docs" / "images" / "teaser.png"
 HEIGHT = 720
 

@@ -10,7 +10,7 @@ from tokenprune.report.strips import kept_figure
 from tokenprune.report.words import budget_words
 from tokenprune.runs import results
 
-NUM_PICTURES = 5
+NUM_PICTURES = 8
 
 
 def draw(folder: Path, pictured: Pictured, notes: list[str]) -> tuple[list[SampleView], str]:
