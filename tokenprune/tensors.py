@@ -111,8 +111,7 @@ def split_budget(budget_B: Tensor, sizes_BU: Tensor) -> Tensor:
     quota_BU = budget_B1 * sizes_BU // total_B1.clamp_min(1)
     remainder_BU = budget_B1 * sizes_BU - quota_BU * total_B1
     left_B = (budget_B1 - quota_BU.sum(1, keepdim=True)).squeeze(1)
-    share_BU = remainder_BU / total_B1.clamp_min(1)
-    return quota_BU + top_k(share_BU, sizes_BU > 0, left_B).long()
+    return quota_BU + top_k(remainder_BU.float(), sizes_BU > 0, left_B).long()
 
 
 def share_out(keep_B: Tensor, unit_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:

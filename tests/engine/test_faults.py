@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import NUM_LAYERS, ROWS, Row, batch, build, labelled, text_config
-from oracles import Frozen, assert_close, decided
+from oracles import Frozen, assert_close, decided, tiny
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -44,6 +44,75 @@ def hand_no_mask(model) -> None:
 
 
 # --------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("form", ["steered", "steered a little", "by distance", "away", "heads"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_bias_hides_nothing_and_what_one_head_sees_is_there(form, attention) -> None:
+    """Additive masks may steer, and heads may differ: each layer sees its own part of them."""
+    model = build("llava", attention)
+    inputs = batch(model, [ROWS[0]])
+    length = inputs["input_ids"].shape[1]
+    visual = tp.visual_mask(model, inputs["input_ids"])[0]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    order = torch.arange(length)
+    bias = {
+        "steered": visual * 0.5,
+        "steered a little": visual * 1e-6,
+        "by distance": (order - order[:, None]) * 0.05,
+        "away": (order == length - 3) * -0.5,
+        "heads": torch.zeros(length),
+    }[form]
+    low = torch.finfo(torch.float32).min
+    mask = torch.where(allowed, bias, torch.tensor(low)).expand(1, 4, -1, -1).clone()
+    if form == "heads":
+        mask[:, 0, :, length - 3] = low
+        mask[:, 0, length - 3, length - 3] = 0
+    call = dict(inputs) | {"attention_mask": mask, "use_cache": False}
+    with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+        ours = model(**call).logits
+    stages = trace.stages
+    assert [stage.kept[0].numel() for stage in stages] == [9, 5, 3]
+    columns = visual.nonzero()[:, 0]
+
+    def hide(layer):
+        gone = torch.zeros(length, dtype=torch.bool)
+        for stage in stages:
+            if stage.layer <= layer:
+                gone[columns] = True
+                gone[columns[stage.kept[0]]] = False
+
+        def before(module, args, kwargs):
+            return args, kwargs | {"attention_mask": mask.masked_fill(gone, low)}
+
+        return before, gone
+
+    for number, layer in enumerate(model.get_decoder().layers):
+        before, gone = hide(number)
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+    with torch.no_grad():
+        assert_close(ours[0], model(**call).logits[0, ~gone])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", tp.available())
+def test_what_torch_makes_tensors_of_changes_no_choice(name, dtype) -> None:
+    """Scores, shares and chance are float32, whatever `torch.set_default_dtype` says."""
+    model = ZOO["llava"].build("sdpa")
+    inputs, strategy = ZOO["llava"].batch(model), tiny(name)
+    layers = (0, 5) if name == "vscan" else (3, 5)
+    schedule = tp.Schedule(tuple(tp.Stage(n, 0.5**k) for k, n in enumerate(layers, 1)))
+    found = []
+    for kind in (torch.float32, dtype):
+        torch.set_default_dtype(kind)
+        try:
+            with torch.no_grad(), tp.prune(model, strategy, schedule) as trace:
+                found.append((model(**inputs, use_cache=False).logits, trace.stages))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert all(map(torch.equal, one.kept, other.kept))
 
 
 @pytest.mark.parametrize("given", ["mask", "pads", "nothing"])
@@ -567,6 +636,32 @@ def test_a_stage_of_a_trace_cannot_be_changed() -> None:
         trace.stages[0].layer = 3
 
 
+@pytest.mark.parametrize("form", ["all but the first", "all text", "all text after"])
+def test_labels_on_all_text_leave_nothing_that_asks(form) -> None:
+    """Neither what stands before an image, nor an image between labelled words."""
+    model = build("llava")
+    inputs = batch(model, [ROWS[0]])
+    visual = tp.visual_mask(model, inputs["input_ids"])
+    labels = inputs["input_ids"].clone()
+    if form == "all but the first":
+        labels[:, 0] = -100
+    else:
+        labels[visual] = -100
+    if form == "all text after":  # a caption: what it follows is the image, as without labels
+        labels[:, : visual[0].int().argmax()] = -100
+        with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE) as trace:
+            model(**inputs, labels=labels)
+        assert trace.stages[0].scores[0].max() > 0
+        return
+    with (
+        pytest.warns(UserWarning, match="no unlabelled token after an image comes just before"),
+        torch.no_grad(),
+        tp.prune(model, PDROP, SCHEDULE) as trace,
+    ):
+        model(**inputs, labels=labels)
+    assert [stage.kept[0].numel() for stage in trace.stages] == [16, 16, 16]
+
+
 @pytest.mark.parametrize("logits", ["all", "full", "supervised"])
 def test_labels_of_pads_count_for_nothing(logits) -> None:
     model = build("llava")
@@ -576,6 +671,23 @@ def test_labels_of_pads_count_for_nothing(logits) -> None:
         expected = model(**inputs, labels=labels).loss
         got = model(**inputs, labels=careless).loss
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("chosen", [[1, 0], slice(1, 2), [1, 1, 0]], ids=str)
+def test_rows_of_a_cache_are_chosen_by_a_list_or_a_slice(chosen) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[2]])
+    step = torch.tensor([[7], [9]])[chosen]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)[chosen]
+    found = []
+    for kind in (list, torch.tensor):
+        with torch.no_grad(), tp.prune(model, PDROP, SCHEDULE):
+            cache = model(**inputs, use_cache=True).past_key_values
+            own = torch.arange(2)[chosen] if kind is torch.tensor else chosen
+            cache.batch_select_indices(own)
+            call = {"input_ids": step, "attention_mask": mask, "past_key_values": cache}
+            found.append(model(**call).logits)
+    assert torch.equal(*found)
 
 
 def test_a_cache_cropped_into_an_image_is_refused_though_nothing_was_cut() -> None:

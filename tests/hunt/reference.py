@@ -134,11 +134,15 @@ class Row:
         if not (self.case.turns[-1].labelled and number == len(self.told) - 1):
             return columns[-1:]
         labels = [self.tokens[column].label for column in columns]
-        return [
-            column
-            for column, label, following in zip(columns, labels, labels[1:], strict=False)
-            if label == -100 and following != -100
-        ]
+        found, pictured, before = [], False, -100
+        for column, label, following in zip(columns, labels, labels[1:], strict=False):
+            pictured |= bool(self.visual[column])
+            if not self.visual[column]:
+                before = label
+            ends = label == -100 and following != -100 and pictured
+            if ends and (before == -100 or not self.visual[column]):
+                found.append(column)
+        return found
 
     def prompt(self, number: int) -> list[int]:
         """Columns of a call's text that is no answer."""

@@ -304,9 +304,10 @@ class Handle:
         trains = self._settings.anatomy.decoder.training and torch.is_grad_enabled()
         if run.rows.mute:
             told = (
-                "expected labels on answers alone, got rows in which no unlabelled token comes "
-                "just before a labelled one: nothing asks, so they stay unpruned. Label prompts "
-                "and images -100 (in TRL: completion_only_loss=True or assistant_only_loss=True)."
+                "expected labels on answers alone, got rows in which no unlabelled token after an "
+                "image comes just before a labelled one: nothing asks, so they stay unpruned. "
+                "Label prompts and images -100 (in TRL: completion_only_loss=True or "
+                "assistant_only_loss=True)."
             )
         elif trains and self._settings.reads_labels and not run.rows.labelled:
             told = (

@@ -131,7 +131,7 @@ def _rows(
         asking = level.length - run.rows.guesses
         every_BQ = torch.arange(asking, device=device).expand(num_rows, -1)
         if level.real is None:
-            return every_BQ, torch.full((num_rows, asking), 1 / asking, device=device)
+            return every_BQ, torch.full_like(every_BQ, 1 / asking, dtype=torch.float32)
         weights = level.real[:, :asking].float()
         return every_BQ, weights / weights.sum(1, keepdim=True).clamp_min(1)
     if request.queries == "text":
@@ -142,10 +142,10 @@ def _rows(
     if run.rows.asks_at_its_end:
         return slice(-1, None), None
     if max(run.rows.num_asking) == 0:
-        return slice(-1, None), torch.zeros(num_rows, 1, device=device)
+        return slice(-1, None), torch.zeros(num_rows, 1, dtype=torch.float32, device=device)
     asking_BQ = plan.asking
     exists_BQ = torch.arange(asking_BQ.shape[1], device=device) < plan.num_asking
-    weights = exists_BQ / plan.num_asking.clamp_min(1)
+    weights = exists_BQ.float() / plan.num_asking.clamp_min(1)
     rows_BQ = level.find(asking_BQ)
     if not run.rows.visual_asks or level.columns is None:
         return rows_BQ, weights

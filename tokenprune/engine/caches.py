@@ -68,8 +68,11 @@ class PrunedCache:
         own.reorder_cache(beam_idx)
         self._select(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         own: Any = super()
+        record = record_of(self)
+        if record is not None and not isinstance(indices, Tensor):  # a list, or a slice
+            indices = torch.arange(record.num_rows)[indices]
         own.batch_select_indices(indices)
         self._select(indices)
 

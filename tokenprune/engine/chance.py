@@ -30,7 +30,7 @@ def draw(rows: Rows, num_alive: Sequence[int], seed: int, layer: int) -> Floats:
             own = own[: len(own) - rows.guesses]
         digest = hashlib.blake2b(repr((seed, layer, own)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        table[row, :count] = torch.rand(count, generator=generator).numpy()
+        table[row, :count] = torch.rand(count, generator=generator, dtype=torch.float32).numpy()
     return table
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Additive masks hide by less than this (-1e4 is -9984 in bfloat16); above are biases, which steer.
+HIDDEN = -9e3
+
 
 def padding(mask: Any) -> Tensor | None:
     """A mask that says which tokens of the conversation are real, (B, columns), if it is one."""
@@ -33,7 +36,8 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     given = dense(_of_full_attention(mask), num_rows)
     if given is None or given.shape[2] != length or given.shape[3] < offset + length:
         return None
-    allowed = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
+    # What one head sees is there.
+    allowed = (given if given.dtype == torch.bool else given > HIDDEN).any(1)
     allowed = allowed[:, :, : offset + length]
     own = allowed[:, :, offset:]
     open_BT1 = own.all(2, keepdim=True)

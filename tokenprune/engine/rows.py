@@ -240,7 +240,7 @@ def read_rows(
         else:  # then these are what the loss reads
             given[:, -1] &= packing is None  # which no token of the same sequence follows
             labelled, followed = np.pad(given, ((0, 0), (1, 0)))[:, :-1], given
-    asking = _asking(real, labelled, followed, guesses) if visual.any() else nothing
+    asking = _asking(real, visual, labelled, followed, guesses) if visual.any() else nothing
     mute = followed is not None and followed.any(1) & visual.any(1) & ~asking.any(1)
     return Rows(
         real=real,
@@ -354,10 +354,20 @@ def _shows_ids(settings: Settings, inputs: Mapping[str, Any], offset: int) -> bo
     return True
 
 
-def _asking(real: Bools, labelled: Bools | None, followed: Bools | None, guesses: int) -> Bools:
-    """The `"last"` query rows. Assisted decoding puts guesses after the prompt."""
+def _asking(
+    real: Bools, visual: Bools, labelled: Bools | None, followed: Bools | None, guesses: int
+) -> Bools:
+    """The `"last"` query rows. Assisted decoding puts guesses after the prompt.
+
+    With labels, they are the ends of prompts that see an image. An image that follows labelled text
+    ends none: there all text is labelled, and the image alone is not.
+    """
     if labelled is not None and followed is not None:
-        asking: Bools = ~labelled & followed & real
+        asking: Bools = ~labelled & followed & real & (visual.cumsum(1) > 0)
+        if (asking & visual).any():
+            order = np.where(real & ~visual, np.arange(real.shape[1]), -1)
+            before = np.maximum.accumulate(order, 1)
+            asking &= ~(visual & (before >= 0) & np.take_along_axis(labelled, before, 1))
         return asking
     order = np.arange(real.shape[1])
     last = np.where(real, order, -1).max(1, keepdims=True)

@@ -287,7 +287,7 @@ def _mean(values: Tensor, patches: Patches) -> Tensor:
     shares = patches.shares
     exists_TK = patches.index >= 0
     if shares is None:
-        shares = exists_TK / exists_TK.sum(1, keepdim=True).clamp_min(1)
+        shares = exists_TK.float() / exists_TK.sum(1, keepdim=True).clamp_min(1)
     shares = (shares * exists_TK).to(values.dtype)
     taken = values[patches.index.clamp_min(0)]  # (T, K, ...)
     return torch.einsum("tk...,tk->t...", taken, shares)

@@ -45,7 +45,8 @@ class Pool(PruningStrategy):
         number_V = torch.arange(width, device=keep.device).expand_as(unit_BV)
         none_BG = torch.full_like(sizes_BU, width)
         seat_BV = none_BG.scatter_reduce(1, group_BV, number_V, "amin").gather(1, group_BV)
-        count_BV = torch.zeros_like(sizes_BU).scatter_add(1, group_BV, joins_BV.long())
+        count_BV = torch.zeros_like(sizes_BU, dtype=torch.float32)
+        count_BV = count_BV.scatter_add(1, group_BV, joins_BV.float())
         count_BV = count_BV.gather(1, group_BV).clamp_min(1)
         kept_BV = joins_BV & (seat_BV == number_V)
         row_BV = (kept_BV.cumsum(1) - 1).gather(1, seat_BV.clamp_max(width - 1))
@@ -72,7 +73,7 @@ def _path(places: Tensor, unit_BV: Tensor, quota_BV: Tensor) -> Tensor:
         none_BU.scatter_reduce(1, unit_BV, along_BV + 1, "amax").gather(1, unit_BV)
         for along_BV in (row_BV, column_BV)
     )
-    bands_BV = (quota_BV * rows_BV / columns_BV).sqrt().round().long().clamp_min(1)
+    bands_BV = ((quota_BV * rows_BV).float() / columns_BV).sqrt().round().long().clamp_min(1)
     band_BV = row_BV * bands_BV // rows_BV
     there_BV = torch.where(band_BV % 2 == 0, column_BV, _SIDE - 1 - column_BV)
     return ((unit_BV * _SIDE + band_BV) * _SIDE + there_BV) * _SIDE + row_BV

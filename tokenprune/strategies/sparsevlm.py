@@ -127,7 +127,11 @@ class SparseVLM(PruningStrategy):
                 f"divisor turns negative beyond that, got {longest}. Use version 1.5."
             )
         apart_BSV = (view.text.positions[..., None] - view.positions[:, None]).clamp(0, reach)
-        bias = torch.tensor(_biases(self.theta, self.head_dim, reach), device=apart_BSV.device)
+        bias = torch.tensor(
+            _biases(self.theta, self.head_dim, reach),
+            dtype=torch.float32,
+            device=apart_BSV.device,
+        )
         return bias[apart_BSV]
 
     @classmethod
@@ -234,7 +238,7 @@ def _recycle(
     exists_BM = chosen_BV.gather(1, members_BM)
     cluster_BM = _cluster(take(view.hidden, members_BM), exists_BM, clusters_B1, most_clusters)
 
-    sizes_BC = torch.zeros(len(keep), most_clusters, device=device)
+    sizes_BC = torch.zeros(len(keep), most_clusters, dtype=torch.float32, device=device)
     sizes_BC = sizes_BC.scatter_add(1, cluster_BM, exists_BM.float())
     part_BM = exists_BM / sizes_BC.gather(1, cluster_BM).clamp_min(1)
     row_BV = kept_BV.cumsum(1) - 1

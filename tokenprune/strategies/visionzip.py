@@ -103,7 +103,8 @@ class VisionZip(PruningStrategy):
         kept_BV = dominant_BV | target_BV
         seat_BV, row_BV = join_nearest(kept_BV, alike_BVV)
         joins_BV = other_BV & ~target_BV
-        count_BV = torch.zeros_like(seat_BV).scatter_add(1, seat_BV, joins_BV.long())
+        count_BV = torch.zeros_like(seat_BV, dtype=torch.float32)
+        count_BV = count_BV.scatter_add(1, seat_BV, joins_BV.float())
         share_BV = kept_BV + joins_BV / count_BV.gather(1, seat_BV).clamp_min(1)
         weights = mixture(row_BV, share_BV, view.max_keep)
         return Selection(kept=kept_BV, weights=weights, space=self.space)
