@@ -287,8 +287,11 @@ def _mean(values: Tensor, patches: Patches) -> Tensor:
     shares = patches.shares
     exists_TK = patches.index >= 0
     if shares is None:
-        shares = exists_TK.float() / exists_TK.sum(1, keepdim=True).clamp_min(1)
-    shares = (shares * exists_TK).to(values.dtype)
+        shares = exists_TK.float()
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
+    else:
+        shares = shares * exists_TK
+    shares = shares.to(values.dtype)
     taken = values[patches.index.clamp_min(0)]  # (T, K, ...)
     return torch.einsum("tk...,tk->t...", taken, shares)
 
