@@ -506,9 +506,9 @@ def _check_words(settings: Settings, rows: Rows, budgets: list[list[int]]) -> No
             if without:
                 where = " after the last image" if follow else ""
                 raise ValueError(
-                    f"prune: expected text of the prompt{where} in every row that loses tokens, for "
-                    f"{type(strategy).__name__}, got none in row {without[0]}. Put the question "
-                    "there, in the same call, or choose another strategy."
+                    f"prune: expected text of the prompt{where} in every row that loses tokens, "
+                    f"for {type(strategy).__name__}, got none in row {without[0]}. Put the "
+                    "question there, in the same call, or choose another strategy."
                 )
 
 

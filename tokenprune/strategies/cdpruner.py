@@ -9,13 +9,14 @@ Relevance is the mean cosine to the question's own embeddings in the decoder, or
 the model has, with the sign turned, because CLIP's patches answer to a text by being unlike it. The
 user names that CLIP, and the model's own tokenizer, which gives the question's words back.
 
-Departures. The first is the default, since few models have CLIP's tower. All tokens of a row are
-one pool, where the released code picks crop by crop and scales relevance over all of them. The
+Departures. The first is the default, since few models have CLIP's tower. All tokens of a row, of
+all its images, are one pool, where the released code picks T tokens of every crop by itself and
+scales relevance over all of them: here an image that the question is about may get more. The
 question is the text after the last image, what a chat template puts there included, or all of it if
-there is none; a row that loses tokens and has no text at all is refused. Tokens that are no patch (newlines) are as irrelevant to CLIP as can be. With more
-tokens asked than the embeddings have dimensions the released code divides by nothing: here a token
-that is no more than 2e-4 its own counts as explained, adds nothing, and is picked when no other is
-left, the lower index first.
+there is none; a row that loses tokens and has no text at all is refused. Tokens that are no patch
+(newlines) are as irrelevant to CLIP as can be. With more tokens asked than the embeddings have
+dimensions the released code divides by nothing: here a token that is no more than 2e-4 its own
+counts as explained, adds nothing, and is picked when no other is left, the lower index first.
 """
 
 from __future__ import annotations

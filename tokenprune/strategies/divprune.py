@@ -1,10 +1,12 @@
 """DivPrune: Alvar et al., 2025, arXiv 2503.02175 (CVPR 2025).
 
 Greedy: first the token that is farthest from its nearest neighbour, then always the one that is
-farthest from those picked; the distance is 1 - cosine of what enters the decoder. Departures:
-distances are float32, where the released code has the model's dtype, and a token is picked once.
-The released code may pick one again where tokens are duplicates, and then keeps fewer
-(`exact_reference=True`; a row that may keep all keeps all).
+farthest from those picked; the distance is 1 - cosine of what enters the decoder. As in the
+released code, which chooses once from all that stands for an image, tiles and newlines, the visual
+tokens of a row are one pool, here those of all its images: alike ones are kept once, and the budget
+is theirs together. Departures: distances are float32, where the released code has the model's
+dtype, and a token is picked once. The released code may pick one again where tokens are duplicates,
+and then keeps fewer (`exact_reference=True`; a row that may keep all keeps all).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ original ones a kept token behind a filled seat has the position of the seat tha
 Means of attention are float32. The released code adds noise of 1e-6 to the density; here there is
 none, and ties go to the lower index, which decides where there is one cluster only. Where no text
 token exceeds the mean, all rate; a row that loses tokens and has no text after its last image is
-refused, since text before an image pays it nothing. Version 2.0's divisor turns negative beyond a distance of 1706
-(base 10000, heads of 128): longer prompts are refused.
+refused, since text before an image pays it nothing. Version 2.0's divisor turns negative beyond a
+distance of 1706 (base 10000, heads of 128): longer prompts are refused.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Half of a tile's budget is local: in each window of its grid what the class token attends to in a
 shallow layer of the tower. The rest is global: of what is left, what it attends to in the last but
 one. As in the released code, which runs this in the tower, each tile of an image is chosen from by
-itself, and each frame of a video. Every other token joins the kept one of its tile that it is most like, by what enters the
-decoder, and they are averaged. Halfway through the decoder PyramidDrop's choice follows
-(`tp.published("vscan", ...)` and `strategy=vscan` run both).
+itself, and each frame of a video. Every other token joins the kept one of its tile that it is most
+like, by what enters the decoder, and they are averaged. Halfway through the decoder PyramidDrop's
+choice follows (`tp.published("vscan", ...)` and `strategy=vscan` run both).
 
 As in the released code for LLaVA every window gets the same, rounded down, so fewer tokens than
 asked may stay; `exact_budget=True` makes it up globally. `limits="ceil"` is the released rule for
