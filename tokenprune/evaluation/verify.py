@@ -4,7 +4,11 @@ Two facts decide whether pruned numbers can be trusted on a model. *Identity*: k
 changes no bit. *Drop = mask*: dropping tokens gives what the unmodified model gives when every
 layer is handed a mask that hides the same tokens.
 
-Shape suffixes: B batch rows, T positions, S prompt positions, Q query rows, K keys.
+Half precision rounds the same sum differently with and without the hidden keys, by as much as a
+wrong token makes. So a model in half precision is held to what rounding does to itself, and once
+more with its weights as float32, which rounding explains nothing of.
+
+Shape suffixes: B batch rows, T positions, S new tokens, V vocabulary, L decoder layers.
 """
 
 from __future__ import annotations
@@ -17,14 +21,18 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import tokenprune as tp
+from tokenprune.evaluation.reference import HALVES, float32, hidden, why_not_float32
 from tokenprune.runs.compose import Pruning
 from tokenprune.runs.models import LoadedModel
 
-# Largest difference of logits, relative to the largest logit. Half precision rounds the same sum
-# differently with and without the hidden keys.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# Largest difference of logits, relative to the largest logit.
+_LIMIT, _LIMIT_OF_DOUBLES = 1e-4, 1e-6
+#: In half precision: so often what moving what enters each layer by half a unit in the last place
+#: does to the unmodified model.
+_TIMES_NOISE = 2
 _NUM_NEW = 8
 
 
@@ -57,7 +65,8 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
     """Runs both checks on one prompt.
 
     Args:
-        loaded: Model and processor.
+        loaded: Model and processor. Of one in half precision, drop = mask is checked as it is and
+            with its weights as float32, unless `why_not_float32` says why that cannot be.
         inputs: One prompt with an image (one row), on the model's device.
         pruning: What to check; drop = mask always uses original positions, because renumbering
             has no counterpart in the unmodified model.
@@ -67,7 +76,7 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
             tokens, which no mask does.
     """
     model = loaded.model
-    plain_logits, plain_ids = _generate(model, inputs)
+    plain_SV, plain_ids = _generate(model, inputs)
     checks = []
     everything = tp.Schedule(
         tuple(tp.Stage(stage.layer, 1.0) for stage in pruning.schedule.stages),
@@ -75,11 +84,26 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
     )
     for positions in dict.fromkeys(("original", pruning.positions)):
         with tp.prune(model, pruning.strategy, everything, positions):
-            logits, ids = _generate(model, inputs)
-        same = torch.equal(ids, plain_ids) and torch.equal(logits, plain_logits)
+            logits_SV, ids = _generate(model, inputs)
+        same = torch.equal(ids, plain_ids) and torch.equal(logits_SV, plain_SV)
         checks.append(Check(f"identity, {positions} positions", 0.0 if same else 1.0, 0.0))
+    checks += _drop_is_mask(model, inputs, pruning)
+    if model.dtype in HALVES and why_not_float32(model) is None:
+        with float32(model):
+            checks += _drop_is_mask(model, inputs, pruning)
+    return checks
+
+
+def _drop_is_mask(model: Any, inputs: Mapping[str, Any], pruning: Pruning) -> list[Check]:
+    """The check of a prompt and of an answer to it, in the precision that the model has now."""
+    inputs = {
+        key: value.to(model.dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in inputs.items()
+    }
     with tp.prune(model, pruning.strategy, pruning.schedule, "original") as trace:
-        logits, ids = _generate(model, inputs)
+        logits_SV, ids = _generate(model, inputs)
     num_visual = int(tp.visual_mask(model, inputs["input_ids"]).sum())
     if not trace.stages or len(trace.stages[-1].kept[0]) == num_visual:
         raise ValueError(
@@ -92,20 +116,46 @@ def verify(loaded: LoadedModel, inputs: Mapping[str, Any], pruning: Pruning) -> 
             " which mixes them: no mask does the same. Choose strategy=pyramiddrop; the engine is "
             "the same."
         )
-    masked = _masked_logits(model, inputs, ids, trace)
-    scale = max(masked.abs().max().item(), 1e-6)
-    limit = TOLERANCES.get(model.dtype, 1e-4)
-    difference = (logits - masked).abs().amax(-1) / scale  # (number of new tokens,)
-    checks.append(Check("drop = mask, prefill", difference[0].item(), limit))
-    checks.append(Check("drop = mask, decoding", difference[1:].max().item(), limit))
-    return checks
+    masked_SV = _masked_logits(model, inputs, ids, trace)
+    scale = max(masked_SV.abs().max().item(), 1e-6)
+    limit = _LIMIT_OF_DOUBLES if model.dtype == torch.float64 else _LIMIT
+    if model.dtype in HALVES:
+        noise = torch.finfo(model.dtype).eps / 2
+        moved_SV = _masked_logits(model, inputs, ids, trace, noise)
+        limit = _TIMES_NOISE * (moved_SV - masked_SV).abs().max().item() / scale
+    difference_S = (logits_SV - masked_SV).abs().amax(-1) / scale
+    precision = str(model.dtype).removeprefix("torch.")
+    return [
+        Check(f"drop = mask, prefill, {precision}", difference_S[0].item(), limit),
+        Check(f"drop = mask, decoding, {precision}", difference_S[1:].max().item(), limit),
+    ]
 
 
-def _generate(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits (new tokens, vocabulary) in float32 and the ids (1, T) of a greedy generation."""
+class _Forced(LogitsProcessor):
+    """Lets a generation say given tokens only."""
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        self.ids_BT = ids_BT
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed_B1 = self.ids_BT[:, input_ids.shape[1], None].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, allowed_B1, 0.0)
+
+
+def _generate(
+    model: Any, inputs: Mapping[str, Any], said_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (S, V) in float32, and the ids (1, T) of prompt and answer.
+
+    Args:
+        model: The model, pruned or not.
+        inputs: One prompt.
+        said_BT: Prompt and answer that it is to say; None for the likeliest.
+    """
     # Forced to go on, a model may say its own placeholder, which no image stands behind.
     vocabulary = torch.arange(model.config.get_text_config().vocab_size, device=model.device)
     placeholders = tp.visual_mask(model, vocabulary[None])[0].nonzero()[:, 0].tolist()
+    forced = [] if said_BT is None else [_Forced(said_BT)]
     with torch.no_grad():
         output = model.generate(
             **inputs,
@@ -114,6 +164,7 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
             do_sample=False,
             num_beams=1,
             suppress_tokens=placeholders,
+            logits_processor=LogitsProcessorList(forced),
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -121,55 +172,19 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _masked_logits(
-    model: Any, inputs: Mapping[str, Any], ids_BT: Tensor, trace: tp.Trace
+    model: Any, inputs: Mapping[str, Any], ids_BT: Tensor, trace: tp.Trace, noise: float = 0.0
 ) -> Tensor:
-    """Logits that the unmodified model gives the generated tokens when masks hide the dropped ones.
+    """Logits (S, V) of the unmodified model for given tokens, with the dropped ones hidden.
 
-    One call without a cache over prompt and answer; each decoder layer gets a mask of its own.
+    It is asked as the pruned model was: the prompt, and then each token with its cache.
     """
-    num_prompt = inputs["input_ids"].shape[1]
-    visual_T = tp.visual_mask(model, ids_BT)[0]
-    visual_T[num_prompt:] = False  # an answer is text
+    visual_T = tp.visual_mask(model, inputs["input_ids"])[0]
     seats = visual_T.nonzero()[:, 0]
-    length = ids_BT.shape[1]
-    eye_TT = torch.eye(length, dtype=torch.bool, device=ids_BT.device)
-    causal_TT = torch.ones_like(eye_TT).tril()
-    hooks = []
-    layers = model.get_decoder().layers
-    for index, layer in enumerate(layers):
-        kept = [stage.kept[0] for stage in trace.stages if stage.layer <= index]
-        hidden_T = visual_T.clone()
-        hidden_T[seats if not kept else seats[kept[-1].to(seats.device)]] = False
-        # A hidden token still sees itself: an empty row would be NaN and spread.
-        allowed_TT = causal_TT & (~hidden_T[None] | eye_TT)
-        hooks.append(layer.register_forward_pre_hook(_hide(allowed_TT), with_kwargs=True))
-    extended = dict(inputs) | {"input_ids": ids_BT}
-    for key in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        if key in inputs:  # the answer is text: attended to, and of type 0
-            new = torch.full_like(ids_BT, int(key == "attention_mask"))
-            new[:, :num_prompt] = inputs[key]
-            extended[key] = new
-    try:
-        with torch.no_grad():
-            logits = model(**extended, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    answer: Tensor = logits[0, num_prompt - 1 : -1].float()
-    return answer
-
-
-def _hide(allowed_TT: Tensor) -> Any:
-    """Pre-hook that narrows a layer's attention mask, whatever its form."""
-
-    def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
-        allowed = allowed_TT[None, None]
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            allowed = allowed & (mask if mask.dtype == torch.bool else mask == 0)
-        dtype = args[0].dtype if args else kwargs["hidden_states"].dtype
-        float_mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        float_mask = float_mask.masked_fill(~allowed, torch.finfo(dtype).min)
-        return args, kwargs | {"attention_mask": float_mask}
-
-    return hook
+    num_layers = tp.cost.DecoderShape.from_config(model.config).num_layers
+    hidden_LT = torch.zeros(num_layers, len(visual_T), dtype=torch.bool, device=visual_T.device)
+    for stage in trace.stages:
+        hidden_LT[stage.layer :] = visual_T
+        hidden_LT[stage.layer :, seats[stage.kept[0].to(seats.device)]] = False
+    with hidden(model, hidden_LT, noise):
+        logits_SV, _ = _generate(model, inputs, ids_BT)
+    return logits_SV
