@@ -44,13 +44,14 @@ def main(arguments: Sequence[str]) -> int:
     from tokenprune.cli.jobs import quiet
     from tokenprune.evaluation.generation import FirstToken, generate, pruned
     from tokenprune.evaluation.kept import kept_tokens
+    from tokenprune.evaluation.loading import device_of
     from tokenprune.report import pictures
     from tokenprune.runs import results
     from tokenprune.runs.compose import called, fit_pruning
     from tokenprune.runs.sweeps import run_name
 
     with quiet():
-        loaded = prompt.load(config)
+        loaded = prompt.load(config, args.overrides)
         shape = cost.DecoderShape.from_config(loaded.model.config)
         pruning = fit_pruning(config, loaded.model)
         inputs = prompt.prompt(loaded, image, args.question)
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     num_visual = len(trace.places[0])
     lengths = trace.visual_lengths[:, 0].tolist()
     share = cost.flops(shape, lengths) / cost.flops(shape, [num_visual] * shape.num_layers)
+    print(f"device          {device_of(loaded.model)}")
     print(f"question        {args.question}")
     print(f"unpruned        {whole}")
     print(f"{strategy:<15} {part}")

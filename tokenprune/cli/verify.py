@@ -28,17 +28,20 @@ def main(arguments: Sequence[str]) -> int:
         raise BadInput("strategy: expected one that prunes, got 'none'. Choose strategy=fastv.")
     from tokenprune.cli import prompt
     from tokenprune.cli.jobs import quiet
+    from tokenprune.evaluation.loading import device_of
+    from tokenprune.evaluation.reference import HALVES, why_not_float32
     from tokenprune.evaluation.verify import made_image, verify
     from tokenprune.runs.compose import called, fit_pruning
     from tokenprune.runs.tables import print_table
 
     with quiet():
-        loaded = prompt.load(config)
+        loaded = prompt.load(config, args.overrides)
         pruning = fit_pruning(config, loaded.model)
         assert pruning is not None
         checks = verify(loaded, prompt.prompt(loaded, made_image(), "What is this?"), pruning)
     print_table(
-        f"{config.model.get('path', config.model._target_)}, {called(pruning.strategy)}",
+        f"{config.model.get('path', config.model._target_)}, {called(pruning.strategy)}, "
+        f"on {device_of(loaded.model)}",
         ("check",),
         ("difference", "allowed", "result"),
         [
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
             for check in checks
         ],
     )
+    if loaded.model.dtype in HALVES and (why := why_not_float32(loaded.model)) is not None:
+        print(f"not checked with weights as float32: {why}")
     return 0 if all(check.passed for check in checks) else 1
 
 
