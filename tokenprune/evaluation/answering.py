@@ -5,7 +5,7 @@ Shape suffixes: B batch rows, T prompt positions, L decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,14 @@ class Answers:
         seconds: From the start to the first token of all rows.
         costs: What each row cost, see `costs`.
         trace: What was pruned; None for the unpruned model.
+        rows: Where in the trace each row is: beams of a prompt are rows there, and alike.
     """
 
     texts: list[str]
     seconds: float
     costs: list[dict[str, Any]]
     trace: tp.Trace | None
+    rows: Sequence[int]
 
 
 def answer(
@@ -61,7 +63,7 @@ def answer(
         texts = generate(loaded, inputs, max_new_tokens, clock, **options)
     assert clock.time is not None
     told = costs(loaded, inputs, trace, whole_ids)
-    return Answers(texts, clock.time - start, told, trace)
+    return Answers(texts, clock.time - start, told, trace, _rows(inputs, trace))
 
 
 def costs(
@@ -97,10 +99,18 @@ def _lengths(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Visual and real tokens that each layer processed, (B, L) each."""
     if trace is not None:
-        return trace.visual_lengths.T.tolist(), trace.lengths.T.tolist()
+        rows = _rows(inputs, trace)
+        return trace.visual_lengths.T[rows].tolist(), trace.lengths.T[rows].tolist()
     ids_BT = inputs["input_ids"]
     visual_B = tp.visual_mask(loaded.model, ids_BT).sum(1).tolist()
     mask_BT = inputs.get("attention_mask")
     real_B = (torch.ones_like(ids_BT) if mask_BT is None else mask_BT).sum(1).tolist()
     layers = tp.cost.DecoderShape.from_config(loaded.model.config).num_layers
     return [[count] * layers for count in visual_B], [[count] * layers for count in real_B]
+
+
+def _rows(inputs: Mapping[str, Any], trace: tp.Trace | None) -> list[int]:
+    """Of each row of a batch, the first that it has in the trace."""
+    num_rows = len(inputs["input_ids"])
+    num_beams = 1 if trace is None else trace.lengths.shape[1] // num_rows
+    return [row * num_beams for row in range(num_rows)]

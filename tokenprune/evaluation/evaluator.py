@@ -136,7 +136,8 @@ class Evaluator(pl.LightningModule):
                 record["picture"] = _digest(sample.images)
             number = start + index if share is None else share.number(batch_idx, index)
             if number < self.num_pictures:
-                record["kept"] = kept_tokens(answers.trace, index, answers.costs[index]["given"])
+                given = answers.costs[index]["given"]
+                record["kept"] = kept_tokens(answers.trace, answers.rows[index], given)
             records.append(record)
         if self.share is not None:
             self.share.note(batch_idx, records, seconds)

@@ -110,7 +110,7 @@ class Harness(lmms):  # type: ignore[misc]
                 self.seconds.append(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
-                    self._note(asked[number], answers.costs[row], answers.trace, row)
+                    self._note(asked[number], answers.costs[row], answers.trace, answers.rows[row])
         self._finish(sum(len(text.split()) for text in texts.values()))
         return [texts[number] for number in range(len(asked))]
 
