@@ -24,7 +24,7 @@ from tokenprune.data import Sample
 from tokenprune.evaluation import loading
 from tokenprune.evaluation.run import evaluate
 from tokenprune.evaluation.summary import summarise
-from tokenprune.runs import models
+from tokenprune.runs import models, results
 
 NUM_SAMPLES = 10
 
@@ -366,7 +366,9 @@ def test_mme_s_pairs_are_those_about_one_picture(checkpoint: Path, tmp_path: Pat
     )
     metrics = evaluate(config, folder, names)
     assert metrics["metric_summary"]["unpaired"] == 0
-    assert metrics["metric_summary"]["total"] >= 100 * metrics["accuracy"]
+    assert metrics["metric_summary"]["all"] >= 100 * metrics["accuracy"]
+    row = results.row(metrics, "run")
+    assert row["summary_all"] == metrics["metric_summary"]["all"]
 
 
 def test_options_reach_the_processor() -> None:

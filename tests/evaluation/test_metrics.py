@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tokenprune.evaluation.metrics import (
@@ -98,6 +100,11 @@ def test_names() -> None:
         ("nothing", ["total"], 0),
         ("kitten", ["sitting", "kittens"], 6 / 7),
         ("", ["x"], 0),
+        ("", ["", "x"], 1),  # nothing is missing
+        ("", [""], 1),
+        ("x", [""], 0),
+        ("gross", ["groß"], 0.6),  # letters of their own
+        ("GROß", ["groß"], 1),
     ],
 )
 def test_anls(said: str, answers: list[str], score: float) -> None:
@@ -123,25 +130,75 @@ def test_relaxed(said: str, right: str, score: float) -> None:
     assert relaxed(said, ["never", right]) == score
 
 
-@pytest.mark.parametrize(
-    ("said", "score"),
-    [
-        ("B", 1),
-        (" b ", 1),
-        ("(B)", 1),
-        ("B. a red car", 1),
-        ("B: red", 1),
-        ("B, I think", 1),
-        ("The answer is B", 1),
-        ("A", 0),
-        ("Bright", 0),
-        ("", 0),
-        ("a B", 0),
-        ("ab", 0),
-    ],
-)
-def test_choice(said: str, score: float) -> None:
-    assert choice(said, ["B"]) == choice(said, ["C", "(B)"]) == score
+#: Answers, and the option that each names; None for none.
+NAMED = {
+    "B": "B",
+    "B.": "B",
+    "(B)": "B",
+    "[B]": "B",
+    "**B**": "B",
+    "B. a red car": "B",
+    "B) a red car": "B",
+    "(B) a red car": "B",
+    "B: red": "B",
+    "B, I think": "B",
+    "B - a car": "B",
+    "B\nbecause": "B",
+    "A\nbecause": "A",
+    "B is correct": "B",
+    "A is correct": "A",
+    "B or C": "B",
+    "Answer: B": "B",
+    "**Answer:** B": "B",
+    "Answer: A because it is red": "A",
+    "The answer is B": "B",
+    "The answer is: B": "B",
+    'The answer is "B".': "B",
+    "Option B": "B",
+    "Option B is right": "B",
+    "The correct option is (B).": "B",
+    "The best choice would be option B, by far.": "B",
+    "I choose B": "B",
+    "So it is B.": "B",
+    "a B": "B",
+    "It must be (B), since it has wheels": "B",
+    "(A) is red, (B) is blue": "A",
+    "One sees that (A) is red, but (B) blue and right": "B",
+    "": None,
+    "car": None,
+    "ab": None,
+    "I think so": None,
+    "The answer is a car": None,
+}
+#: Those of which lmms-eval says another thing.
+OWN = {
+    "b": "B",
+    " b ": "B",
+    "b.": "B",
+    "(b)": "B",
+    "Answer: b": "B",
+    "The answer is (b).": "B",
+    "The answer is B, because A is red.": "B",
+    "A car": None,
+    "Bright": None,
+    "B's": None,
+    "The answer is A car": None,
+    "So do I": None,
+}
+
+
+@pytest.mark.parametrize(("said", "named"), [*NAMED.items(), *OWN.items()])
+def test_choice(said: str, named: str | None) -> None:
+    for letter in "ABC":
+        assert choice(said, [letter]) == choice(said, ["D", f"({letter})"]) == (letter == named)
+
+
+def test_choice_reads_what_lmms_eval_reads() -> None:
+    extract = pytest.importorskip("lmms_eval.tasks._task_utils.mcq_extract").extract_mcq_answer
+    for said, named in NAMED.items():
+        assert extract(said, ["A", "B", "C", "D"]) == (named or ""), said
+    differ = {said for said, named in OWN.items() if extract(said, [*"ABCD"]) != (named or "")}
+    assert differ == OWN.keys() - {"So do I"}
 
 
 def test_pope_counts_the_very_word() -> None:
@@ -169,9 +226,32 @@ def test_mme_counts_pairs() -> None:
     ]
     assert scores == [1, 1, 1, 0, 0, 1]
     told = [
-        {"kind": kind, "picture": picture, "score": score}
-        for (kind, picture, _), score in zip(rows, scores, strict=True)
+        {"id": str(number), "kind": kind, "picture": picture, "score": score}
+        for number, ((kind, picture, _), score) in enumerate(zip(rows, scores, strict=True))
     ]
     # Of two images one pair is right, one half right; of one image half is.
-    assert mme_summary(told) == {"count": 75 + 50, "ocr": 50, "total": 175, "unpaired": 0}
-    assert mme_summary(told[:-1]) == {"count": 125, "total": 125, "unpaired": 1}
+    sums = {"perception": 175}
+    assert mme_summary(told) == {"count": 75 + 50, "ocr": 50, "unpaired": 0} | sums
+    assert mme_summary(told[:-1]) == {"count": 125, "perception": 125, "unpaired": 1}
+
+
+def asked(*rows: tuple[str, str, int, float]) -> list[dict[str, Any]]:
+    return [dict(zip(("id", "kind", "picture", "score"), row, strict=True)) for row in rows]
+
+
+def test_mme_s_parts_are_told_apart() -> None:
+    told = asked(
+        *[(str(n), "code_reasoning", 1, 1.0) for n in range(2)],
+        *[(str(n), "color", 1, 1.0) for n in range(2, 4)],
+        *[(str(n), "mine", 1, 1.0) for n in range(4, 6)],
+    )
+    kinds = {"code_reasoning": 200, "color": 200, "mine": 200}
+    assert mme_summary(told) == kinds | {"perception": 200, "cognition": 200, "unpaired": 0}
+
+
+def test_mme_s_pairs_may_have_equal_pictures() -> None:
+    by_order = asked(("0", "k", 1, 1), ("1", "k", 1, 1), ("2", "k", 1, 0), ("3", "k", 1, 0))
+    assert mme_summary(by_order) == {"k": 100, "unpaired": 0}
+    assert mme_summary(by_order[:3]) == {"k": 200, "unpaired": 1}
+    by_id = asked(("a", "k", 1, 1), ("b", "k", 1, 0), ("b#2", "k", 1, 0), ("a#2", "k", 2, 1))
+    assert mme_summary(by_id) == {"k": 100, "unpaired": 0}

@@ -58,15 +58,15 @@ def anls(prediction: str, accepted: Sequence[str]) -> float:
     """How near it is to an accepted answer in letters; 0 if less than half of them are right.
 
     Biten et al., 2019, arXiv 1905.13648, as lmms-eval computes it: 1 - edits / longer length for
-    the nearest answer, case and spacing not counted among the edits, but in the lengths.
+    the nearest answer, case and spacing not counted among the edits, but in the lengths. Nothing is
+    all right where nothing is an accepted answer.
     """
     own = normalise(prediction)
     shares = [
-        1 - _edits(own, normalise(answer)) / longest
+        1 - _edits(own, normalise(answer)) / max(len(prediction), len(answer), 1)
         for answer in accepted
-        if (longest := max(len(prediction), len(answer)))
     ]
-    best = max(shares, default=float(not own))
+    best = max(shares, default=0.0)
     return best if best >= 0.5 else 0.0
 
 
@@ -106,17 +106,57 @@ def _number(text: str) -> float | None:
 
 
 def choice(prediction: str, accepted: Sequence[str]) -> float:
-    """1 if it names an accepted option by its letter: B, b, (B), `B. a car` or `answer is B`."""
+    """1 if it names an accepted option by its letter.
+
+    The first of these rules that finds a letter says which. Bold type and code marks are passed
+    over, and a letter is one of A to Z that no letter, digit or apostrophe touches.
+
+    1. Nothing else is there, in either case, but for marks around it: `B`, `b.`, `(b)`, `**B**`.
+    2. It begins with a capital: `B. a car`, `(B) a car`, `B is correct`.
+    3. It ends with a capital: `so it is B.`
+    4. Words name it, of several the last: answer, option or choice, or I choose, pick or select,
+       with `is`, `:` and the like after them; a small letter only if no other word follows.
+       `Answer: B because of its wheels`, `the correct option is (b).`
+    5. A capital in brackets, of several the last: `it must be (B), since it has wheels`.
+
+    In 2 and 4, A and I before another word count only if that is one of a few, such as `is`:
+    `A car` and `I think` name none; in 3, I names none. lmms-eval's MMStar and MMBench look for the
+    same forms in this order, but read no small letters, take any capital of a word where they find
+    nothing better (`A car` and `Art` are A), and after words such as `the answer is` the last
+    letter of all that follow, here the first.
+    """
     own = _letter(prediction)
     return float(own is not None and own in map(_letter, accepted))
 
 
+#: A capital that is an option's letter: A and I are words of their own, too.
+_CAPITAL = (
+    r"(?<![\w'’])(?:([B-HJ-Z])(?![\w'’])"
+    r"|([AI])(?![\w'’])(?!\s+\w)|([AI])(?=\s+(?:is|was|because|since|as|and|or)\b|[^\S\n]*\n))"
+)
+_NAMED = re.compile(
+    r"\b(?i:answer|option|choice|i\s+(?:choose|pick|select))(?:\s+(?i:is|was|would\s+be|should\s+be|"
+    r"must\s+be|the|option|choice|letter|answer|correct))*\s*[:=]?\s*[(\[\"']?\s*"
+    rf"(?:{_CAPITAL}|([a-z])(?=[)\]\"']?\s*(?:[.,;:!?]|$)))"
+)
+
+
 def _letter(text: str) -> str | None:
-    bare = text.strip()
-    if re.fullmatch(r"[A-Za-z]", bare):
-        return bare.upper()
-    found = re.match(r"\(?([A-Z])(?:[).:,]|$)", bare) or re.search(r"answer is \(?([A-Z])\b", bare)
-    return found[1] if found else None
+    bare = re.sub(r"[*`]", "", text).strip()
+    marked = r"[\s(\[.,;:!?\"')\]]*"
+    rules = (
+        re.fullmatch(rf"{marked}([A-Za-z]){marked}", bare),
+        re.match(rf"[(\[\"']?{_CAPITAL}", bare),
+        re.search(rf"(?<![\w'’])([A-HJ-Z]){marked}$", bare),
+        _last(_NAMED, bare),
+        _last(re.compile(r"[(\[]([A-Z])[)\]]"), bare),
+    )
+    found = next((rule for rule in rules if rule is not None), None)
+    return None if found is None else next(own for own in found.groups() if own).upper()
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter([*pattern.finditer(text)][-1:]), None)
 
 
 #: What a number may differ by, of the right one.
@@ -151,7 +191,7 @@ def build_metric(name: str) -> Callable[[str, Sequence[str]], float]:
 
 def normalise(text: str) -> str:
     """Case and spacing do not count in an answer."""
-    return " ".join(text.casefold().split())
+    return " ".join(text.lower().split())
 
 
 _ARTICLES = {"a", "an", "the"}

@@ -6,8 +6,9 @@ than the share of right answers.
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,24 +64,49 @@ def pope_summary(records: Records) -> dict[str, float]:
     }
 
 
-def mme_summary(records: Records) -> dict[str, float]:
-    """MME's score of each kind, of 200, and their sum: accuracy in percent, and that of pairs.
+#: MME's kinds of questions, of which it prints two sums: 2000 and 800 at best.
+_PARTS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork ocr",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
 
-    Both questions about an image make a pair, which counts where both are right. Images with
-    another number of questions are left out, and counted as `unpaired`.
+
+def mme_summary(records: Records) -> dict[str, float]:
+    """MME's score of each kind, of 200: accuracy in percent, and that of pairs.
+
+    A pair counts where both of its questions are right. Questions of a kind whose rows share an id
+    are a pair, as MME's do; those with an id of their own are paired by their picture. Where more
+    than two belong together, they are paired two by two in their order. A question that is left
+    alone counts for nothing but `unpaired`.
 
     Args:
         records: Also with `picture`, which is the same for questions about the same image.
+
+    Returns:
+        Where kinds are MME's, also what it prints: the sums of `perception` and of `cognition`.
     """
     kinds: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        kinds[record["kind"]][record["picture"]].append(record["score"])
+    # A data set calls rows that share an id `x`, `x#2`, `x#3`.
+    ids = [(record["kind"], re.sub(r"#\d+$", "", str(record["id"]))) for record in records]
+    shared = Counter(ids)
+    for record, own in zip(records, ids, strict=True):
+        key = ("id", own[1]) if shared[own] > 1 else ("picture", record["picture"])
+        kinds[record["kind"]][key].append(record["score"])
     found, unpaired = {}, 0
-    for kind, images in sorted(kinds.items()):
-        pairs = [scores for scores in images.values() if len(scores) == 2]
-        unpaired += len(images) - len(pairs)
+    for kind, groups in sorted(kinds.items()):
+        pairs = [
+            scores[start : start + 2]
+            for scores in groups.values()
+            for start in range(0, len(scores) - 1, 2)
+        ]
+        unpaired += sum(len(scores) % 2 for scores in groups.values())
         if pairs:
             single = statistics.fmean(sum(scores) / 2 for scores in pairs)
             both = statistics.fmean(float(sum(scores) == 2) for scores in pairs)
             found[kind] = 100 * (single + both)
-    return found | {"total": sum(found.values()), "unpaired": unpaired}
+    sums = {}
+    for part, names in _PARTS.items():
+        own_kinds = [score for kind, score in found.items() if kind.lower() in names.split()]
+        if own_kinds:
+            sums[part] = sum(own_kinds)
+    return found | sums | {"unpaired": unpaired}

@@ -381,10 +381,14 @@ def row(metrics: Mapping[str, Any], run: str) -> dict[str, Any]:
     for key in ("layers", "keeps"):
         if values[key] is not None:
             values[key] = " ".join(str(value) for value in values[key])
-    return values | {
-        f"accuracy_{kind}": kind_metrics["accuracy"]
-        for kind, kind_metrics in metrics.get("kinds", {}).items()
-    }
+    return (
+        values
+        | {
+            f"accuracy_{kind}": kind_metrics["accuracy"]
+            for kind, kind_metrics in metrics.get("kinds", {}).items()
+        }
+        | {f"summary_{name}": value for name, value in metrics.get("metric_summary", {}).items()}
+    )
 
 
 def collect(folder: Path, runs: Sequence[str] | None = None) -> list[dict[str, Any]]:
