@@ -415,6 +415,7 @@ PRINTED = [
     ),
     ("pyramiddrop", "LLaVA-1.5-7B", 270, "avg_tokens", "schedule.lam=0.5"),
     ("pyramiddrop", "LLaVA-NeXT-7B", 1350, "avg_tokens", "schedule.lam=0.5"),
+    ("divprune", "LLaVA-NeXT-7B", 0.098, "final_tokens", "schedule.keep=0.098"),
     ("dart", "LLaVA-NeXT-7B", 324, "final_tokens", "schedule.keep=0.1125"),
     *(  # tile by tile: 128, 64 or 32 of each of five
         ("visionzip", "LLaVA-NeXT-7B", budget, "final_tokens", f"schedule.keep={keep}")
@@ -429,7 +430,26 @@ PRINTED = [
     ),
 ]
 QWEN = Workload(cost.DecoderShape(28, 3584, 18944, 28, 4, 128, 152064), 1296)
-PRINTED_ON = {"LLaVA-1.5-7B": LLAVA, "LLaVA-NeXT-7B": NEXT, "Qwen2.5-VL-7B": QWEN}
+ONE_VISION = Workload(QWEN.shape, 32 * 196)
+PRINTED_ON = {
+    "LLaVA-1.5-7B": LLAVA,
+    "LLaVA-NeXT-7B": NEXT,
+    "LLaVA-OneVision-7B": ONE_VISION,
+    "Qwen2.5-VL-7B": QWEN,
+}
+#: Budgets of methods that are not here: method, year and arXiv id, model, budgets as shares of the
+#: tokens that enter the decoder, and of those the share that is left from some layer on.
+PRINTED_ELSEWHERE = [
+    ("HiRED", "LLaVA-NeXT-7B", (0.2,), None),
+    ("HiPrune (2025, 2508.00553)", "Qwen2.5-VL-7B", (0.334, 0.223, 0.112), None),
+    ("MMTok (2025, 2508.18264)", "Qwen2.5-VL-7B", (0.2,), None),
+    ("VisionSelector (2025, 2510.16598)", "Qwen2.5-VL-7B", (0.3, 0.2, 0.1), None),
+    ("IDPruner (2026, 2602.13315)", "Qwen2.5-VL-7B", (0.25, 0.1), None),
+    ("FastVID", "LLaVA-OneVision-7B", (0.1,), None),
+    ("HoliTom", "LLaVA-OneVision-7B", (0.2,), (18, 0.5)),
+]
+#: First words of models' files for which no paper that we know prints any.
+NOT_PRINTED = {"qwen3", "internvl3", "gemma3", "smolvlm2"}
 AVERAGES = {"avg_tokens": "inputs", "avg_tokens_outputs": "outputs", "final_tokens": "last"}
 
 
@@ -455,6 +475,23 @@ def printed_table() -> list[str]:
             f"| {stages(figures.lengths)} | {figures.avg_tokens:.2f} "
             f"| {figures.avg_tokens_outputs:.2f} | {figures.final_tokens} |"
         )
+    return lines
+
+
+def elsewhere_table() -> list[str]:
+    """Budgets of methods that are not here, and the schedule that has them."""
+    columns = "share | add to the command | tokens × layers | inputs | outputs | last"
+    lines = [f"| method | model | {columns} |", f"|{' --- |' * 8}"]
+    for method, model, shares, later in PRINTED_ELSEWHERE:
+        for share in shares:
+            cuts = [(0, share)] if later is None else [(0, share), (later[0], share * later[1])]
+            overrides = f"schedule=explicit {stages_override(*cuts)}"
+            figures = printed_figures("random", model, overrides)
+            lines.append(
+                f"| {method} | {model} | {100 * share:g} % | `{overrides}` "
+                f"| {stages(figures.lengths)} | {figures.avg_tokens:.2f} "
+                f"| {figures.avg_tokens_outputs:.2f} | {figures.final_tokens} |"
+            )
     return lines
 
 
@@ -520,6 +557,17 @@ def document() -> str:
         "by which cuts. Qwen's count of tokens follows the image: here 1 296.",
         "",
         *printed_table(),
+        "",
+        "Methods that are not here print others, as shares of the tokens that enter the decoder;",
+        "HoliTom halves its own at layer 18. MMTok, VisionSelector and IDPruner name a Qwen-VL,",
+        "not always which. Any strategy takes their schedules. A video is 32 frames of 196 tokens",
+        "here.",
+        "",
+        *elsewhere_table(),
+        "",
+        "No budget is known to us that a paper prints for Qwen3-VL-8B, InternVL3-8B, Gemma 3 4B",
+        "or SmolVLM2-2.2B, and none for photos on LLaVA-OneVision. Shares of the tokens, as those",
+        "above, mean the same there; counts such as 192 of 576 do not: say what they are of.",
     ]
     return "\n".join(parts) + "\n"
 
@@ -541,6 +589,20 @@ def test_printed_budgets_are_met(name, model, budget, average, overrides) -> Non
     got = getattr(figures, average) / (PRINTED_ON[model].num_visual if budget < 1 else 1)
     # Averages that are called by a round number are up to a token off it.
     assert got == pytest.approx(budget, abs=1 if average != "final_tokens" else 0, rel=5e-3)
+
+
+def test_every_model_points_to_its_budgets() -> None:
+    """A model's file names the page, and the page names the model."""
+    page = DOC.read_text()
+    models = sorted((DOC.parent.parent / "configs" / "model").glob("*_[0-9]*b.yaml"))
+    assert len(models) == 8
+    for path in models:
+        text = path.read_text()
+        assert "# Budgets that papers print for it" in text
+        assert "docs/budgets.md" in text
+        assert ("none that docs" in text) == (path.stem.split("_")[0] in NOT_PRINTED)
+    for name in ("Qwen3-VL-8B", "InternVL3-8B", "Gemma 3 4B", "SmolVLM2-2.2B", *PRINTED_ON):
+        assert name in page
 
 
 def test_documented_commands_can_be_met() -> None:
