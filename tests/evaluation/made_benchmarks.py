@@ -197,6 +197,14 @@ def _seed() -> Made:
     )
 
 
+def _ranked() -> Made:
+    """SEED-Bench's rows once more; what is likeliest is right for one image, and for the video."""
+    said = {"q0?": "p", "q1?": "s", "q2?": "r", "q3?": "q"}  # right are p, q, r and s
+    return Made(
+        _seed().sets, {f"{question} Answer :": text for question, text in said.items()}, 2 / 4, {}
+    )
+
+
 def _science() -> Made:
     rows = [(0, "", "A"), (1, "It is cold.", "B. ice"), (2, "", "the third"), (1, "", "b")]
     script = {}
@@ -315,6 +323,10 @@ TASKS: dict[str, Made] = {
     "ocrvqa": _covers(),
     "mmstar": _mmstar(),
 }
+
+
+#: Tasks in which options are ranked by their likelihood: the likeliest one of each question.
+RANKED: dict[str, Made] = {"seedbench_ppl": _ranked()}
 
 
 def write(folder: Path) -> dict[tuple[str, str | None], dict[str, str]]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +25,41 @@ import datasets
 import made_benchmarks as made
 from lmms_eval import evaluator
 from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
+from PIL import Image
 from processes import run
+from tokenizers import AddedToken
 
 import tokenprune as tp
 from tokenprune.cli import main as cli
 from tokenprune.cli.harness import Chat, Simple
-from tokenprune.data.collate import PromptCollator
+from tokenprune.data.collate import ConversationCollator, PromptCollator
 from tokenprune.data.scenes import SceneDataset
 from tokenprune.evaluation import harness
+from tokenprune.evaluation.loading import cached_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lmms-eval and what it imports
 LIST = ",".join(made.TASKS)
 #: Cuts at two layers, and what comes of it on the shipped model's 144 tokens.
 FASTV = ["strategy=fastv", "schedule.layer=2", "schedule.keep=0.25"]
 FASTV_LENGTHS = [144, 144, *[36] * 6]
+
+
+#: What lmms-eval knows of its tasks, by the folders that it has read: some thousand files.
+_INDEX: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _indexed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = TaskManager.initialize_tasks
+
+    def remembered(self: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
+        key = repr((include_path, include_defaults))
+        if key not in _INDEX:
+            _INDEX[key] = read(self, include_path, include_defaults)
+        return dict(_INDEX[key])
+
+    monkeypatch.setattr(TaskManager, "initialize_tasks", remembered)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +104,30 @@ def prompts(files: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def likely(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The likeliest continuation of each question of a ranking task, whatever the model says."""
+    script = {text: said for own in made.RANKED.values() for text, said in own.script.items()}
+    batch: list[Any] = []
+
+    class Noting(ConversationCollator):
+        def __call__(self, samples: Any) -> Any:
+            batch[:] = samples
+            prompts.extend(sample.turns[-1].question for sample in samples)
+            return super().__call__(samples)
+
+    likelihoods = Simple._likelihoods
+
+    def recite(self: Any, inputs: Any, whole: Any) -> Any:
+        for sample, (_, _, *rest) in zip(batch, likelihoods(self, inputs, whole), strict=True):
+            turn = sample.turns[-1]
+            yield 0.5 if script[turn.question] == turn.answer else 1.5, False, *rest
+
+    monkeypatch.setattr(harness, "ConversationCollator", Noting)
+    monkeypatch.setattr(harness.Harness, "_likelihoods", recite)
+    return script
+
+
 def read(folder: str) -> Any:
     return json.loads(Path(folder, "metrics.json").read_text())
 
@@ -104,6 +150,24 @@ def test_the_benchmarks_of_the_paper(own: list[str], prompts: list[str]) -> None
     # One question has three images.
     images = 1 + 2 / metrics["num_samples"]
     assert metrics["visual_tokens_per_layer"] == pytest.approx([n * images for n in lengths])
+
+
+@pytest.mark.parametrize("own", [["strategy=none"], FASTV], ids=["unpruned", "fastv"])
+def test_options_are_ranked_by_their_likelihood(
+    own: list[str], prompts: list[str], likely: dict[str, str]
+) -> None:
+    """Through lmms-eval, which takes the option of the lowest loss; that is what was said."""
+    task = made.RANKED["seedbench_ppl"]
+    asked = ["benchmark", "tasks=[seedbench_ppl]", "form=simple", "num_pictures=0", *own]
+    assert cli.main([*asked, "hydra.run.dir=run"]) == 0
+    assert sorted(prompts) == sorted(4 * [*likely])
+    metrics = read("run")
+    assert metrics["accuracy"] == pytest.approx(task.score)
+    assert metrics["num_samples"] == 4
+    lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert [(one["answer"], one["prediction"], one["score"]) for one in lines] == [
+        *(("p", "p", 1.0), ("q", "s", 0.0), ("r", "r", 1.0), ("s", "q", 0.0))
+    ]
 
 
 def test_a_sweep_is_tabulated_reported_and_resumed(
@@ -153,7 +217,7 @@ def test_the_plug_in_asks_about_smaller_pictures_when_told_so() -> None:
     told = []
     for one in (model, whole):
         one.task_dict = {"own": {"test": [{"image": SceneDataset("test", 1)[0].image}]}}
-        told.append(one.loglikelihood([asked])[0][0])
+        told.append(one.loglikelihood([asked])[0].text[0])
     assert (model.image_scale, whole.image_scale) == (0.1, 1.0)
     assert told[0] != told[1]
     assert model.records["own", 0]["num_visual"] == 144
@@ -274,6 +338,88 @@ def request(*arguments: Any) -> Any:
     return SimpleNamespace(args=arguments)
 
 
+def test_what_ends_a_continuation_does_not_count() -> None:
+    """An end of turn that is special, but none of the named special tokens, as Gemma's is."""
+    model = Simple(overrides="strategy=fastv", batch_size=2, device="cpu")
+    processor, net = model.loaded.processor, model.loaded.model
+    template = processor.chat_template
+    processor.tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    net.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    processor.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}"
+        "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %} "
+        "ASSISTANT:{% else %} {{ m.content[0].text }}<end_of_turn>{% endif %}{% endfor %}"
+    )
+    seen: list[Any] = []
+    forward = net.forward
+    net.forward = lambda *own, **named: seen.append(named["labels"]) or forward(*own, **named)
+    model.task_dict = {"own": {"test": [{"image": made.picture(0)}]}}
+    try:
+        found = model.loglikelihood(
+            [
+                request("Which?", text, lambda d: [d["image"]], 0, "own", "test")
+                for text in (" red", "<end_of_turn>", "")
+            ]
+        )
+    finally:
+        del net.forward
+        processor.chat_template = template
+        cached_model.cache_clear()
+    counted = [
+        processor.tokenizer.decode(row[row != -100]).strip() for batch in seen for row in batch
+    ]
+    assert sorted(counted) == ["<end_of_turn>", "<end_of_turn> <end_of_turn>", "red"]
+    assert all(math.isfinite(one.text[0]) for one in found)
+
+
+class Drawn:
+    """Documents whose images are drawn when they are asked for; how many of these are alive."""
+
+    def __init__(self) -> None:
+        self.drawn: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        image = made.picture(number)
+        self.drawn.append(weakref.ref(image))
+        self.most = max(self.most, sum(own() is not None for own in self.drawn))
+        return {"image": image}
+
+
+@pytest.mark.parametrize("likelihoods", [False, True])
+def test_images_are_read_as_their_batches_come(likelihoods: bool) -> None:
+    model = Simple(overrides="strategy=none", batch_size=2, device="cpu")
+    documents = Drawn()
+    model.task_dict = {"own": {"test": documents}}
+    second = " red" if likelihoods else {"max_new_tokens": 1}
+    asked = [
+        request("Which colour?", second, lambda d: [d["image"]], number, "own", "test")
+        for number in range(24)
+    ]
+    found = (model.loglikelihood if likelihoods else model.generate_until)(asked)
+    assert len(found) == 24
+    assert documents.most <= 3 * 2  # a batch of two, and the one before
+
+
+def test_the_largest_images_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By what the files say of them: a document is read once, and one of each task once more."""
+    sizes = [40, 80, 20, 60]
+    rows = [{"images": [Image.new("RGB", (size, 10))], "question": "q?"} for size in sizes]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "own.parquet")
+    documents = datasets.load_dataset("parquet", data_files=str(tmp_path / "own.parquet"))["train"]
+    model = Simple(overrides="strategy=none", batch_size=2, device="cpu")
+    model.task_dict = {"own": {"test": documents}}
+    seen: list[int] = []
+
+    def visual(document: Any) -> Any:
+        seen.append(document["images"][0].width)
+        return document["images"]
+
+    given = {"max_new_tokens": 1}
+    model.generate_until([request("q?", given, visual, n, "own", "test") for n in range(4)])
+    assert seen == [40, 80, 60, 40, 20]
+
+
 @pytest.mark.parametrize("strategy", ["none", "fastv"])
 def test_a_likelihood_is_that_of_the_model(strategy: str) -> None:
     """Against the logits of one row alone, token by token."""
@@ -295,7 +441,7 @@ def test_a_likelihood_is_that_of_the_model(strategy: str) -> None:
                     request(
                         "Which colour is K?", text, lambda d: [d["image"]], number, "own", "test"
                     )
-                )[1]
+                ).read()
             ]
         )["inputs"]
         ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
@@ -321,5 +467,5 @@ def test_a_likelihood_is_that_of_the_model(strategy: str) -> None:
             grown["input_ids"] = torch.cat([grown["input_ids"], token.view(1, 1)], 1)
             mask = grown["attention_mask"]
             grown["attention_mask"] = torch.cat([mask, mask.new_ones(1, 1)], 1)
-        assert math.isclose(found[number][0], loss, abs_tol=1e-4)
-        assert found[number][1] == greedy
+        assert math.isclose(found[number].text[0], loss, abs_tol=1e-4)
+        assert found[number].text[1] == greedy

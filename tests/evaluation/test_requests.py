@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
-from tokenprune.evaluation.scores import interval, question_score, task_score
+from tokenprune.evaluation.scores import interval, likeliest, question_score, said, task_score
 from tokenprune.evaluation.summary import wilson
 
 
@@ -86,7 +86,13 @@ def test_one_number_a_task(task: str, metrics: dict[str, object], expected: obje
 )
 def test_one_number_a_question(value: object, score: float) -> None:
     sample = {"m": value, "target": ["no", "yes"], "filtered_resps": [["Yes"]]}
-    assert question_score(sample, "m") == score
+    assert question_score(sample, "m", said(sample)) == score
+
+
+def test_the_likeliest_option_is_what_was_said() -> None:
+    assert likeliest([("q", "red", 2.0), ("q", "blue", 0.5), ("q", "green", 0.7)]) == "blue"
+    assert likeliest([("it is red", "yes", 2.0), ("it is blue", "yes", 0.5)]) == "it is blue"
+    assert likeliest([("q", "red", 2.0)]) == "red"
 
 
 def test_an_interval_is_that_of_a_mean() -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from tokenprune.evaluation.generation import pruned
 from tokenprune.evaluation.loading import device_of, load_model
 from tokenprune.evaluation.run import run_names
-from tokenprune.evaluation.scores import interval, question_score, said, task_score
+from tokenprune.evaluation.scores import interval, likeliest, question_score, said, task_score
 from tokenprune.evaluation.summary import cost_of, kv_megabytes
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import default_device
@@ -148,13 +148,15 @@ def _gather(
         for sample in samples:
             record = model.records[task, sample["doc_id"]]
             records.append(record)
-            scores.append(question_score(sample, name))
+            ranked = record.get("ranked")
+            answer = said(sample) if ranked is None else likeliest(ranked)
+            scores.append(question_score(sample, name, answer))
             told = {
                 "id": f"{task}/{sample['doc_id']}",
                 "kind": task,
                 "question": record["question"],
                 "answer": _text(sample["target"]),
-                "prediction": said(sample),
+                "prediction": answer,
             }
             predictions.append(told | {"score": scores[-1], "correct": scores[-1] >= 0.5})
             if "kept" in record:

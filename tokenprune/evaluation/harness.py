@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -22,12 +24,30 @@ from tokenprune.evaluation.answering import answer, costs
 from tokenprune.evaluation.generation import pruned
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
+from tokenprune.evaluation.sizes import pixels
 from tokenprune.evaluation.summary import cost_of
 from tokenprune.runs import launchers
 from tokenprune.runs.compose import Pruning, called
 from tokenprune.runs.models import LoadedModel
 
 Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, before its document is read: the images of a benchmark need not fit into memory.
+
+    Attributes:
+        key: Its task, and the number of its document.
+        given: Options of `generate`.
+        size: Pixels of its images and characters of its text.
+        read: Makes its sample.
+    """
+
+    key: Key
+    given: Mapping[str, Any]
+    size: tuple[int, int]
+    read: Callable[[], Sample]
 
 
 class Harness(lmms):  # type: ignore[misc]
@@ -94,11 +114,13 @@ class Harness(lmms):  # type: ignore[misc]
                 token of any image was pruned.
         """
         asked = [self._asked(request) for request in requests]
+        _try_first(asked)
         texts: dict[int, str] = {}
-        for given, numbers in _grouped(json.dumps(own, sort_keys=True) for _, _, own in asked):
+        for given, numbers in _grouped(json.dumps(own.given, sort_keys=True) for own in asked):
             longest, until, taken = options(json.loads(given), logger.warning)
-            for batch in _batches(numbers, self.batch_size, [own for _, own, _ in asked]):
-                prompts = self._prompts([asked[n][1] for n in batch])
+            for batch in _batches(numbers, self.batch_size, asked):
+                samples = [asked[number].read() for number in batch]
+                prompts = self._prompts(samples)
                 answers = answer(
                     self.loaded,
                     self.pruning,
@@ -110,51 +132,80 @@ class Harness(lmms):  # type: ignore[misc]
                 self.seconds.append(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
-                    self._note(asked[number], answers.costs[row], answers.trace, answers.rows[row])
+                    cost = answers.costs[row]
+                    own = answers.rows[row]
+                    self._note(asked[number].key, samples[row], cost, answers.trace, own)
         self._finish(sum(len(text.split()) for text in texts.values()))
         return [texts[number] for number in range(len(asked))]
 
-    def _asked(self, request: Any) -> tuple[Key, Sample, Mapping[str, Any]]:
-        """Task and document, the sample, and the options of `generate`."""
+    def _asked(self, request: Any) -> _Asked:
         context, given, to_visual, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        return (task, number), from_text(f"{task} {number}", context, to_visual(document)), given
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        def read(document: Any) -> Sample:
+            return from_text(f"{task} {number}", context, to_visual(document))
+
+        return self._later(task, split, number, context, given, read)
+
+    def _later(
+        self,
+        task: str,
+        split: str,
+        number: int,
+        text: str,
+        given: Mapping[str, Any],
+        read: Callable[[Any], Sample],
+    ) -> _Asked:
+        """A request whose document is read when its batch comes, and no earlier."""
+        documents = self.task_dict[task][split]
+        size = pixels(documents, number), len(text)
+        return _Asked((task, number), given, size, lambda: read(documents[number]))
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Of each continuation: what lmms-eval ranks by, and whether greedy decoding says it.
 
         That is the mean negative log-likelihood of its tokens, in nats: lmms-eval takes the lowest.
-        What follows the continuation, such as an end of turn, does not count. The prompt is pruned
-        as it is before an answer is generated.
+        What follows the continuation, such as an end of turn, does not count, unless the
+        continuation has no tokens but special ones. The prompt is pruned as it is before an answer
+        is generated.
+
+        Returns:
+            Pairs of the two, as `text` of lmms-eval's type for answers: of any other type than
+            that and texts it makes a text.
         """
         collate = ConversationCollator(self.loaded.processor, self.image_scale)
         found: dict[int, tuple[float, bool]] = {}
+        ranked: dict[int, tuple[str, str, float]] = {}
         asked = [self._continued(request) for request in requests]
-        for batch in _batches(range(len(asked)), self.batch_size, [own for _, own in asked]):
-            samples = [asked[number][1] for number in batch]
+        _try_first(asked)
+        for batch in _batches(range(len(asked)), self.batch_size, asked):
+            samples = [asked[number].read() for number in batch]
             inputs = self._to_device(collate(samples)["inputs"])
             whole = None if self.image_scale == 1 else self._prompts(samples)["whole_ids"]
-            for row, (number, value) in enumerate(
-                zip(batch, self._likelihoods(inputs, whole), strict=True)
-            ):
-                found[number] = value[0], value[1]
-                self._note((*asked[number], {}), value[2], value[3], row)
+            for row, (loss, greedy, cost, trace) in enumerate(self._likelihoods(inputs, whole)):
+                number, turn = batch[row], samples[row].turns[0]
+                found[number] = loss, greedy
+                ranked[number] = turn.question, turn.answer, loss
+                self._note(asked[number].key, samples[row], cost, trace, row)
+        for number, own in enumerate(asked):
+            self.records[own.key].setdefault("ranked", []).append(ranked[number])
         self._finish(0)
-        return [found[number] for number in range(len(asked))]
+        return [GenerationResult(found[number], None) for number in range(len(asked))]
 
-    def _continued(self, request: Any) -> tuple[Key, Sample]:
+    def _continued(self, request: Any) -> _Asked:
         if len(request.args) == 2:
             raise NotImplementedError(
                 "lmms-eval: expected a task that asks about images, got one by mutual information. "
                 "Choose a metric other than acc_mutual_info."
             )
         context, target, to_visual, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        answer_text = str(target(document) if callable(target) else target).strip()
-        sample = from_text(f"{task} {number}", context, to_visual(document))
-        return (task, number), Sample(
-            sample.id, sample.images, (Turn(sample.turns[0].question, answer_text),)
-        )
+
+        def read(document: Any) -> Sample:
+            text = str(target(document) if callable(target) else target).strip()
+            sample = from_text(f"{task} {number}", context, to_visual(document))
+            return Sample(sample.id, sample.images, (Turn(sample.turns[0].question, text),))
+
+        text = context if callable(target) else context + str(target)
+        return self._later(task, split, number, text, {}, read)
 
     @torch.no_grad()
     def _likelihoods(
@@ -162,8 +213,7 @@ class Harness(lmms):  # type: ignore[misc]
     ) -> Iterator[tuple[float, bool, dict[str, Any], tp.Trace | None]]:
         """Rows of a batch padded on the right, with `labels` on the continuations, (B, T)."""
         model: Any = self.loaded.model
-        special = torch.tensor(self.loaded.processor.tokenizer.all_special_ids, device=self.device)
-        labels = inputs["labels"].masked_fill(torch.isin(inputs["labels"], special), IGNORED)
+        labels = _of_continuations(inputs["labels"], self.loaded.processor.tokenizer)
         with pruned(self.loaded, self.pruning, logits="full") as trace:
             logits = model(**dict(inputs) | {"labels": labels}).logits  # (B, T, vocabulary)
         for row, cost in enumerate(costs(self.loaded, inputs, trace, whole_ids)):
@@ -190,9 +240,8 @@ class Harness(lmms):  # type: ignore[misc]
         return inputs.to(self.device, dtype=self.loaded.model.dtype)
 
     def _note(
-        self, asked: tuple[Key, Sample, Any], cost: dict[str, Any], trace: tp.Trace | None, row: int
+        self, key: Key, sample: Sample, cost: dict[str, Any], trace: tp.Trace | None, row: int
     ) -> None:
-        key, sample, _ = asked
         record = cost | {"question": sample.turns[-1].question}
         if len(self.records) < self.num_pictures and sample.images:
             record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
@@ -231,10 +280,33 @@ class ChatHarness(Harness):
 
     is_simple = False
 
-    def _asked(self, request: Any) -> tuple[Key, Sample, Mapping[str, Any]]:
-        _, to_messages, given, number, task, split = request.args
-        document = self.task_dict[task][split][number]
-        return (task, number), from_messages(f"{task} {number}", to_messages(document)), given
+    def _asked(self, request: Any) -> _Asked:
+        context, to_messages, given, number, task, split = request.args
+
+        def read(document: Any) -> Sample:
+            return from_messages(f"{task} {number}", to_messages(document))
+
+        return self._later(task, split, number, context, given, read)
+
+
+def _try_first(asked: Sequence[_Asked]) -> None:
+    """Reads one document of each task: other media than images are refused before any question."""
+    for own in {own.key[0]: own for own in reversed(asked)}.values():
+        own.read()
+
+
+def _of_continuations(labels_BT: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Labels, int64 (B, T), without those of special tokens, as what ends an answer is.
+
+    A continuation that has no other tokens, or none at all, counts with what ends it: something has
+    to be likely or not.
+    """
+    # Some chat models' end of turn is special, but none of the named special tokens.
+    added = [number for number, own in tokenizer.added_tokens_decoder.items() if own.special]
+    special = torch.tensor([*tokenizer.all_special_ids, *added], device=labels_BT.device)
+    own_BT = labels_BT.masked_fill(torch.isin(labels_BT, special), IGNORED)
+    some_B1 = (own_BT != IGNORED).any(1, keepdim=True)
+    return torch.where(some_B1, own_BT, labels_BT)
 
 
 def _grouped(keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
@@ -244,14 +316,8 @@ def _grouped(keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
         yield key, [number for _, number in group]
 
 
-def _batches(numbers: Sequence[int], size: int, samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Numbers in batches of samples of like length, the longest first, to pad little."""
-
-    def length(number: int) -> tuple[int, int]:
-        sample = samples[number]
-        pixels = sum(image.width * image.height for image in sample.images)
-        return -pixels, -sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
-
-    ordered = sorted(numbers, key=length)
+def _batches(numbers: Sequence[int], size: int, asked: Sequence[_Asked]) -> Iterator[list[int]]:
+    """Numbers in batches of requests of like size, the largest first, to pad little."""
+    ordered = sorted(numbers, key=lambda number: asked[number].size, reverse=True)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]

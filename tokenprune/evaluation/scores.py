@@ -45,7 +45,7 @@ def task_score(
     return name, share if 0 <= share <= 1 else None
 
 
-def question_score(sample: Mapping[str, Any], name: str) -> float:
+def question_score(sample: Mapping[str, Any], name: str, answer: str) -> float:
     """How well a question was answered, between 0 and 1.
 
     A task's metric may be a number for each question, or what its aggregation needs: then a score
@@ -55,6 +55,7 @@ def question_score(sample: Mapping[str, Any], name: str) -> float:
     Args:
         sample: As lmms-eval logs it.
         name: The task's metric.
+        answer: What was said, see `said` and `likeliest`.
     """
     value = sample.get(name)
     if isinstance(value, int | float) and 0 <= value <= 1:
@@ -70,7 +71,7 @@ def question_score(sample: Mapping[str, Any], name: str) -> float:
         return float(others[0]["score"])
     target = sample["target"]
     accepted = target if isinstance(target, list) else [target]
-    return exact(said(sample), [str(answer) for answer in accepted])
+    return exact(answer, [str(one) for one in accepted])
 
 
 def said(sample: Mapping[str, Any]) -> str:
@@ -79,6 +80,18 @@ def said(sample: Mapping[str, Any]) -> str:
     while isinstance(answer, list | tuple):
         answer = answer[0] if answer else ""
     return str(answer)
+
+
+def likeliest(ranked: Sequence[tuple[str, str, float]]) -> str:
+    """The option that a model finds likeliest.
+
+    Args:
+        ranked: Of each option what was asked, what continues it, and the loss. Options are the
+            continuations, or, where there is one continuation alone, what was asked.
+    """
+    asked, continued, _ = min(ranked, key=lambda option: option[2])
+    alone = len(ranked) > 1 and len({option[1] for option in ranked}) == 1
+    return asked if alone else continued
 
 
 def interval(scores: Sequence[float], share: float) -> tuple[float | None, float | None]:
