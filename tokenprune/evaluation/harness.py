@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ import tokenprune as tp
 from tokenprune.data.collate import IGNORED, ConversationCollator, PromptCollator
 from tokenprune.data.sample import Sample, Turn
 from tokenprune.evaluation.answering import answer, costs
-from tokenprune.evaluation.generation import pruned
+from tokenprune.evaluation.generation import now, pruned
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
 from tokenprune.evaluation.sizes import pixels
@@ -61,6 +63,7 @@ class Harness(lmms):  # type: ignore[misc]
             each of which takes a GPU of its own.
         num_pictures: First so many requests whose kept tokens are noted.
         image_scale: Share of the images' pixels that the model is given, see `PromptCollator`.
+        warn: Told, once, what the tasks ask for and do not get.
     """
 
     is_simple = True
@@ -73,6 +76,7 @@ class Harness(lmms):  # type: ignore[misc]
         device: str | None = None,
         num_pictures: int = 0,
         image_scale: float = 1.0,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
         super().__init__()
         self.loaded, self.pruning = loaded, pruning
@@ -81,7 +85,9 @@ class Harness(lmms):  # type: ignore[misc]
         self.shape = tp.cost.DecoderShape.from_config(loaded.model.config)
         #: What each request cost, by task and number of the document.
         self.records: dict[Key, dict[str, Any]] = {}
+        #: Prefill time per question, one entry per batch.
         self.seconds: list[float] = []
+        self._warn = cache(warn)
         self.image_scale = image_scale
         self._prompts = PromptCollator(loaded.processor, image_scale)
         self._begin(device)
@@ -116,11 +122,17 @@ class Harness(lmms):  # type: ignore[misc]
         asked = [self._asked(request) for request in requests]
         _try_first(asked)
         texts: dict[int, str] = {}
+        tokenizer = self.loaded.processor.tokenizer
+        seconds, num_tokens = 0.0, 0
         for given, numbers in _grouped(json.dumps(own.given, sort_keys=True) for own in asked):
-            longest, until, taken = options(json.loads(given), logger.warning)
+            tasks = ", ".join(sorted({asked[number].key[0] for number in numbers}))
+            longest, until, taken = options(
+                json.loads(given), lambda text, tasks=tasks: self._warn(f"{tasks}: {text}")
+            )
             for batch in _batches(numbers, self.batch_size, asked):
                 samples = [asked[number].read() for number in batch]
                 prompts = self._prompts(samples)
+                start = now(self.device)
                 answers = answer(
                     self.loaded,
                     self.pruning,
@@ -129,13 +141,16 @@ class Harness(lmms):  # type: ignore[misc]
                     whole_ids=prompts.get("whole_ids"),
                     **taken,
                 )
+                seconds += now(self.device) - start
+                told = tokenizer(answers.texts, add_special_tokens=False)["input_ids"]
+                num_tokens += sum(map(len, told))
                 self.seconds.append(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
                     cost = answers.costs[row]
                     own = answers.rows[row]
                     self._note(asked[number].key, samples[row], cost, answers.trace, own)
-        self._finish(sum(len(text.split()) for text in texts.values()))
+        self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
 
     def _asked(self, request: Any) -> _Asked:
@@ -177,18 +192,22 @@ class Harness(lmms):  # type: ignore[misc]
         ranked: dict[int, tuple[str, str, float]] = {}
         asked = [self._continued(request) for request in requests]
         _try_first(asked)
+        seconds = 0.0
         for batch in _batches(range(len(asked)), self.batch_size, asked):
             samples = [asked[number].read() for number in batch]
             inputs = self._to_device(collate(samples)["inputs"])
             whole = None if self.image_scale == 1 else self._prompts(samples)["whole_ids"]
-            for row, (loss, greedy, cost, trace) in enumerate(self._likelihoods(inputs, whole)):
+            start = now(self.device)
+            told = list(self._likelihoods(inputs, whole))
+            seconds += now(self.device) - start
+            for row, (loss, greedy, cost, trace) in enumerate(told):
                 number, turn = batch[row], samples[row].turns[0]
                 found[number] = loss, greedy
                 ranked[number] = turn.question, turn.answer, loss
                 self._note(asked[number].key, samples[row], cost, trace, row)
         for number, own in enumerate(asked):
             self.records[own.key].setdefault("ranked", []).append(ranked[number])
-        self._finish(0)
+        self._finish(len(asked), seconds, 0)
         return [GenerationResult(found[number], None) for number in range(len(asked))]
 
     def _continued(self, request: Any) -> _Asked:
@@ -247,8 +266,13 @@ class Harness(lmms):  # type: ignore[misc]
             record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
         self.records.setdefault(key, record)
 
-    def _finish(self, num_words: int) -> dict[str, Any]:
-        """Says what the requests so far have cost, and returns it.
+    def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> dict[str, Any]:
+        """Says what all requests so far have cost, and returns it.
+
+        Args:
+            num_asked: Requests since it was said last,
+            seconds: how long answering them took,
+            num_tokens: and how many tokens the answers have.
 
         Raises:
             ValueError: Nothing was pruned though it was asked for.
@@ -267,11 +291,14 @@ class Harness(lmms):  # type: ignore[misc]
             return {}
         total = cost_of(records, self.shape) | {"num_requests": len(records)}
         if self.seconds:
-            total["prefill_ms"] = 1000 * sum(self.seconds) / len(self.seconds)
+            total["prefill_ms"] = 1000 * statistics.median(self.seconds)
         if self.rank == 0:
             name = "none" if self.pruning is None else called(self.pruning.strategy)
             logger.info(f"tokenprune: strategy {name}, {total}")
-        log_metrics(sum(self.seconds), num_words, 0.0, additional_metrics=total)
+        speed = num_tokens / seconds if seconds else 0.0
+        # lmms-eval adds up what it is told of each kind of request.
+        told = total | {"num_requests": num_asked}
+        log_metrics(seconds, num_tokens, speed, additional_metrics=told)
         return total
 
 
