@@ -29,12 +29,14 @@ class Made:
         script: The answer to each prompt; also what the prompts must be.
         score: The value that its paper prints, as a share of the best, worked out by hand.
         metrics: Further values of the report, by hand.
+        right: How many of its questions are answered rightly, by themselves.
     """
 
     sets: dict[tuple[str, str | None, str], list[dict[str, Any]]]
     script: dict[str, str]
     score: float
     metrics: dict[str, float]
+    right: int | None = None
 
 
 def _people(answer: str, count: int, other: str = "dog") -> list[str]:
@@ -152,6 +154,7 @@ def _mme() -> Made:
         {f"{question}{WORD}": said for _, _, question, _, said in rows},
         (125 + 50) / 2000,
         {"mme_perception_score": (200 + 50) / 2 + 50, "mme_cognition_score": 200},
+        right=6,
     )
 
 
@@ -159,7 +162,7 @@ def _mmbench(config: str, tail: str) -> Made:
     """A question counts if all its turns are right: one of two."""
     turns = [
         (0, "A", ["left", "right"], "A"),
-        (1_000_000, "B", ["right", "left"], "B."),
+        (1_000_000, "B", ["right", "left"], "B. right"),
         (1, "A", ["up", "down"], "A"),
         (1_000_001, "B", ["down", "up"], "A"),
     ]
@@ -176,11 +179,11 @@ def _mmbench(config: str, tail: str) -> Made:
         listed = f"There are several options:\nA. {options[0]}\nB. {options[1]}"
         hint = "look " if number % 1_000_000 else "nan " if config == "cn" else ""
         script[f"{hint}{question} {listed}\n{tail}"] = said
-    return Made({("lmms-lab-encoder/MMBench", config, "dev"): rows}, script, 0.5, {})
+    return Made({("lmms-lab-encoder/MMBench", config, "dev"): rows}, script, 0.5, {}, right=3)
 
 
 def _seed() -> Made:
-    rows = [("image", "A", "A"), ("image", "B", "b."), ("video", "C", "C"), ("image", "D", "A")]
+    rows = [("image", "A", "A"), ("image", "B", "b."), ("video", "C", "C. r"), ("image", "D", "A")]
     options = "\nA. p\nB. q\nC. r\nD. s"
     return Made(
         {
@@ -194,6 +197,7 @@ def _seed() -> Made:
         {f"q{n}?{options}{LETTER}": said for n, (_, _, said) in enumerate(rows)},
         2 / 3,
         {"seed_image": 2 / 3, "seed_video": 1.0, "seed_all": 3 / 4},
+        right=3,
     )
 
 

@@ -139,11 +139,16 @@ def test_the_benchmarks_of_the_paper(own: list[str], prompts: list[str]) -> None
     assert sorted(prompts) == sorted(text for own in made.TASKS.values() for text in own.script)
     metrics = read("run")
     report = json.loads(Path("run/harness/results.json").read_text())["results"]
+    told = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert set(metrics["kinds"]) == set(made.TASKS)
     for name, task in made.TASKS.items():
         assert metrics["kinds"][name]["accuracy"] == pytest.approx(task.score), name
         for key, value in task.metrics.items():
             assert report[name][f"{key},none"] == pytest.approx(value), (name, key)
+        if task.right is not None:
+            assert sum(one["score"] for one in told if one["kind"] == name) == task.right, name
+        averaged = name not in ("pope", "mme", "seedbench", "mmstar") and "mmbench" not in name
+        assert (metrics["kinds"][name]["low"] is not None) is averaged, name
     mean = sum(task.score for task in made.TASKS.values()) / len(made.TASKS)
     assert metrics["accuracy"] == pytest.approx(mean)
     lengths = [144] * 8 if own == ["strategy=none"] else FASTV_LENGTHS
@@ -242,6 +247,12 @@ def test_what_is_said_of_each_question(prompts: list[str]) -> None:
         (["tasks=[]"], "tasks: expected names of lmms-eval's tasks"),
         (["tasks=[pope]", "form=both"], "form: expected one of ['chat', 'simple']"),
         (["tasks=[pope]", "limit=0"], "limit: expected an integer >= 1"),
+        (
+            ["tasks=[vqav2_test]"],
+            "'vqav2_test', which writes them to a file for others to judge. Near",
+        ),
+        (["tasks=[docvqa]"], "got 'docvqa_test', which writes them to a file"),
+        (["tasks=[pope,mme]", "limit=3"], "limit: expected an even number for 'mme'"),
         (["tasks=[pope]", "include_path=nowhere"], "include_path: expected a folder of tasks"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -254,6 +265,36 @@ def test_mistakes_cost_one_line(
     assert words in error
     assert error.count("\n") == 1
     assert not Path("run").exists()
+
+
+PERCENT_TASK = """
+task: percent
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function asking.picture
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 1, do_sample: false, modality: sound}
+process_results: !function asking.judge
+metric_list: [{metric: points, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_what_was_asked_is_kept_though_no_metric_is_a_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_task(tmp_path, PERCENT_TASK, num=2)
+    asked = ["benchmark", "tasks=[percent]", "include_path=tasks", "hydra.run.dir=run"]
+    assert cli.main([*asked, "num_pictures=0"]) == 2
+    out, error = capsys.readouterr()
+    assert "percent: points is no share of the best" in out
+    assert out.count("percent: options of the task that are not used: modality") == 1
+    assert "tasks: expected at least one whose metric is a share of the best, got none" in error
+    report = json.loads(Path("run/harness/results.json").read_text())
+    assert report["results"]["percent"]["points,none"] == 37.5
+    assert not Path("run/metrics.json").exists()
 
 
 # ---------------------------------------------------------------------------------------- plug-in
@@ -291,20 +332,29 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 ASKING = """
 def picture(row):
     return [row["image"].convert("RGB")]
+
+def judge(row, results):
+    return {"points": 37.5}
 """
 
 
-def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
-    """Seven questions by two processes, one of which has to be given one of them twice."""
-    scenes = [SceneDataset("test", 7)[number] for number in range(7)]
+def own_task(folder: Path, task: str, num: int) -> None:
+    """A task of one's own in `tasks`, about scenes that are written to a folder."""
+    scenes = [SceneDataset("test", num)[number] for number in range(num)]
     rows = [
         {"image": s.image, "question": s.turns[0].question, "answer": s.turns[0].answer}
         for s in scenes
     ]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "scenes.parquet")
+    data = folder / "scenes.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(data)
     Path("tasks").mkdir()
     Path("tasks/asking.py").write_text(ASKING)
-    Path("tasks/scenes.yaml").write_text(OWN_TASK.replace("DATA", str(tmp_path / "scenes.parquet")))
+    Path("tasks/own.yaml").write_text(task.replace("DATA", str(data)))
+
+
+def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """Seven questions by two processes, one of which has to be given one of them twice."""
+    own_task(tmp_path, OWN_TASK, num=7)
     found = []
     for processes in (1, 2):
         own = f"overrides=strategy=fastv;schedule.keep=0.1,summary=costs{processes}.json"
@@ -370,6 +420,42 @@ def test_what_ends_a_continuation_does_not_count() -> None:
     ]
     assert sorted(counted) == ["<end_of_turn>", "<end_of_turn> <end_of_turn>", "red"]
     assert all(math.isfinite(one.text[0]) for one in found)
+
+
+def test_lmms_eval_is_told_how_long_answers_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that a batch's answer moves by three seconds, and its first token by one."""
+    told: list[dict[str, Any]] = []
+    clock = [0.0]
+
+    def note(seconds: float, num_tokens: int, speed: float, additional_metrics: Any) -> None:
+        own = {"seconds": seconds, "tokens": num_tokens, "speed": speed}
+        told.append(own | {key: additional_metrics[key] for key in ("num_requests", "prefill_ms")})
+
+    def slowly(*own: Any, **options: Any) -> Any:
+        clock[0] += 3
+        found = answer(*own, **options)
+        texts = ["red blue"] * len(found.texts)
+        return dataclasses.replace(found, seconds=1.0, texts=texts)
+
+    answer = harness.answer
+    monkeypatch.setattr(harness, "answer", slowly)
+    monkeypatch.setattr(harness, "now", lambda device: clock[0])
+    monkeypatch.setattr(harness, "log_metrics", note)
+    model = Simple(overrides="strategy=none", batch_size=2, device="cpu")
+    model.task_dict = {"own": {"test": [{"image": made.picture(n)} for n in range(5)]}}
+    asked = [
+        request("Which?", {"max_new_tokens": 1}, lambda d: [d["image"]], n, "own", "test")
+        for n in range(5)
+    ]
+    num = len(model.loaded.processor.tokenizer("red blue", add_special_tokens=False)["input_ids"])
+    model.generate_until(asked)
+    model.generate_until(asked[:2])
+    assert told == [  # batches of 2, 2 and 1: half a second a question, half, and one
+        {"seconds": 9, "tokens": 5 * num, "speed": 5 * num / 9, "num_requests": 5}
+        | {"prefill_ms": 500},
+        {"seconds": 3, "tokens": 2 * num, "speed": 2 * num / 3, "num_requests": 2}
+        | {"prefill_ms": 500},
+    ]
 
 
 class Drawn:

@@ -95,7 +95,27 @@ def test_the_likeliest_option_is_what_was_said() -> None:
     assert likeliest([("q", "red", 2.0)]) == "red"
 
 
+@pytest.mark.parametrize(
+    ("records", "score"),
+    [
+        # MME's perception says nothing of a question about cognition.
+        ({"mme_cognition_score": {"score": 1.0, "category": "code_reasoning"}}, 1.0),
+        ({"mme_cognition_score": {"score": 0.0, "category": "code_reasoning"}}, 0.0),
+        # SEED-Bench's images say nothing of a video.
+        ({"seed_video": {"pred": "C", "answer": "C"}, "seed_all": {"pred": "C"}}, 1.0),
+        ({"m": {"category": "x"}, "other": {"score": 1.0}}, 1.0),
+        ({"doc": {"score": 1.0}, "token_counts": [{"score": 1.0}]}, 0.0),  # no metrics
+    ],
+)
+def test_a_question_is_judged_by_whichever_metric_speaks_of_it(
+    records: dict[str, object], score: float
+) -> None:
+    sample = {"target": "C", "filtered_resps": ["C. dog"]} | records
+    assert question_score(sample, "m", said(sample)) == score
+
+
 def test_an_interval_is_that_of_a_mean() -> None:
-    assert interval([1.0, 0.0, 1.0, 1.0], 0.75) == wilson(3, 4)
-    assert interval([1.0, 0.0, 1.0, 1.0], 2 / 3) == (None, None)
-    assert interval([], 0.0) == (None, None)
+    assert interval([1.0, 0.0, 1.0, 1.0], 0.75, averaged=True) == wilson(3, 4)
+    assert interval([1.0, 0.0, 1.0, 1.0], 2 / 3, averaged=True) == (None, None)
+    assert interval([0.0, 0.0], 0.0, averaged=False) == (None, None)  # MME without a point
+    assert interval([], 0.0, averaged=True) == (None, None)

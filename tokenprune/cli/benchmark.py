@@ -80,5 +80,10 @@ def _task(config: DictConfig) -> float:
         named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
         metrics = benchmark(config, folder, named)
     with told(folder):  # nothing that goes wrong from here on costs the run
+        if metrics is None:
+            raise ValueError(
+                "tasks: expected at least one whose metric is a share of the best, got none. "
+                f"{folder / 'harness/results.json'} has what lmms-eval says."
+            )
         tell(folder, metrics, changes)
     return float(metrics["accuracy"])

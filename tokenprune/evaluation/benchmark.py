@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +29,11 @@ REPORT = "harness/results.json"
 TASKS = Path(__file__).parent / "tasks"
 #: Options of lmms-eval's command that it, or one of its tasks, reads.
 _READ = {"model": "tokenprune", "process_with_media": False, "log_samples_suffix": ""}
-#: What lmms-eval judges by APIs and shows on leaderboards is not a task's score.
-_NOT_SCORES = ("submission",)
+#: Tasks that fail if one of two questions about an image was not asked.
+_PAIRED = ("mme",)
 
 
-def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
+def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any] | None:
     """Runs tasks of lmms-eval on a pruned model and writes the run's files, unless they are there.
 
     Args:
@@ -42,7 +43,8 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
 
     Returns:
         The metrics, as in metrics.json: `accuracy` is the mean of the tasks' own values, each a
-        share of the best; every task is a kind.
+        share of the best; every task is a kind. None if no task's value is such a share: then what
+        lmms-eval reports is all that is written.
 
     Raises:
         ValueError: Something in the config cannot be honoured.
@@ -66,13 +68,16 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         config.device or default_device(),
         config.num_pictures,
         config.data.image_scale,
+        warn=print,
     )
     place = folder / Path(REPORT).parent
     report = _ask(resolved, tasks, model, place)
+    results.write_text(folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False))
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
     metrics, predictions, kept, images = _gather(report, model)
-    results.write_text(folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False))
+    if not metrics["kinds"]:
+        return None
     results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
     return results.read_metrics(folder)
 
@@ -89,7 +94,7 @@ def find_tasks(config: Mapping[str, Any]) -> Any:
     """lmms-eval's manager of tasks, which knows all that are asked for.
 
     Raises:
-        ValueError: One of them is unknown.
+        ValueError: One of them is unknown, has no metric, or cannot be asked so few questions.
     """
     own = [] if config["include_path"] is None else [Path(config["include_path"]).expanduser()]
     folders = [str(folder.resolve()) for folder in (*own, TASKS)]
@@ -104,7 +109,69 @@ def find_tasks(config: Mapping[str, Any]) -> Any:
                 f"tasks: expected tasks of lmms-eval, got {task!r}.{hint} `lmms-eval tasks list` "
                 "has all; include_path=FOLDER adds yours."
             )
+        for part in _parts(manager, task):
+            _check_task(manager, part, config["limit"])
     return manager
+
+
+def _parts(manager: Any, task: Any) -> list[str]:
+    """Names of the tasks in a group, or under a tag, of lmms-eval's; a task's own."""
+    if isinstance(task, list):
+        return [name for part in task for name in _parts(manager, part)]
+    if isinstance(task, Mapping):
+        return _parts(manager, task.get("task", []))
+    entry = manager.task_index.get(task, {"type": "python_task"})
+    if entry["type"] == "python_task":
+        return []  # a class of Python: what it measures is seen when it has run
+    if entry["type"] == "task":
+        return [task]
+    listed = entry["task"]
+    return _parts(manager, _written(manager, task)["task"] if listed == -1 else listed)
+
+
+def _written(manager: Any, task: str) -> Any:
+    """A task's file, with what it includes, functions left out."""
+    path = manager.task_index[task]["yaml_path"]
+    return import_module("lmms_eval.utils").load_yaml_config(path, mode="simple")
+
+
+def _check_task(manager: Any, task: str, limit: int | None) -> None:
+    """Refuses before any question what would fail when all are answered."""
+    if not metrics_of(_written(manager, task)):
+        own = [
+            name
+            for name, entry in manager.task_index.items()
+            if entry["type"] == "task" and name.split("_")[0] == task.split("_")[0]
+        ]
+        near = sorted(name for name in own if metrics_of(_written(manager, name)))[:8]
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ValueError(
+            f"tasks: expected tasks that judge answers, got {task!r}, which writes them to a file "
+            f"for others to judge.{hint}"
+        )
+    if task in _PAIRED and limit is not None and limit % 2:
+        raise ValueError(
+            f"limit: expected an even number for {task!r}, whose questions are judged in pairs, "
+            f"got {limit}. Set limit={limit + 1}."
+        )
+
+
+def metrics_of(task: Mapping[str, Any]) -> dict[str, bool]:
+    """A task's metrics in the order in which it lists them; whether they are means over questions.
+
+    Args:
+        task: Its config.
+    """
+    import_module("lmms_eval.api.metrics")  # registers its own
+    known: Any = import_module("lmms_eval.api.registry")
+    usual = known.DEFAULT_METRIC_REGISTRY.get(task.get("output_type"), [])
+    found: dict[str, bool] = {}
+    for entry in task.get("metric_list") or [{"metric": name} for name in usual]:
+        name = str(entry["metric"])
+        if "submission" not in name:  # files for servers
+            how = entry.get("aggregation") or known.METRIC_AGGREGATION_REGISTRY.get(name)
+            found[name] = how in ("mean", known.AGGREGATION_REGISTRY["mean"])
+    return found
 
 
 def _ask(config: Mapping[str, Any], manager: Any, model: Any, place: Path) -> dict[str, Any]:
@@ -138,12 +205,8 @@ def _gather(
     kept: list[dict[str, Any]] = []
     images: dict[str, Any] = {}
     for task, samples in report["samples"].items():
-        listed = [
-            entry["metric"]
-            for entry in report["configs"][task]["metric_list"]
-            if entry["metric"] not in _NOT_SCORES
-        ]
-        name, share = task_score(task, report["results"][task], listed)
+        listed = metrics_of(report["configs"][task])
+        name, share = task_score(task, report["results"][task], list(listed))
         scores = []
         for sample in samples:
             record = model.records[task, sample["doc_id"]]
@@ -166,19 +229,14 @@ def _gather(
         if share is None:
             print(f"{task}: {name} is no share of the best, and is left out of the mean")
             continue
-        low, high = interval(scores, share)
+        low, high = interval(scores, share, listed.get(name, False))
         kinds[task] = {"accuracy": share, "low": low, "high": high, "num_samples": len(samples)}
         kinds[task]["metric"] = name
-    if not kinds:
-        raise ValueError(
-            "tasks: expected at least one whose metric is a share of the best, got none. Choose "
-            "others; harness/results.json has what lmms-eval says."
-        )
     shares = [kind["accuracy"] for kind in kinds.values()]
     low, high = (_mean_end(kinds, end) for end in ("low", "high"))
     own = {
         "num_samples": len(records),
-        "accuracy": statistics.fmean(shares),
+        "accuracy": statistics.fmean(shares) if shares else None,
         "accuracy_low": low,
         "accuracy_high": high,
         "kinds": kinds,
@@ -191,11 +249,12 @@ def _gather(
 
 def _mean_end(kinds: Mapping[str, Mapping[str, Any]], end: str) -> float | None:
     """An end of the interval of the mean over tasks, which are independent of one another."""
-    halves = [kind[end] and kind[end] - kind["accuracy"] for kind in kinds.values()]
-    if any(half is None for half in halves):
+    ends = [kind[end] for kind in kinds.values()]
+    if not ends or None in ends:
         return None
-    mean = statistics.fmean(kind["accuracy"] for kind in kinds.values())
-    half = float(sum(half**2 for half in halves) ** 0.5) / len(halves)
+    shares = [kind["accuracy"] for kind in kinds.values()]
+    mean = statistics.fmean(shares)
+    half = math.dist(ends, shares) / len(shares)
     return mean - half if end == "low" else mean + half
 
 
