@@ -9,7 +9,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tokenprune.runs.proportions import Z95, mcnemar, paired_wald, quantile, wilson
+from tokenprune.runs.proportions import (
+    Z95,
+    mcnemar,
+    paired_score,
+    quantile,
+    student,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,22 +67,59 @@ def test_mcnemar_of_thousands_of_questions() -> None:
     assert mcnemar(4000, 0) < 1e-300
 
 
-def test_paired_wald_by_hand() -> None:
-    # 20 wins and 8 losses in 478 questions: 12/480 ± 1.959964 sqrt((30/480 - .025²) / 480).
-    centre, half = paired_wald(20, 8, 478)
-    assert centre == pytest.approx(0.025)
-    assert half == pytest.approx(1.959964 * math.sqrt((0.0625 - 0.000625) / 480), rel=1e-6)
-    assert paired_wald(0, 0, 10)[1] > 0  # ten questions do not show that two methods are the same
+def test_far_quantiles_of_student() -> None:
+    # From any table: two-sided 99.9 %.
+    table = {5: 6.8688, 29: 3.6594, 120: 3.3735, 1000: 3.3003}
+    assert [student(own, 0.001) for own in table] == pytest.approx([*table.values()], abs=5e-5)
+    for alpha in (0.05, 1e-3, 1e-5):  # closed form and expansion
+        assert student(201, alpha) == pytest.approx(student(200, alpha), rel=2e-4)
+        assert student(201, alpha) < student(200, alpha)
 
 
-@pytest.mark.parametrize("total", [60, 480])
+def test_the_paired_interval_by_hand() -> None:
+    """At an end the corrected score is as far out as the quantile."""
+    for wins, losses, total in ((20, 8, 478), (8, 20, 478), (6, 1, 10), (0, 0, 30), (40, 0, 50)):
+        for alpha in (0.05, 0.0005):
+            for sign, end in zip((-1, 1), paired_score(wins, losses, total, alpha), strict=True):
+                if abs(end) == 1:
+                    continue
+                # The likeliest share of losses, were `end` the truth: it solves
+                # 2n q² + ((2n - w + l) d - w - l) q - l d (1 - d) = 0.
+                q = max(
+                    np.roots(
+                        (
+                            2 * total,
+                            (2 * total - wins + losses) * end - wins - losses,
+                            -losses * end * (1 - end),
+                        )
+                    ).max(),
+                    -end,
+                )
+                off = sign * (total * end - (wins - losses)) - 1
+                error = math.sqrt(total * (2 * q + end * (1 - end)))
+                assert off / error == pytest.approx(quantile(alpha), rel=1e-6)
+    assert paired_score(0, 20, 100) == tuple(-end for end in paired_score(20, 0, 100)[::-1])
+    low, high = paired_score(0, 0, 10)
+    assert low < -0.2 < 0.2 < high  # ten questions do not show that two methods are the same
+    assert paired_score(10, 0, 10)[1] == 1
+
+
+#: How often the truth may be missed, of what is promised: two steps beyond what was found.
+MOST = {0.05: 1.0, 0.005: 1.0, 0.0005: 1.4}
+
+
+@pytest.mark.parametrize("total", [20, 60, 480])
 @pytest.mark.parametrize(
-    ("win", "loss"), [(0.01, 0.01), (0.02, 0.005), (0.05, 0.05), (0.1, 0.02), (0.3, 0.001)]
+    ("win", "loss"),
+    [
+        *((0.01, 0.01), (0.02, 0.005), (0.05, 0.05), (0.1, 0.02), (0.3, 0.001)),
+        *((0.45, 0.45), (0.9, 0.02)),
+    ],
 )
 def test_the_interval_holds_the_truth_as_often_as_it_says(
     total: int, win: float, loss: float
 ) -> None:
-    """Exactly, over all outcomes: wins and losses are multinomial."""
+    """Exactly, over all outcomes: wins and losses are multinomial. Whatever the level."""
     wins, losses = np.meshgrid(np.arange(total + 1), np.arange(total + 1), indexing="ij")
     possible = wins + losses <= total
     wins, losses = wins[possible], losses[possible]
@@ -87,10 +131,25 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
         + (wins * math.log(win) + losses * math.log(loss) + rest * math.log(1 - win - loss))
     )
     assert chance.sum() == pytest.approx(1)
-    number = total + 2
-    centre = (wins - losses) / number
-    half = Z95 * np.sqrt(((wins + losses + 2) / number - centre**2) / number)
-    for place in (0, len(wins) // 3):  # the formula above is that of the function
-        own = paired_wald(int(wins[place]), int(losses[place]), total)
-        assert own == pytest.approx((centre[place], half[place]))
-    assert chance[np.abs(centre - (win - loss)) <= half].sum() >= 0.948
+    # The truth is in the interval where the score test does not refuse it.
+    d = win - loss
+    linear = (2 * total - wins + losses) * d - wins - losses
+    q = np.sqrt(linear**2 + 8 * total * losses * d * (1 - d)) - linear
+    q = np.maximum(q / (4 * total), max(0, -d))
+    off = np.abs(wins - losses - total * d) - 1
+    error = np.sqrt(total * (2 * q + d * (1 - d)))
+    for alpha, most in MOST.items():
+        inside = off <= quantile(alpha) * error
+        for place in np.random.default_rng(0).integers(0, len(wins), 200):  # as the function says
+            low, high = paired_score(int(wins[place]), int(losses[place]), total, alpha)
+            assert (low - 1e-9 <= d <= high + 1e-9) == inside[place]
+        assert chance[~inside].sum() <= most * alpha
+
+
+def test_no_end_of_the_interval_is_nearer_than_the_exact_test_allows() -> None:
+    """Where the interval leaves out 0, McNemar's exact test is at its level or hardly above it."""
+    for wins, losses in product(range(0, 60, 3), repeat=2):
+        for alpha in (0.05, 0.001, 0.00005):
+            low, high = paired_score(wins, losses, 500, alpha)
+            if low > 0 or high < 0:
+                assert mcnemar(wins, losses) <= 1.1 * alpha

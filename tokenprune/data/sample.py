@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,14 @@ class Sample:
     def image(self) -> Image.Image:
         """The first image."""
         return self.images[0]
+
+    @property
+    def mark(self) -> str | None:
+        """The same for the same images, by which questions about them are known; None of none."""
+        digest = hashlib.blake2b(digest_size=8)
+        for image in self.images:
+            digest.update(repr(image.size).encode() + image.tobytes())
+        return digest.hexdigest() if self.images else None
 
 
 def num_places(turns: Sequence[Turn]) -> int:

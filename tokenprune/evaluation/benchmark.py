@@ -21,6 +21,7 @@ from tokenprune.evaluation.scores import interval, likeliest, question_score, sa
 from tokenprune.evaluation.summary import cost_of, kv_megabytes
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import default_device
+from tokenprune.runs.images import num_images
 
 PACKAGE = "lmms-eval"
 #: What lmms-eval itself reports, in a run's folder; files that tasks write lie beside it.
@@ -222,6 +223,7 @@ def _gather(
                 "prediction": answer,
             }
             predictions.append(told | {"score": scores[-1], "correct": scores[-1] >= 0.5})
+            predictions[-1]["picture"] = record["picture"]
             if "kept" in record:
                 picture = results.image_name(len(kept), told["id"])
                 images[picture] = record["image"]
@@ -229,13 +231,15 @@ def _gather(
         if share is None:
             print(f"{task}: {name} is no share of the best, and is left out of the mean")
             continue
-        low, high = interval(scores, share, listed.get(name, False))
+        pictures = [own["picture"] for own in predictions if own["kind"] == task]
+        low, high = interval(scores, share, listed.get(name, False), pictures)
         kinds[task] = {"accuracy": share, "low": low, "high": high, "num_samples": len(samples)}
         kinds[task]["metric"] = name
     shares = [kind["accuracy"] for kind in kinds.values()]
     low, high = (_mean_end(kinds, end) for end in ("low", "high"))
     own = {
         "num_samples": len(records),
+        "num_images": num_images([record["picture"] for record in records]),
         "accuracy": statistics.fmean(shares) if shares else None,
         "accuracy_low": low,
         "accuracy_high": high,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from transformers import BatchFeature
 
 import tokenprune as tp
@@ -131,9 +129,8 @@ class Evaluator(pl.LightningModule):
                 "prediction": text,
                 "score": score,
                 "correct": score >= 0.5,
+                "picture": sample.mark,
             } | answers.costs[index]
-            if self.metric in SUMMARIES:  # which may ask for what belongs to one image
-                record["picture"] = _digest(sample.images)
             number = start + index if share is None else share.number(batch_idx, index)
             if number < self.num_pictures:
                 given = answers.costs[index]["given"]
@@ -203,7 +200,10 @@ class Evaluator(pl.LightningModule):
             folder=self.folder,
             config=self.config,
             metrics=metrics,
-            predictions=[{key: record[key] for key in _PREDICTION} for record in records],
+            predictions=[
+                {key: record[key] for key in _PREDICTION} | {"picture": record.get("picture")}
+                for record in records
+            ],
             kept=[
                 {key: record[key] for key in _PREDICTION if key not in ("score", "correct")}
                 | {"image": picture}
@@ -216,11 +216,3 @@ class Evaluator(pl.LightningModule):
             versions=self.marks | {"device": on},
         )
         self.wrote = True
-
-
-def _digest(images: Sequence[Image.Image]) -> str:
-    """The same for the same pictures."""
-    digest = hashlib.blake2b(digest_size=16)
-    for image in images:
-        digest.update(repr(image.size).encode() + image.tobytes())
-    return digest.hexdigest()

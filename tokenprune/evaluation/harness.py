@@ -264,7 +264,7 @@ class Harness(lmms):  # type: ignore[misc]
         record = cost | {"question": sample.turns[-1].question}
         if len(self.records) < self.num_pictures and sample.images:
             record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
-        self.records.setdefault(key, record)
+        self.records.setdefault(key, record | {"picture": sample.mark})
 
     def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> dict[str, Any]:
         """Says what all requests so far have cost, and returns it.

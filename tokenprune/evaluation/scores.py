@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from tokenprune.evaluation.metrics import exact
-from tokenprune.runs.proportions import wilson
+from tokenprune.runs.images import share_interval
 
 #: Which of a task's metrics papers print, and its best value. Tasks that are not here: the first
 #: metric that they list, of which 1 is the best.
@@ -130,7 +130,7 @@ def likeliest(ranked: Sequence[tuple[str, str, float]]) -> str:
 
 
 def interval(
-    scores: Sequence[float], share: float, averaged: bool
+    scores: Sequence[float], share: float, averaged: bool, pictures: Sequence[str | None] = ()
 ) -> tuple[float | None, float | None]:
     """95 % interval of a task's value; none where it is no mean of the questions' scores.
 
@@ -139,7 +139,8 @@ def interval(
         share: The task's value.
         averaged: Whether its metric is a mean over questions: F1 and points may happen to equal
             theirs.
+        pictures: A mark of each question's image, see `runs.images`.
     """
     if not averaged or not scores or abs(sum(scores) / len(scores) - share) > 1e-9:
         return None, None
-    return wilson(sum(scores), len(scores))
+    return share_interval(scores, pictures)

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import tokenprune as tp
-from tokenprune.runs.proportions import wilson
+from tokenprune.runs.images import num_images, share_interval
 
 
 def summarise(
@@ -34,8 +34,9 @@ def summarise(
         )
 
     def accuracy(part: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-        correct = sum(record["score"] for record in part)
-        return correct / len(part), *wilson(correct, len(part))
+        scores = [record["score"] for record in part]
+        pictures = [record.get("picture") for record in part]
+        return sum(scores) / len(part), *share_interval(scores, pictures)
 
     num = len(records)
     kinds: dict[str, dict[str, float]] = {}
@@ -46,6 +47,7 @@ def summarise(
     share, low, high = accuracy(records)
     return {
         "num_samples": num,
+        "num_images": num_images([record.get("picture") for record in records]),
         "accuracy": share,
         "accuracy_low": low,
         "accuracy_high": high,

@@ -61,8 +61,16 @@ COLUMNS: dict[str, Column] = {
     ),
     "seed": Column("seed", "number", "The seed of the run."),
     "num_samples": Column("questions", "number", "The number of questions asked."),
+    "num_images": Column(
+        "images", "number", "The number of images that they are about, where that is known."
+    ),
     "accuracy": Column("right (%)", "percent", "The share of the questions answered right."),
-    "ci_low": Column("from (%)", "percent", "Lower end of the 95 % interval of accuracy (Wilson)."),
+    "ci_low": Column(
+        "from (%)",
+        "percent",
+        "Lower end of the 95 % interval of accuracy (Wilson; by image where one has several "
+        "questions).",
+    ),
     "ci_high": Column("to (%)", "percent", "Upper end of that interval."),
     "tflops": Column(
         "FLOPs",

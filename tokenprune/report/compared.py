@@ -25,8 +25,10 @@ COMPARED = {
     "all with the same: wider, the more are made.",
     "more": "Questions on which it scores more than the other.",
     "less": "Questions on which it scores less.",
-    "p": "Chance of so large a difference if there were none: McNemar's exact test where answers "
-    "are right or wrong, else a permutation test of the differences' signs.",
+    "test": "mcnemar: McNemar's exact test of right and wrong answers. permutation: of all signs "
+    "that the differences might have. by image: of an image's questions together, where an image "
+    "has several; so are the intervals.",
+    "p": "Chance of so large a difference if there were none, by that test.",
     "p corrected": "The same after Holm's correction for all comparisons with the same.",
     "verdict": "better or worse: p corrected is at most .05 and the corrected interval does not "
     "hold 0. open: these questions do not tell, which is not the same as no difference.",
@@ -38,11 +40,11 @@ SPLIT = {
     "picture (%)": "Share of the pixels of the smaller picture that decides what is easy: the one "
     "nearest to that share of the tokens.",
     "easy": "How many questions the unpruned model gets right on the whole and on that picture.",
-    "right of easy": "Of these, what the method gets right, with a 95 % interval (Wilson).",
+    "right of easy": "Of these, what the method gets right, with a 95 % interval.",
     "hard": "How many it gets right on the whole picture alone.",
     "right of hard": "Of these, what the method gets right: where only choosing can help.",
 }
-_TEXTS = ("method", "budget", "against", "verdict")
+_TEXTS = ("method", "budget", "against", "test", "verdict")
 _TONES = {"better": "right", "worse": "wrong"}
 
 
@@ -100,6 +102,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             "corrected": _range(run, "holm"),
             "more": _text(run.text("wins")),
             "less": _text(run.text("losses")),
+            "test": _text(run.text("test")),
             "p": _chance(run, "p"),
             "p corrected": _chance(run, "p_holm"),
             "verdict": Cell(verdict, verdict, tone=_TONES.get(verdict, "")),

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenprune.runs.proportions import student
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -42,29 +44,6 @@ def mean_interval(
     down = math.hypot(statistics.fmean(downs), seeds)
     up = math.hypot(statistics.fmean(ups), seeds)
     return Interval(mean, max(0.0, mean - down), min(1.0, mean + up))
-
-
-def student(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t, by bisection of its closed form.
-
-    Abramowitz & Stegun, 26.7.3 (odd degrees of freedom) and 26.7.4 (even ones).
-    """
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(degrees))
-        odd = degrees % 2
-        term = total = 0.0 if degrees == 1 else math.cos(angle) if odd else 1.0
-        for k in range(2 + odd, degrees, 2):
-            term *= (k - 1) / k * math.cos(angle) ** 2
-            total += term
-        share = math.sin(angle) * total
-        return 2 / math.pi * (angle + share) if odd else share
-
-    low, high = 1.9, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return low
 
 
 def apart(best: Interval, second: Interval) -> bool | None:

@@ -83,10 +83,11 @@ def _paired_lead(second: Group, difference: Difference, num_others: int) -> str:
     low, high = difference.interval(ALPHA / num_others)
     lead = "ahead of" if low > 0 else "not told apart from"
     corrected = f", corrected for {num_others} comparisons" if num_others > 1 else ""
+    by_image = "" if difference.num_images is None else ", by image"
     return (
         f"{lead} {second.series} with {percent(second.accuracy)}: question by question "
         f"{100 * difference.value:+.1f} points (95 % interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f}{corrected})"
+        f"{100 * high:+.1f}{corrected}{by_image})"
     )
 
 

@@ -22,11 +22,13 @@ class Answers:
         asked: The same for two runs that were asked the same: a digest of ids, kinds, questions and
             answers that count as right.
         kinds: Of each question, in the order of their ids.
+        pictures: A mark of each question's images; None where it is not known, see `images.shared`.
         scores_Q: Score of each answer, between 0 and 1.
     """
 
     asked: str
     kinds: tuple[str, ...]
+    pictures: tuple[str | None, ...]
     scores_Q: NDArray[np.float64]
 
 
@@ -46,7 +48,9 @@ def read_answers(folder: Path | None) -> Answers | None:
 @lru_cache(maxsize=1024)  # runs are compared with several others
 def _read(path: Path, size: int, changed: int) -> Answers | None:
     digest = hashlib.blake2b(digest_size=16)
-    kinds, scores = [], []
+    kinds: list[str] = []
+    pictures: list[str | None] = []
+    scores: list[float] = []
     # Benchmarks may ask their tasks in any order.
     for record in sorted(results.read_predictions(path), key=lambda own: str(own.get("id"))):
         asked = [record.get(key) for key in ("id", "kind", "question", "answer")]
@@ -55,7 +59,8 @@ def _read(path: Path, size: int, changed: int) -> Answers | None:
         if not isinstance(score, int | float):
             return None
         kinds.append(str(record.get("kind", "")))
+        pictures.append(None if (own := record.get("picture")) is None else str(own))
         scores.append(float(score))
     if not scores:
         return None
-    return Answers(digest.hexdigest(), tuple(kinds), np.array(scores))
+    return Answers(digest.hexdigest(), tuple(kinds), tuple(pictures), np.array(scores))

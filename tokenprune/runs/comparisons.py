@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ COLUMNS = (
     *(
         "questions",
         "num_questions",
+        "num_images",
         "accuracy",
         "against_accuracy",
         "difference",
@@ -49,12 +51,14 @@ class Scores:
     Attributes:
         asked: See `Answers`, as are the kinds.
         scores_SQ: A row per run.
+        pictures: A mark of each question's images; None where it is not known.
         parts: Which questions are taken together: all, or, where a run's accuracy is no mean over
             its questions (benchmarks of several tasks), those of each kind.
     """
 
     asked: str
     scores_SQ: NDArray[np.float64]
+    pictures: Sequence[str | None]
     parts: Mapping[str, NDArray[np.bool_]]
 
 
@@ -148,7 +152,13 @@ def scores_of(method: Method) -> Scores | None:
     accuracy = method.mean("accuracy")
     if accuracy is not None and abs(scores_SQ.mean() - accuracy) < _ROUNDED:
         parts = {ALL: np.ones(len(kinds), bool)}
-    return Scores(known[0].asked, scores_SQ, parts)
+    marked = max((own.pictures for own in known), key=any)
+    return Scores(known[0].asked, scores_SQ, marked, parts)
+
+
+def pictures_of(several: Sequence[Scores]) -> Sequence[str | None]:
+    """Marks of the questions' images, as any of those that were asked them has them."""
+    return max((own.pictures for own in several), key=any)
 
 
 def difference_of(method: Method, other: Method) -> Difference | None:
@@ -158,7 +168,7 @@ def difference_of(method: Method, other: Method) -> Difference | None:
         return None
     if ALL not in first.parts or ALL not in second.parts:
         return None
-    return compare(first.scores_SQ, second.scores_SQ)
+    return compare(first.scores_SQ, second.scores_SQ, pictures_of([first, second]))
 
 
 def share_of(method: Method) -> float | None:
@@ -208,7 +218,9 @@ def _family(inside: Sequence[Method], against: str, left: Left) -> Iterator[Pair
             if first.asked == second.asked:
                 parts = min(first.parts, second.parts, key=lambda own: ALL in own)
                 for name, part_Q in parts.items():
-                    found = compare(first.scores_SQ[:, part_Q], second.scores_SQ[:, part_Q])
+                    own_SQ, other_SQ = (o.scores_SQ[:, part_Q] for o in (first, second))
+                    pictures = list(compress(pictures_of([first, second]), part_Q))
+                    found = compare(own_SQ, other_SQ, pictures)
                     yield Pair(method, against, reference, name, found)
             else:
                 both = f"{method.series} with {reference.series}"
@@ -260,6 +272,7 @@ def _row(pair: Pair) -> dict[str, Any]:
         "against_seeds": reference.num_seeds,
         "questions": pair.questions,
         "num_questions": difference.num_questions,
+        "num_images": "" if difference.num_images is None else difference.num_images,
         "accuracy": difference.first,
         "against_accuracy": difference.second,
         "difference": difference.value,

@@ -9,13 +9,22 @@ budget: *easy* ones, and *hard* ones, where only choosing can help.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from tokenprune.runs.comparisons import ALL, METHOD, Left, nearest_downsample, scores_of, share_of
+from tokenprune.runs.comparisons import (
+    ALL,
+    METHOD,
+    Left,
+    nearest_downsample,
+    pictures_of,
+    scores_of,
+    share_of,
+)
+from tokenprune.runs.images import share_interval
 from tokenprune.runs.methods import UNPRUNED, Method
-from tokenprune.runs.proportions import wilson
 
 TABLE = "difficulty.csv"
 COLUMNS = (
@@ -81,11 +90,15 @@ def _split(method: Method, whole: Method, scaled: Method) -> list[dict[str, Any]
         }
         groups = {"easy": part_Q & right_Q & easy_Q, "hard": part_Q & right_Q & ~easy_Q}
         for name, group_Q in groups.items():
-            number, total = int(group_Q.sum()), float(np.sum(score_Q[group_Q]))
+            number, scores = int(group_Q.sum()), score_Q[group_Q].tolist()
             row |= {f"num_{name}": number}
             if number:
-                low, high = wilson(total, number)
-                row |= {name: total / number, f"{name}_low": low, f"{name}_high": high}
+                low, high = share_interval(scores, list(compress(pictures_of(known), group_Q)))
+                row |= {
+                    name: float(np.sum(score_Q[group_Q])) / number,
+                    f"{name}_low": low,
+                    f"{name}_high": high,
+                }
         row |= {name: method.first.text(name) for name in ("model", "data", "run")}
         rows.append(row | {"downsample_run": scaled.first.text("run")})
     return rows

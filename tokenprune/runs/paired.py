@@ -9,21 +9,64 @@ Shape suffixes: Q questions, S runs (seeds), D draws, U values that occur.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tokenprune.runs.proportions import ALPHA, Z95, mcnemar, paired_wald, quantile
+from tokenprune.runs.images import added, shared, sums_by_image
+from tokenprune.runs.proportions import ALPHA, Z95, mcnemar, paired_score, quantile, student
+from tokenprune.runs.signs import sign_p
 
-#: Of the bootstrap and of the permutation test: from one seed to another, an end of an interval
-#: moves by two hundredths of a standard error.
+#: Of the bootstrap: from one seed to another, an end moves by two hundredths of a standard error.
 DRAWS = 20_000
 _SEED = 0
 _DECIMALS = 12  # means of scores that are equal differ in their last bits
 _MANY = 250  # values; beyond, drawing goes by hundredths: a hundredth of a standard error
 _AT_ONCE = 2**22  # numbers in memory
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an interval is made of where each question is won, lost or neither."""
+
+    wins: int
+    losses: int
+    total: int
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        return paired_score(self.wins, self.losses, self.total, alpha)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """How far down and up from its centre a 95 % interval reaches.
+
+    Other levels have its arms, longer or shorter as the normal distribution says: draws tell
+    nothing of tails that they hardly ever reach.
+    """
+
+    centre: float
+    down: float
+    up: float
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        ratio = quantile(alpha) / Z95
+        return self.centre - self.down * ratio, self.centre + self.up * ratio
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error, as so many degrees of freedom tell it."""
+
+    mean: float
+    error: float
+    degrees: int
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        half = self.error * student(self.degrees, alpha)
+        return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)
@@ -36,7 +79,9 @@ class Difference:
         second: Mean score of the other.
         wins: Questions on which the method scores more.
         losses: Those on which it scores less.
-        test: What gave `p`: `"mcnemar"`, exact, or `"permutation"`.
+        num_images: About how many images, where one has several questions, else None.
+        test: What gave `p`: `"mcnemar"` or `"permutation"`, both exact, or, where an image has
+            several questions, `"permutation by image"`.
         p: Two-sided, of this comparison alone.
     """
 
@@ -45,23 +90,19 @@ class Difference:
     second: float
     wins: int
     losses: int
+    num_images: int | None
     test: str
     p: float
-    _centre: float
-    _arms: tuple[float, float]
+    _spread: Counts | Arms | Estimate
 
     @property
     def value(self) -> float:
         return self.first - self.second
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
-        """The interval of the difference that is wrong with chance `alpha`.
-
-        Other levels than 95 % have its arms, longer or shorter as the normal distribution says:
-        draws tell nothing of tails that they hardly ever reach.
-        """
-        down, up = (arm * quantile(alpha) / Z95 for arm in self._arms)
-        return max(-1.0, self._centre - down), min(1.0, self._centre + up)
+        """The interval of the difference that is wrong with chance `alpha`."""
+        low, high = self._spread.interval(alpha)
+        return max(-1.0, low), min(1.0, high)
 
 
 @dataclass(frozen=True)
@@ -77,74 +118,87 @@ class Corrected:
     alpha: float
 
 
-def compare(first_SQ: ArrayLike, second_SQ: ArrayLike) -> Difference:
+def compare(
+    first_SQ: ArrayLike, second_SQ: ArrayLike, pictures: Sequence[str | None] = ()
+) -> Difference:
     """Compares two methods by their scores between 0 and 1.
 
     A question's score is its mean over seeds. What a seed decides here, it decides for each
     question by itself (docs/statistics.md), so seeds are no clusters: their chance is part of what
-    differs from question to question, which the interval covers.
+    differs from question to question, which the interval covers. Questions about one image are.
 
     Args:
         first_SQ: Scores of the method, a row per run.
         second_SQ: Those of the other, on the same questions in the same order.
+        pictures: A mark of each question's image, see `images.shared`; empty where not known.
     """
     first_Q, second_Q = (np.asarray(own, float).mean(0) for own in (first_SQ, second_SQ))
     difference_Q = np.round(first_Q - second_Q, _DECIMALS)
     wins, losses = int((difference_Q > 0).sum()), int((difference_Q < 0).sum())
-    if np.isin(difference_Q, (-1, 0, 1)).all():
+    num_images = None
+    spread: Counts | Arms | Estimate
+    if shared(pictures):
+        sizes, sums = sums_by_image(difference_Q.tolist(), pictures)
+        num_images = len(sizes)
+        test, p = "permutation by image", sign_p(np.round(sums, _DECIMALS))
+        spread = sandwich(sizes, sums)
+    elif np.isin(difference_Q, (-1, 0, 1)).all():
         test, p = "mcnemar", mcnemar(wins, losses)
-        centre, half = paired_wald(wins, losses, len(difference_Q))
-        arms = (half, half)
+        spread = Counts(wins, losses, len(difference_Q))
     else:
-        test, p = "permutation", permutation(difference_Q)
-        centre, arms = bootstrap(difference_Q)
+        test, p = "permutation", sign_p(difference_Q)
+        spread = bootstrap(difference_Q)
     return Difference(
         num_questions=len(difference_Q),
         first=float(first_Q.mean()),
         second=float(second_Q.mean()),
         wins=wins,
         losses=losses,
+        num_images=num_images,
         test=test,
         p=p,
-        _centre=centre,
-        _arms=arms,
+        _spread=spread,
     )
 
 
-def bootstrap(difference_Q: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+def sandwich(sizes: Sequence[int], sums: Sequence[float]) -> Estimate:
+    """The mean of questions and its standard error, images drawn with all of their questions.
+
+    The variance between images (Liang and Zeger, 1986), by Student's quantile for as many images as
+    there are. One is added that is won as a whole, and one that is lost, as large as the one that
+    a question is about on average: few images that agree do not show that all do.
+
+    Args:
+        sizes: Of each image the number of its questions.
+        sums: And the sum of their differences.
+    """
+    more = added(sizes)
+    size_I = np.array([*sizes, more, more])
+    sum_I = np.array([*sums, more, -more])
+    mean = float(sum_I.sum() / size_I.sum())
+    spread = float(((sum_I - size_I * mean) ** 2).sum()) * len(size_I) / (len(size_I) - 1)
+    return Estimate(mean, spread**0.5 / float(size_I.sum()), max(1, len(sizes) - 1))
+
+
+def bootstrap(difference_Q: NDArray[np.float64]) -> Arms:
     """Centre of the mean difference, and how far down and up its 95 % interval reaches.
 
-    Questions are drawn with replacement (Efron, 1979; percentiles). As in `paired_wald`, a win and
-    a loss are added. A draw is decided by how often each value occurs in it, so those counts are
-    drawn, which gives the same and takes less than drawing question after question.
+    Questions are drawn with replacement (Efron, 1979; percentiles). A win and a loss are added: a
+    few questions that agree do not show that all do. A draw is decided by how often each value
+    occurs in it, so those counts are drawn, which gives the same and takes less than drawing
+    question after question. The same whenever it is asked.
     """
     made_Q = np.concatenate([difference_Q, (1.0, -1.0)])
     value_U, count_U = _values(made_Q)
-    number = len(made_Q)
-
-    def means(rng: np.random.Generator, draws: int) -> NDArray[np.float64]:
-        return rng.multinomial(number, count_U / number, size=draws) @ value_U / number
-
-    low, high = np.quantile(_draw(means, len(value_U)), [ALPHA / 2, 1 - ALPHA / 2])
+    number, step = len(made_Q), max(1, _AT_ONCE // len(value_U))
+    rng = np.random.default_rng(_SEED)
+    means = [
+        rng.multinomial(number, count_U / number, size=min(step, DRAWS - done)) @ value_U / number
+        for done in range(0, DRAWS, step)
+    ]
+    low, high = np.quantile(np.concatenate(means), [ALPHA / 2, 1 - ALPHA / 2])
     centre = float(made_Q.mean())
-    return centre, (centre - float(low), float(high) - centre)
-
-
-def permutation(difference_Q: NDArray[np.float64]) -> float:
-    """Two-sided p of the mean difference, were each question's sign a fair coin.
-
-    Fisher, 1935; drawn, and so counted that p is never 0 (Phipson and Smyth, 2010). With
-    differences of -1, 0 and 1 it is McNemar's test.
-    """
-    value_U, count_U = _values(np.abs(difference_Q))
-    seen = abs(float(difference_Q.sum()))
-
-    def sums(rng: np.random.Generator, draws: int) -> NDArray[np.float64]:
-        heads_DU = rng.binomial(count_U, 0.5, size=(draws, len(count_U)))
-        return np.asarray((2 * heads_DU - count_U) @ value_U)
-
-    as_far = np.abs(_draw(sums, len(value_U))) >= seen - 10.0**-9
-    return float(1 + as_far.sum()) / (1 + DRAWS)
+    return Arms(centre, centre - float(low), float(high) - centre)
 
 
 def _values(difference_Q: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -153,16 +207,6 @@ def _values(difference_Q: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDA
     if len(values) > _MANY:
         values, counts = np.unique(np.round(difference_Q, 2), return_counts=True)
     return values, counts
-
-
-def _draw(
-    draws_of: Callable[[np.random.Generator, int], NDArray[np.float64]], width: int
-) -> NDArray[np.float64]:
-    """`DRAWS` of something, so many at once as fit into memory; the same whenever it is asked."""
-    rng = np.random.default_rng(_SEED)
-    step = max(1, _AT_ONCE // width)
-    parts = [draws_of(rng, min(step, DRAWS - done)) for done in range(0, DRAWS, step)]
-    return np.concatenate(parts)
 
 
 def holm(ps: Sequence[float]) -> list[Corrected]:
