@@ -37,6 +37,7 @@ LOST = {
     "mpirun, MVAPICH": {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"},
     "jsrun": {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"},
     "flux run": {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"},
+    "horovodrun": {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1"},
 }  # fmt: skip
 #: What is around a process that is the only one.
 ALONE = {
