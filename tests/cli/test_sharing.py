@@ -106,6 +106,7 @@ def test_runs_of_one_name_are_both_kept(
     first, second = sorted(path.parent for path in Path("shared").rglob("metrics.json"))
     assert first.name == "none"
     assert second.name.startswith("none-")
+    assert f" {second.name} " in printed  # nothing else in the table tells them apart
     made = [json.loads((run / "metrics.json").read_text()) for run in (first, second)]
     assert [run["num_samples"] for run in made] == [2, 3]
     for command in two:

@@ -461,23 +461,30 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     told = [name for name in names if len({entry.get(name) for entry in rows}) > 1]
     if len({entry.get("device") for entry in rows} - {None}) > 1:  # of earlier runs unknown
         told.append("device")
-    cells = []
-    for entry in rows:
-        pruned = entry["schedule"] is not None
-        cells.append(
-            [
-                entry["strategy"],
-                _schedule(entry) if pruned else "",
-                entry["positions"] if pruned else "",
-                *(str(entry.get(name)) for name in told),
-                f"{100 * entry['accuracy']:.1f} %",
-                _interval(entry),
-                f"{entry['avg_tokens']:.1f}",
-                f"{100 * entry['tflops_ratio']:.0f} %",
-                "" if entry["prefill_ms"] is None else f"{entry['prefill_ms']:.1f} ms",
-                "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
-            ]
-        )
+    heads = [
+        [
+            entry["strategy"],
+            "" if entry["schedule"] is None else _schedule(entry),
+            "" if entry["schedule"] is None else entry["positions"],
+            *(str(entry.get(name)) for name in told),
+        ]
+        for entry in rows
+    ]
+    if len({*map(tuple, heads)}) < len(heads):  # what tells them apart is in their configs
+        told.append("run")
+        heads = [[*head, str(entry["run"])] for head, entry in zip(heads, rows, strict=True)]
+    cells = [
+        [
+            *head,
+            f"{100 * entry['accuracy']:.1f} %",
+            _interval(entry),
+            f"{entry['avg_tokens']:.1f}",
+            f"{100 * entry['tflops_ratio']:.0f} %",
+            "" if entry["prefill_ms"] is None else f"{entry['prefill_ms']:.1f} ms",
+            "" if entry["kv_mb"] is None else f"{entry['kv_mb']:.2f} MB",
+        ]
+        for head, entry in zip(heads, rows, strict=True)
+    ]
     texts = ("strategy", "schedule", "positions", *told)
     known = [entry for entry in rows if entry.get("num_images") is not None]
     by_image = any(entry["num_images"] < entry["num_samples"] for entry in known)
