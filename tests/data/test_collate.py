@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from processors import BLUE, CHATML, LLAVA, RED, SAMPLES, TEMPLATES, build_processor
+from processors import BLUE, CHATML, LLAVA, OTHERS, RED, SAMPLES, TEMPLATES, build_processor
 from tokenizers import AddedToken
 
 from tokenprune.data import ConversationCollator, PromptCollator, Sample, Turn
@@ -141,3 +143,42 @@ def test_e5_placeholders_of_what_is_not_read_are_refused(name):
                 ValueError, match=r"sample 'z': expected text and images, .*'<clip>'"
             ):
                 collator(processor)([Sample("z", (RED,), (turn,))])
+
+
+#: By how many images their rows have: one, two between words, none.
+ROWS = {
+    1: Sample("one", (RED,), (Turn("Which colour is it?", "red"),)),
+    2: Sample("two", (RED, BLUE), (Turn("Which <image> colour <image> is it?", "blue 7"),)),
+    0: Sample("none", (), (Turn("Which colour is it?", "no"),)),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_take_any_number_of_images(family: str) -> None:
+    """By their own processors: a row is what it is alone, and its prompt begins it."""
+    processor = OTHERS[family]()
+    for numbers in ((1,), (1, 2), (1, 0), (0,), (0, 1)):
+        check_rows(processor, numbers)
+
+
+def check_rows(processor: Any, numbers: tuple[int, ...]) -> None:
+    samples = [ROWS[number] for number in numbers]
+    prompts = PromptCollator(processor)(samples)["inputs"]
+    whole = ConversationCollator(processor)(samples)["inputs"]
+    placeholder = processor.image_token_id
+    assert prompts["attention_mask"][:, -1].all()  # padded on the left
+    assert whole["attention_mask"][:, 0].all()  # and on the right
+    for row, number in enumerate(numbers):
+        own = whole["input_ids"][row][whole["attention_mask"][row].bool()]
+        prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        labelled = whole["labels"][row] != IGNORED
+        assert torch.equal(prompt, own[: len(prompt)])
+        assert labelled.nonzero()[0, 0] == len(prompt)
+        said = processor.tokenizer.decode(whole["labels"][row][labelled], skip_special_tokens=True)
+        assert said.strip() == ROWS[number].turns[0].answer
+        assert ((own == placeholder).sum() > 0) == (number > 0)
+        alone = PromptCollator(processor)([ROWS[number]])["inputs"]
+        assert torch.equal(prompt, alone["input_ids"][0])
+    assert ("pixel_values" in prompts) == (sum(numbers) > 0)
+    if sum(numbers):
+        torch.testing.assert_close(prompts["pixel_values"], whole["pixel_values"])
