@@ -89,6 +89,22 @@ def test_a_place_in_a_question_is_where_the_template_puts_it():
     assert shown.startswith("<|im_start|>user\n<image>is it red?<image><|im_end|>\n")
 
 
+def test_line_breaks_beside_images_between_texts_are_kept():
+    """As the processor writes the same parts itself."""
+    processor = build_processor("llava", CHATML)
+    image = {"type": "image"}
+    texts = [{"type": "text", "text": text} for text in ("First:\n", "\nSecond:\n", "\nAlike?")]
+    parts = [texts[0], image, texts[1], image, texts[2]]
+    for own, images in ((parts, (RED, BLUE)), (parts[:4], (RED, BLUE)), (parts[1:3], (RED,))):
+        question = "".join("<image>" if one is image else one["text"] for one in own)
+        shown = PromptCollator(processor)._writer.prompt(Sample("x", images, (Turn(question, ""),)))
+        if own == parts[1:3]:  # one text, which its image is set apart from
+            own = [image, {"type": "text", "text": "Second:\n"}]
+        assert shown == processor.apply_chat_template(
+            [{"role": "user", "content": own}], tokenize=False, add_generation_prompt=True
+        )
+
+
 def test_a_template_that_marks_answers_agrees_with_its_prompts():
     collate = ConversationCollator(build_processor("llava", LLAVA))
     expected = collate(SAMPLES)["inputs"]["labels"]

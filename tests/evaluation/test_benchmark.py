@@ -458,6 +458,19 @@ def test_lmms_eval_is_told_how_long_answers_took(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_a_question_about_no_image_is_answered_beside_others() -> None:
+    model = Simple(overrides="strategy=fastv", batch_size=2, device="cpu")
+    model.task_dict = {"own": {"test": [{"image": made.picture(0)}, {"image": None}]}}
+
+    def visual(document: Any) -> Any:
+        return document["image"] and [document["image"]]
+
+    given = {"max_new_tokens": 1}
+    asked = [request("Which?", given, visual, n, "own", "test") for n in range(2)]
+    assert len(model.generate_until(asked)) == 2
+    assert [model.records["own", n]["given"] for n in range(2)] == [144, 0]
+
+
 class Drawn:
     """Documents whose images are drawn when they are asked for; how many of these are alive."""
 

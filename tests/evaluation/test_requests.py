@@ -54,6 +54,7 @@ def test_a_text_with_other_media_than_images_is_refused() -> None:
     sample = from_text("pope 0", "Is it?", [Image.new("RGBA", (2, 2))])
     assert sample.turns[0].question == "Is it?"
     assert sample.image.mode == "RGB"
+    assert from_text("pope 0", "Is it?", None).images == ()
     with pytest.raises(ValueError, match="lmms-eval, pope 0: expected images, got a str"):
         from_text("pope 0", "Is it?", ["film.mp4"])
 

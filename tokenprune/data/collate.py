@@ -219,14 +219,19 @@ def _num_leading(sample: Sample) -> int:
 
 
 def _parts(question: str) -> list[dict[str, Any]]:
-    """A question as texts and images; line breaks that only set images apart are the template's."""
+    """A question as texts and images.
+
+    Line breaks that set its images apart from its one text are the template's. Between texts that
+    images part, they are the question's own.
+    """
     parts: list[dict[str, Any]] = []
     texts = question.split(IMAGE)
+    single = sum(bool(text.strip("\n")) for text in texts) < 2
     for number, text in enumerate(texts):
         if number:
             parts.append({"type": "image"})
-            text = text.removeprefix("\n")
-        if number < len(texts) - 1:
+            text = text.removeprefix("\n") if single else text
+        if number < len(texts) - 1 and single:
             text = text.removesuffix("\n")
         if text:
             parts.append({"type": "text", "text": text})

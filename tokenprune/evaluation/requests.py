@@ -19,18 +19,18 @@ _OPTIONS = (
 _LONGEST = 1024
 
 
-def from_text(name: str, context: str, visuals: Sequence[object]) -> Sample:
+def from_text(name: str, context: str, visuals: Sequence[object] | None) -> Sample:
     """A question with its images, as tasks of the simple kind give them.
 
     Args:
         name: Of the request.
         context: The question; may hold one `<image>` per image.
-        visuals: Its images.
+        visuals: Its images; None for a question about none.
 
     Raises:
         ValueError: One of them is no image.
     """
-    images = _images(name, visuals)
+    images = _images(name, visuals or ())
     return Sample(name, images, (Turn(context, ""),))
 
 
