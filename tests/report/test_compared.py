@@ -28,7 +28,13 @@ COMPARISON = {
     **{"method": "fastv (original)", "schedule": "one_shot", "layers": "2", "keeps": "0.1"},
     **{"against": "random", "against_method": "random", "difference": "0.031", "wins": "20"},
     **{"losses": "5", "ci_low": "0.01", "ci_high": "0.05", "holm_low": "-0.002"},
-    **{"holm_high": "0.06", "p": "0.0041", "p_holm": "0.0001", "verdict": "open"},
+    **{
+        "holm_high": "0.06",
+        "test": "mcnemar",
+        "p": "0.0041",
+        "p_holm": "0.0001",
+        "verdict": "open",
+    },
     **{"model": "tiny", "data": "scenes"},
 }
 
@@ -62,11 +68,11 @@ def test_a_comparison_is_shown_in_points() -> None:
     assert [head.name for head in table.heads] == list(COMPARED)
     assert all(head.meaning for head in table.heads)
     assert {head.name for head in table.heads if head.filters} == {
-        *("method", "budget", "against", "verdict"),
+        *("method", "budget", "against", "test", "verdict"),
     }
     assert texts(table.rows[0]) == [
         *("fastv (original)", "one_shot, layer 2, keep 0.1", "random", "+3.1", "+1.0 to +5.0"),
-        *("-0.2 to +6.0", "20", "5", "0.004", "< .001", "open"),
+        *("-0.2 to +6.0", "20", "5", "mcnemar", "0.004", "< .001", "open"),
     ]
     assert [table.rows[number][1][-1].tone for number in (0, 1)] == ["", "right"]
     assert texts(table.rows[1])[2] == "x: random"

@@ -26,6 +26,7 @@ def make_run(
     asked: str = "what?",
     kinds: Sequence[str] = ("all",),
     accuracy: float | None = None,
+    pictures: Sequence[str] | None = None,
     config: dict[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> None:
@@ -63,6 +64,7 @@ def make_run(
             "prediction": "b",
         }
         | ({} if scores is None else {"score": score, "correct": score >= 0.5})
+        | ({} if pictures is None else {"picture": pictures[index]})
         for index, score in enumerate(values)
     ]
     results.write_run(

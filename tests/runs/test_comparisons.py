@@ -62,6 +62,13 @@ def test_each_is_compared_with_the_unpruned_model_and_with_random_at_its_budget(
     assert sorted(pairs(rows, "random")) == sorted((*o, f"random-{o[1]}-0") for o in others)
     assert {row["num_compared"] for row in rows if row["against"] == "unpruned"} == {8}
     assert {row["num_compared"] for row in rows if row["against"] == "random"} == {4}
+    # With what leaves as few tokens and looks at none, where it is there.
+    pooled = [own for own in (*others, *random) if own[0] != "pool"]
+    assert sorted(pairs(rows, "pool")) == sorted((*o, f"pool-{o[1]}") for o in pooled)
+    shrunk = {"0.1": "small-0.2", "0.5": "small-0.5"}
+    assert sorted(pairs(rows, "downsample")) == sorted(
+        (*own, shrunk[own[1]]) for own in (*others, *random)
+    )
     row = next(
         r for r in rows if (r["method"], r["keeps"], r["against"]) == ("fastv", "0.1", "random")
     )
@@ -71,6 +78,37 @@ def test_each_is_compared_with_the_unpruned_model_and_with_random_at_its_budget(
     assert (row["ci_low"], row["ci_high"]) == found.interval()
     assert row["p_holm"] >= row["p"]
     assert row["holm_low"] <= row["ci_low"] <= row["ci_high"] <= row["holm_high"]
+
+
+def test_questions_about_one_image_are_taken_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with runs of before their images were marked; what they share decides."""
+    scores = {"none": answers(0.9, 0), "fastv": answers(0.6, 1)}
+    pictures = [f"{index // 3}" for index in range(NUM)]
+    for name, own in scores.items():
+        keep = 0.5 if name == "fastv" else None
+        marks = pictures if name == "fastv" else None
+        make_run(tmp_path, name, own, strategy=name, keep=keep, pictures=marks)
+    methods = methods_in(tmp_path)
+    rows, _ = compare_methods(methods)
+    ids = sorted(range(NUM), key=str)  # the order in which they are compared
+    found = compare(
+        *([[own[index] for index in ids]] for own in (scores["fastv"], scores["none"])),
+        [pictures[index] for index in ids],
+    )
+    (row,) = rows
+    assert (row["test"], row["num_images"], row["p"]) == ("permutation by image", 20, found.p)
+    assert (row["ci_low"], row["ci_high"]) == found.interval()
+    assert comparisons.difference_of(methods[0], methods[1]) == found
+    finish_sweep(tmp_path)
+    assert "question by question (by image, where one has several)" in capsys.readouterr().out
+    # One image a question, or none known: as ever.
+    for marks in ([str(index) for index in range(NUM)], None):
+        own = {"strategy": "fastv", "keep": 0.5}
+        make_run(tmp_path, "fastv", scores["fastv"], **own, pictures=marks)
+        (row,) = compare_methods(methods_in(tmp_path))[0]
+        assert (row["test"], row["num_images"]) == ("mcnemar", "")
 
 
 def test_baselines_are_strategies_at_the_same_cuts_or_runs(sweep: Path) -> None:
@@ -83,6 +121,7 @@ def test_baselines_are_strategies_at_the_same_cuts_or_runs(sweep: Path) -> None:
     assert sorted(pairs(rows, "pool")) == expected
     assert missing == []
     make_run(sweep, "late", answers(0.5, 1), strategy="fastv", keep=0.5, layer=3)
+    assert compare_methods(methods_in(sweep))[1] == []  # nobody has asked for it
     _, missing = compare_methods(methods_in(sweep), ["pool"])
     assert missing == ["Not compared with pool, which has no run at their cuts: fastv."]
     # A run, whatever its budget, but itself.
@@ -117,9 +156,10 @@ def test_benchmarks_of_several_tasks_are_compared_task_by_task(tmp_path: Path) -
             accuracy=0.123,
         )  # fmt: skip
     rows, _ = compare_methods(methods_in(tmp_path))
-    own = {(row["method"], row["questions"]): row for row in rows}
+    whole = [row for row in rows if row["against"] == "unpruned"]
+    own = {(row["method"], row["questions"]): row for row in whole}
     assert set(own) == {(m, k) for m in ("fastv", "downsample") for k in ("pope", "mme")}
-    assert {row["num_compared"] for row in rows} == {4}
+    assert {row["num_compared"] for row in whole} == {4}
     parts = {"mme": slice(2, None, 3)}
     found = compare([scores["fastv"][parts["mme"]]], [scores["none"][parts["mme"]]])
     mme = own["fastv", "mme"]
@@ -253,6 +293,12 @@ def test_the_end_of_a_sweep_writes_and_prints_them(
     finish_sweep(sweep, ["none"], OmegaConf.create(["downsample"]))
     said = capsys.readouterr().out
     assert "question by question, after Holm's correction" in said
+    # A line for each method with what was asked for, and one for all with `pool`.
+    lines = [line.split() for line in said.splitlines() if "downsample" in line or "pool" in line]
+    assert [line[:3] for line in lines if line[1:2] == ["pool"]] == [["all", "pool", "4"]]
+    assert sorted(line[0] for line in lines if line[1:2] == ["downsample"]) == [
+        *("fastv", "pool", "random"),
+    ]
     with (sweep / "comparisons.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == comparisons.COLUMNS
@@ -267,7 +313,8 @@ def test_the_end_of_a_sweep_writes_and_prints_them(
     with pytest.raises(ValueError, match=r"baseline: expected .*, got 'nothing'\. Name one of"):
         finish_sweep(sweep, [], "nothing")
     with (sweep / "comparisons.csv").open(newline="") as file:
-        assert {row["against"] for row in csv.DictReader(file)} == {"unpruned", "random"}
+        against = {row["against"] for row in csv.DictReader(file)}
+    assert against == {"unpruned", "random", "downsample", "pool"}
 
 
 def test_nothing_to_compare_leaves_no_table(

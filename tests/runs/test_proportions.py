@@ -104,16 +104,12 @@ def test_the_paired_interval_by_hand() -> None:
     assert paired_score(10, 0, 10)[1] == 1
 
 
-#: How often the truth may be missed, of what is promised: two steps beyond what was found.
-MOST = {0.05: 1.0, 0.005: 1.0, 0.0005: 1.4}
-
-
 @pytest.mark.parametrize("total", [20, 60, 480])
 @pytest.mark.parametrize(
     ("win", "loss"),
     [
         *((0.01, 0.01), (0.02, 0.005), (0.05, 0.05), (0.1, 0.02), (0.3, 0.001)),
-        *((0.45, 0.45), (0.9, 0.02)),
+        *((0.45, 0.45), (0.7, 0.2)),
     ],
 )
 def test_the_interval_holds_the_truth_as_often_as_it_says(
@@ -138,12 +134,12 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
     q = np.maximum(q / (4 * total), max(0, -d))
     off = np.abs(wins - losses - total * d) - 1
     error = np.sqrt(total * (2 * q + d * (1 - d)))
-    for alpha, most in MOST.items():
+    for alpha in (0.05, 0.005, 0.0005, 0.00005):
         inside = off <= quantile(alpha) * error
         for place in np.random.default_rng(0).integers(0, len(wins), 200):  # as the function says
             low, high = paired_score(int(wins[place]), int(losses[place]), total, alpha)
             assert (low - 1e-9 <= d <= high + 1e-9) == inside[place]
-        assert chance[~inside].sum() <= most * alpha
+        assert chance[~inside].sum() <= alpha
 
 
 def test_no_end_of_the_interval_is_nearer_than_the_exact_test_allows() -> None:

@@ -1,4 +1,4 @@
-"""comparisons.csv: each method against the unpruned model, against `random`, and others, paired.
+"""comparisons.csv: each method against the unpruned model, `random` and the like, paired.
 
 Only methods of one setting are compared (`methods.gather`: one model, data, metric, length of
 answers), and only if their runs were asked the same questions.
@@ -39,8 +39,10 @@ COLUMNS = (
 #: All questions together, where a run's accuracy is their mean.
 ALL = "all"
 _ROUNDED = 1e-4  # an accuracy in a table that somebody has rounded
-#: What everything is compared with, where it is there.
-ALWAYS = (UNPRUNED, "random")
+#: What everything is compared with, where it is there: what a sweep is about first, then what
+#: leaves as few tokens and looks at none.
+FIRST = (UNPRUNED, "random")
+ALWAYS = (*FIRST, DOWNSAMPLE, "pool")
 _NUM_NAMED = 5
 
 
@@ -111,7 +113,7 @@ def compare_methods(
     for setting in dict.fromkeys(method.setting for method in methods):
         inside = [method for method in methods if method.setting == setting]
         for against in dict.fromkeys((*ALWAYS, *baselines)):
-            family = list(_family(inside, against, left))
+            family = list(_family(inside, against, left, against in baselines))
             corrected = holm([pair.difference.p for pair in family])
             for pair, own in zip(family, corrected, strict=True):
                 low, high = pair.difference.interval(own.alpha)
@@ -197,12 +199,20 @@ def nearest_downsample(method: Method, methods: Sequence[Method]) -> Method | No
     return min(scaled, key=lambda pair: (abs(pair[0] - share), pair[0]))[1]
 
 
-def _family(inside: Sequence[Method], against: str, left: Left) -> Iterator[Pair]:
-    """All comparisons of a setting's methods with one and the same."""
+def _family(inside: Sequence[Method], against: str, left: Left, asked: bool) -> Iterator[Pair]:
+    """All comparisons of a setting's methods with one and the same.
+
+    Args:
+        inside: The methods.
+        against: What they are compared with.
+        left: Gets what cannot be.
+        asked: Whether somebody has named it, and is to hear what it lacks.
+    """
+    known = asked and any(against in _names(other) for other in inside)
     for method in inside:
         references = _references(method, inside, against)
-        named = {name for other in inside for name in _names(other)} - {*ALWAYS, *_names(method)}
-        if against in named and method.first.text("layers") and not references:
+        missing = known and against not in _names(method) and not references
+        if missing and method.first.text("layers"):
             left.add(f"Not compared with {against}, which has no run at their cuts", method.series)
         for reference in references:
             first, second = scores_of(method), scores_of(reference)

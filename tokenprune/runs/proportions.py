@@ -73,7 +73,7 @@ def wilson(correct: float, total: float, z: float = Z95) -> tuple[float, float]:
 
 
 def paired_score(wins: int, losses: int, total: int, alpha: float = ALPHA) -> tuple[float, float]:
-    """Interval of a difference of paired proportions, wrong with chance `alpha` at most.
+    """Interval of a difference of paired proportions, wrong with chance `alpha` at most up to ± .5.
 
     Tango, 1998 (Statistics in Medicine 17, 891-908): all differences d that the score test does not
     refuse, here with the continuity correction that McNemar's test has (Edwards, 1948):

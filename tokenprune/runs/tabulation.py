@@ -34,7 +34,7 @@ def finish_sweep(
     Args:
         folder: The sweep's folder, which others may share.
         runs: Sub-folders of this sweep's runs, which come first.
-        baseline: What is compared with besides the unpruned model and `random`: see `listed`.
+        baseline: What is compared with besides `comparisons.ALWAYS`: see `listed`.
 
     Raises:
         ValueError: `baseline` names nothing that is there; the tables are written without it.
@@ -69,36 +69,43 @@ def finish_sweep(
     results.print_table(rows, f"{len(rows)} runs: {folder / results.TABLE}")
     there, compared = found
     if compared:
-        print_comparisons(compared, str(folder / comparisons.TABLE))
+        told = (*comparisons.FIRST, *baselines)
+        print_comparisons(compared, str(folder / comparisons.TABLE), told)
     for note in notes:
         print(note)
     comparisons.check_baselines(there, baselines)
     return rows
 
 
-def print_comparisons(rows: Sequence[Mapping[str, Any]], place: str) -> None:
+def print_comparisons(rows: Sequence[Mapping[str, Any]], place: str, told: Sequence[str]) -> None:
     """Prints at how many budgets each method is better, worse, or neither for certain.
 
     Args:
         rows: Of comparisons.csv.
         place: Where that is.
+        told: With what each method's comparisons have a line; with others all methods share one.
     """
     keys = ("model", "data", "questions", "method", "against")
     several = [name for name in keys[:3] if len({row[name] for row in rows}) > 1]
     cells = []
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        own = [row for row in rows if tuple(row[name] for name in keys) == key]
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        named = row if row["against"] in told else {**row, "method": "all"}
+        lines.setdefault(tuple(str(named[name]) for name in keys), []).append(row)
+    for key, own in lines.items():
         least, most = (100 * end(row["difference"] for row in own) for end in (min, max))
         verdicts = [row["verdict"] for row in own]
         cells.append(
             [
-                *(str(value) for name, value in zip(keys, key, strict=True) if name in several),
+                *(value for name, value in zip(keys, key, strict=True) if name in several),
                 *key[3:],
                 str(len(own)),
                 *(str(verdicts.count(name)) for name in ("better", "worse", "open")),
                 f"{least:+.1f}" if least == most else f"{least:+.1f} to {most:+.1f}",
             ]
         )
-    title = f"question by question, after Holm's correction: {place}"
+    images = {row["num_images"] for row in rows} - {""}
+    by = " (by image, where one has several)" if images else ""
+    title = f"question by question{by}, after Holm's correction: {place}"
     numbers = ("budgets", "better", "worse", "open", "difference (points)")
     tables.print_table(title, (*several, "method", "against"), numbers, cells)
