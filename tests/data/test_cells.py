@@ -326,6 +326,15 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "part": {"image": "a.png", "messages": _part({"type": "video", "video": "v.mp4"})},
     "address": {"image": "a.png", "messages": _part({"type": "video_url", "video_url": "v"})},
     "text part": {"image": "a.png", "messages": _part({"type": "text", "text": "<video> q"})},
+    "name": {"image": "a.png", "video_name": "v", "conversations": TALK},
+    "id": {"image": "a.png", "video_id": "v7", "conversations": TALK},
+    "clip": {"image": "a.png", "clip": "v.mp4", "conversations": TALK},
+    "media, the video": {"image": "a.png", "media": ["v.mp4"], "conversations": TALK},
+    "sound, of audio": {"image": "a.png", "sound": "https://x.org/v", "conversations": TALK},
+    **{
+        f"{tag}, a video or audio": {"image": "a.png", "question": f"{tag}What?", "answer": "x"}
+        for tag in ("<video_soft_token>", "<video1>", "<vid>", "[Video]", "<speech>", "<|audio_1|>")
+    },
     "pairs": {"image": "a.png", "conversations": [{"user": "<video> q", "assistant": "x"}]},
     "as image": {"image": "v.mp4", "question": "q", "answer": "x"},
     "as images": {"image": ["a.png", "clips/v.WEBM"], "question": "q", "answer": "x"},
@@ -352,6 +361,27 @@ def test_e5_videos_are_refused_by_name(reader, form, tmp_path):
 def test_e5_an_empty_cell_is_no_video(reader, empty, tmp_path):
     rows = [ROW | {"video": empty}, ROW | {"video": "v.mp4"}]
     assert answers(READERS[reader](tmp_path / "d", rows, skip_bad=True)) == ["x"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"clip": 0.31, "sound": "meow", "media": "oil on canvas"},
+        {"question": "Is <videotape> or a [video player] on the speech <b>?"},
+    ],
+    ids=["keys", "texts"],
+)
+def test_e5_words_of_other_meanings_are_no_video(reader, cells, tmp_path):
+    assert answers(READERS[reader](tmp_path / "d", [ROW | cells])) == ["x"]
+
+
+def test_e5_lists_of_a_table_are_looked_into(tmp_path):
+    import pyarrow as pa
+
+    assert len(HubDataset(_save(tmp_path, clip=pa.array([[0.1, 0.2]])))) == 1
+    with pytest.raises(ValueError, match="row 1: expected images and text, got a 'clip' as well"):
+        HubDataset(_save(tmp_path, clip=pa.array([["a", "v.mp4"]])))
 
 
 def test_e5_embedded_videos_are_refused_and_frames_read(tmp_path):

@@ -73,6 +73,19 @@ def test_broken_csv_is_refused(reader, text, told, tmp_path):
         reader(str(tmp_path / "rows.csv"))
 
 
+def test_a_table_without_a_header_is_told_so(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a.png,q,x\na.png,q,y\n")
+    told = r"rows.csv: expected a first line that names the columns .*, got \['a.png', 'q', 'x'\]"
+    with pytest.raises(ValueError, match=told):
+        FolderDataset(path)
+    path.write_text("a.png,q,x\n")  # one line that cannot be told from a header
+    with pytest.raises(
+        ValueError, match=r"got none in .*. Write a line of columns, then rows with"
+    ):
+        FolderDataset(path)
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -118,6 +118,61 @@ def test_a_list_of_questions_with_accepted_answers(tmp_path):
         assert data[index].turns == (Turn("Which colour?", "red", "all", tuple(said)),)
 
 
+def test_all_answers_count_and_one_is_taught(tmp_path):
+    said = ["crimson", "Red", "crimson"]
+    data = FolderDataset(save(tmp_path, [ROW | {"answers": said}, ROW | {"answers": []}]))
+    assert data[0].turns == (Turn("Which colour?", "red", "all", tuple(said)),)
+    assert data[1].turns == (Turn("Which colour?", "red"),)
+    with pytest.raises(ValueError, match="row 1: expected 'answer' to be one of 'answers', got"):
+        FolderDataset(save(tmp_path, [ROW | {"answers": ["blue", "green"]}]))
+
+
+def chat(*images, text="Which?"):
+    """Messages of a question whose images are those parts of it."""
+    parts = [{"type": "image"} | image for image in images]
+    return [
+        {"role": "user", "content": [*parts, {"type": "text", "text": text}]},
+        {"role": "assistant", "content": "blue"},
+    ]
+
+
+def test_messages_name_their_images(tmp_path):
+    for key in ("image", "path", "url"):
+        for row in ({}, {"image": "./b.png"}):
+            rows = [row | {"messages": chat({key: "b.png"})}]
+            data = FolderDataset(llava(tmp_path, rows), image_folder=tmp_path / "images")
+            assert data[0].turns == (Turn("<image>Which?", "blue"),)
+            assert data[0].image.getpixel((0, 0)) == (0, 0, 255)
+    rows = [{"messages": chat({"image": "b.png"}, {"image": "a.png"})}]
+    asked = {"role": "user", "content": "Which?", "images": ["b.png", "a.png"]}
+    rows += [{"messages": [asked, {"role": "assistant", "content": "blue"}]}]
+    data = FolderDataset(llava(tmp_path, rows), image_folder=tmp_path / "images")
+    for index in range(2):
+        assert [own.getpixel((0, 0)) for own in data[index].images] == [(0, 0, 255), (255, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"image": "a.png", "messages": chat({"image": "b.png"})},
+            r"row 1: expected images of the row or of its messages, got both: \['a.png'\] and \['b",
+        ),
+        (
+            {"image": "a.png", "messages": chat({"image": "b.png"}, {})},
+            "row 1, message 1: expected each of its images to be named once, or none, got",
+        ),
+        ({"messages": chat({"image": "b.png", "url": "a.png"})}, "message 1: expected each of its"),
+        ({"messages": chat({"url": "https://x.org/b.png"})}, "row 1: .* got the address 'https:"),
+        ({"messages": chat({"image": "gone.png"})}, "row 1: expected an image file, got .*gone"),
+        ({"messages": chat({"image": "a.png", "video": "b"})}, "message 1: .* got a 'video' as"),
+    ],
+)
+def test_images_that_messages_name_are_the_row_s(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(llava(tmp_path, [row]), image_folder=tmp_path / "images")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

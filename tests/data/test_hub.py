@@ -106,6 +106,28 @@ def test_hub_reads_conversations_and_several_images(tmp_path, capsys):
     assert data[0].turns == (Turn("q", "red", "all", ("red", "crimson", "red")),)
 
 
+def test_hub_reads_images_that_messages_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "q"}]
+    talk = [{"role": "user", "content": parts}]
+    talk += [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+    options = {"image_column": "images", "conversations_column": "messages"}
+
+    def build(images: list) -> HubDataset:
+        path = tmp_path / "rows.parquet"
+        parquet.write_table(pa.Table.from_pylist([{"messages": talk, "images": images}]), path)
+        return HubDataset(str(path), **options)
+
+    embedded = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    for images in (["b.png"], [embedded]):
+        assert len(build(images)[0].images) == 1
+    with pytest.raises(ValueError, match="row 1: expected images of the row or of its messages"):
+        build(["a.png"])
+
+
 def test_hub_knows_its_commit(tmp_path, monkeypatch):
     """As `datasets` says it: without asking the Hub again."""
     datasets = pytest.importorskip("datasets")

@@ -11,11 +11,13 @@ from typing import Any
 from tokenprune.data.cells import is_missing
 from tokenprune.data.checked import CheckedRows, Content
 from tokenprune.data.errors import no_value, shown
-from tokenprune.data.files import read_rows
+from tokenprune.data.files import CSV, form_of, read_rows
 from tokenprune.data.images import num_pixels, open_image
 from tokenprune.data.references import cells_of, check_reference, is_address, reference_of
-from tokenprune.data.rows import Columns, turns_of
+from tokenprune.data.rows import Columns, images_of, turns_of
 from tokenprune.data.sample import Turn
+
+_COLUMNS = {"image", "images", "question", "answer", "answers", "conversations", "messages"}
 
 
 class FolderDataset(CheckedRows):
@@ -56,21 +58,26 @@ class FolderDataset(CheckedRows):
                 )
         self.allow_outside = allow_outside
         self._rows: dict[int, tuple[tuple[Turn, ...], tuple[Path, ...]]] = {}
+        written = form_of(self.path.name).end in CSV
         for number, row in read_rows(self.path, self.path.name):
+            if written and isinstance(row, Mapping):
+                _check_header(row, self.path.name)
             self._look(number, row, "id")
-        self._finish("Write JSON objects with image, question and answer.")
+        what = "a line of columns, then rows" if written else "JSON objects"
+        self._finish(f"Write {what} with image, question and answer.")
 
     def _check(self, place: int, row: Mapping[str, Any], where: str) -> tuple[Sequence[Turn], int]:
         talks = _filled(row, "conversations", "messages")
         if talks is None and is_missing(row.get("question")):
             talks = next((key for key in ("conversations", "messages") if key in row), None)
-        columns = Columns(
-            "question", _filled(row, "answer", "answers") or "answer", talks, _filled(row, "kind")
-        )
+        answer = _filled(row, "answer", "answers") or "answer"
+        accepted = "answers" if answer == "answer" else None
+        columns = Columns("question", answer, talks, _filled(row, "kind"), accepted)
         turns = turns_of(row, columns, where)
         roots = None if self.allow_outside else [self.folder]
         images = []
-        for cell in _images(row, where, needed=talks is None):
+        own = _images(row, where, needed=talks is None)
+        for cell in images_of(row, columns, own, "image", where):
             reference = reference_of(cell, "image", where)
             if reference.path is not None and is_address(reference.path):
                 raise ValueError(
@@ -96,6 +103,19 @@ class FolderDataset(CheckedRows):
     def _content(self, place: int, where: str) -> Content:
         turns, images = self._rows[place]
         return turns, [partial(open_image, image, where) for image in images]
+
+
+def _check_header(row: Mapping[str, Any], source: str) -> None:
+    """Refuses a table whose first line names no column of ours: it is a row, or cut elsewhere.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if not _COLUMNS & set(row):
+        raise ValueError(
+            f"{source}: expected a first line that names the columns image, question and answer, "
+            f"got {shown(list(row))}. Write it above the rows."
+        )
 
 
 def _filled(row: Mapping[str, Any], *keys: str) -> str | None:

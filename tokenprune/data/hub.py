@@ -11,7 +11,7 @@ from tokenprune.data.checked import CheckedRows, Content
 from tokenprune.data.errors import no_value
 from tokenprune.data.loading import caches, load_table
 from tokenprune.data.references import cells_of, check_reference, open_cell, reference_of
-from tokenprune.data.rows import Columns, turns_of
+from tokenprune.data.rows import Columns, images_of, turns_of
 from tokenprune.data.sample import Turn
 
 
@@ -91,7 +91,7 @@ class HubDataset(CheckedRows):
     def _check(self, place: int, row: Mapping[str, Any], where: str) -> tuple[Sequence[Turn], int]:
         turns = self._turns(row, where)
         key = self.image_column
-        images = [reference_of(cell, key, where) for cell in cells_of(row.get(key))]
+        images = [reference_of(cell, key, where) for cell in self._images(row, where)]
         if not images and self.columns.conversations is None:
             raise no_value(key, where)
         for image in images:
@@ -100,10 +100,13 @@ class HubDataset(CheckedRows):
 
     def _content(self, place: int, where: str) -> Content:
         row = self._table.row(place)
-        images = cells_of(row.get(self.image_column))
         return self._turns(row, where), [
-            partial(open_cell, cell, self._folder, where) for cell in images
+            partial(open_cell, cell, self._folder, where) for cell in self._images(row, where)
         ]
+
+    def _images(self, row: Mapping[str, Any], where: str) -> list[Any]:
+        key = self.image_column
+        return images_of(row, self.columns, cells_of(row.get(key)), key, where)
 
     def _turns(self, row: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
         # The column of images may be called `video`: frames are images.

@@ -5,40 +5,56 @@ A row is one of
 * `question`, `answer` (or `answers`: all that count as right) and, if wanted, `kind`;
 * `conversations`: turns of LLaVA (`from`: human or gpt; `value`) or of a chat (`role`: user or
   assistant; `content`: a text, or a list of texts and images), or pairs (`user`, `assistant`) as in
-  The Cauldron. A question may say where its images belong by `<image>`.
+  The Cauldron. A question may say where its images belong by `<image>`; messages may name their
+  images themselves, as Qwen's do, where the row does not.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.data.cells import is_missing, text_of
+from tokenprune.data.cells import Number, is_missing, text_of
 from tokenprune.data.errors import no_value, shown
+from tokenprune.data.references import Reference, cells_of, reference_of
 from tokenprune.data.sample import IMAGE, Turn, num_places
 
 _ASKS, _TELLS = ("human", "user"), ("gpt", "assistant")
 _MEDIA = ("video", "audio")
-#: Columns that hold what no sample can: a row in which one is filled is refused.
-MEDIA = tuple(
-    f"{kind}{end}" for kind in _MEDIA for end in ("", "s", "_path", "_paths", "_file", "_url")
+_ENDS = ("", "s", "_path", "_paths", "_file", "_url", "_name", "_id", "_bytes")
+# Words with other meanings (a CLIP score, what an animal says): there the value decides.
+_VAGUE = ("clip", "clips", "media", "sound", "sounds")
+#: Columns that may hold what no sample can: see `holds_media`.
+MEDIA = (*(f"{kind}{end}" for kind in _MEDIA for end in _ENDS), *_VAGUE)
+_FILE = re.compile(r"://|\.\d?[a-z]\w{1,3}$", re.IGNORECASE)
+# Their placeholders in a question: <video>, <|video_pad|>, <video_soft_token>, [video], <video1>.
+_WORDS = "video|vid|audio|speech|sound"
+_PLACEHOLDER = re.compile(
+    rf"<\|?(?:{_WORDS})_?\d*(?:_(?:soft_)?(?:pad|token))?\|?>|\[(?:{_WORDS})_?\d*\]", re.IGNORECASE
 )
-# Their placeholders in a question: <video>, <|video_pad|> and the like.
-_PLACEHOLDER = re.compile(rf"<\|?({'|'.join(_MEDIA)})(_pad|_token)?\|?>", re.IGNORECASE)
-_REMEDY = "Videos and sounds are not read: give frames as images, or remove the row."
+# What a part of a message, or a message, may call its image by.
+_PART, _MESSAGE = ("image", "path", "url"), ("image", "images")
+_REMEDY = (
+    "Videos and sounds are not read: give frames as images and leave it out, or remove the row."
+)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has what; `conversations` takes the place of questions and answers."""
+    """Where a row has what; `conversations` takes the place of questions and answers.
+
+    Where both are filled, `answer` is what training teaches, and one of those in `accepted`.
+    """
 
     question: str = "question"
     answer: str = "answer"
     conversations: str | None = None
     kind: str | None = None
+    accepted: str | None = None
 
 
 def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn, ...]:
@@ -51,9 +67,7 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
     kind = "all" if columns.kind is None else text_of(row, columns.kind, where)
     turns: tuple[Turn, ...]
     if columns.conversations is None:
-        accepted = _answers(row, columns.answer, where)
-        # Training teaches what most people said.
-        told = Counter(accepted).most_common(1)[0][0]
+        told, accepted = _told(row, columns, where)
         question = text_of(row, columns.question, where)
         turns = (Turn(question, told, kind, () if len(accepted) == 1 else accepted),)
     else:
@@ -70,10 +84,90 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
     return turns
 
 
+def images_of(
+    row: Mapping[str, Any], columns: Columns, cells: Sequence[Any], key: str, where: str
+) -> list[Any]:
+    """The cells of a row's images: the row's own, or those that its messages name themselves.
+
+    Args:
+        row: As for `turns_of`, which has found it good.
+        columns: As there.
+        cells: The row's own.
+        key: What the row calls them.
+        where: Names the row.
+
+    Raises:
+        ValueError: Messages name some of their images only, or others than the row.
+    """
+    talk = columns.conversations
+    named: list[Any] = []
+    messages = [] if talk is None else _messages(row.get(talk), talk, where)
+    for number, own in enumerate(messages, 1):
+        named += _named(own, f"{where}, message {number}")
+    if not named:
+        return list(cells)
+    if cells and not _same(cells, named, key, where):
+        raise ValueError(
+            f"{where}: expected images of the row or of its messages, got both: "
+            f"{shown(list(cells))} and {shown(named)}. Leave one out."
+        )
+    return list(cells) or named
+
+
+def _named(message: Mapping[str, Any], where: str) -> list[Any]:
+    """The images that a message names."""
+    own = [cell for key in _MESSAGE for cell in cells_of(message.get(key))]
+    said = message.get("content" if "role" in message else "value")
+    parts = [part for part in said if part["type"] == "image"] if isinstance(said, list) else []
+    cells = [{key: part[key] for key in _PART if not is_missing(part.get(key))} for part in parts]
+    found = [next(iter(cell.values())) for cell in cells if cell]
+    twice = next((cell for cell in cells if len(cell) > 1), None)
+    if twice is not None or (found and (own or len(found) < len(parts))):
+        raise ValueError(
+            f"{where}: expected each of its images to be named once, or none, got "
+            f"{shown(twice or [*own, *parts])}. Name each once."
+        )
+    return own or found
+
+
+def _same(cells: Sequence[Any], named: Sequence[Any], key: str, where: str) -> bool:
+    """Whether the images of a row may be those that its messages name."""
+    if len(cells) != len(named):
+        return False
+    for pair in zip(cells, named, strict=True):
+        one, other = (reference_of(cell, key, where) for cell in pair)
+        if not _embedded(one, other) and _path(one) != _path(other):
+            return False
+    return True
+
+
+def _embedded(*images: Reference) -> bool:
+    """Whether one of several is there itself: its name, if it has one, may be of another place."""
+    return any(image.size is not None for image in images)
+
+
+def _path(image: Reference) -> str:
+    return os.path.normpath(image.path or "")
+
+
+def holds_media(key: str, value: Any) -> bool:
+    """Whether a cell holds, or names, what no sample can have: a video or a sound."""
+    key = key.lower()
+    if key not in MEDIA or is_missing(value) or value == []:
+        return False
+    if key not in _VAGUE:
+        return True
+    if isinstance(value, str):
+        return not isinstance(value, Number) and _FILE.search(value.strip()) is not None
+    if isinstance(value, list):
+        return any(holds_media(key, cell) for cell in value)
+    return isinstance(value, bytes | Mapping) or value is True  # as of a column that is not read
+
+
 def _refuse_media(row: Mapping[str, Any], where: str) -> None:
     """Refuses what would be left out in silence."""
     for key, value in row.items():
-        if isinstance(key, str) and key.lower() in MEDIA and not (is_missing(value) or value == []):
+        if isinstance(key, str) and holds_media(key, value):
             raise ValueError(f"{where}: expected images and text, got a {key!r} as well. {_REMEDY}")
 
 
@@ -91,6 +185,27 @@ def check_places(turns: Sequence[Turn], images: int, where: str) -> None:
         )
 
 
+def _told(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[str, tuple[str, ...]]:
+    """The answer that training teaches, and all that count as right."""
+    accepted = _answers(row, columns.answer, where)
+    # What most people said.
+    told = Counter(accepted).most_common(1)[0][0]
+    more = columns.accepted
+    if more is None or is_missing(row.get(more)) or row[more] == []:
+        return told, accepted
+    given, accepted = accepted, _answers(row, more, where)
+    if not {_plain(own) for own in given} <= {_plain(own) for own in accepted}:
+        raise ValueError(
+            f"{where}: expected {columns.answer!r} to be one of {more!r}, got "
+            f"{shown(row[columns.answer])} and {shown(row[more])}. Correct or leave out one."
+        )
+    return told, accepted
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.split()).casefold()
+
+
 def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """Accepted answers: a text, texts, or mappings with `answer`, as in VQAv2."""
     value = row.get(key)
@@ -102,7 +217,8 @@ def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     return tuple(text_of(item, "answer", f"{where}, {key!r}") for item in own)
 
 
-def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ...]:
+def _messages(value: Any, key: str, where: str) -> list[Any]:
+    """The messages of a conversation, of which there is at least one."""
     if isinstance(value, Mapping) and value:  # as `datasets` gives a sequence of mappings
         columns = [own if isinstance(own, list) else [own] for own in value.values()]
         if len({len(cells) for cells in columns}) > 1:
@@ -114,6 +230,11 @@ def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ..
         value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if not isinstance(value, list) or not value:
         raise no_value(key, where, "none" if value is None else shown(value))
+    return value
+
+
+def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ...]:
+    value = _messages(value, key, where)
     if all(isinstance(own, Mapping) and {"user", "assistant"} <= set(own) for own in value):
         return tuple(
             Turn(text_of(own, "user", where), text_of(own, "assistant", where), kind)
@@ -156,10 +277,11 @@ def _message(own: Any, number: int, where: str) -> tuple[str, str]:
     pieces = []
     for part in own[said]:
         of = part.get("type") if isinstance(part, Mapping) else None
-        if of not in ("text", "image"):
+        if of not in ("text", "image") or (of == "text" and not is_missing(part.get("image"))):
             raise ValueError(
                 f"{where}: expected parts of type text or image, got {shown(part)}. "
                 "Leave out other parts."
             )
+        _refuse_media(part, where)
         pieces.append(IMAGE if of == "image" else text_of(part, "text", where))
     return role, text_of({said: "".join(pieces)}, said, where)

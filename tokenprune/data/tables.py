@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tokenprune.data.cells import is_missing
 from tokenprune.data.files import Line, parse_json
 from tokenprune.data.references import Reference
-from tokenprune.data.rows import MEDIA
+from tokenprune.data.rows import MEDIA, holds_media
 
 # Rows that are read at a time.
 _BATCH = 1000
@@ -97,7 +96,7 @@ class ArrowTable:
             columns = self._cells(table)
             columns[self._images] = _references(table[self._images].combine_chunks())
             for name in self._media:
-                columns[name] = _filled(table[name].combine_chunks())
+                columns[name] = _filled(table[name].combine_chunks(), name)
             for cells in zip(*columns.values(), strict=True):
                 number += 1
                 yield number, dict(zip(columns, cells, strict=True))
@@ -182,19 +181,27 @@ def _sizes(column: Any) -> list[int | None]:
     return list(pc.binary_length(column).to_pylist())
 
 
-def _filled(column: Any) -> list[bool | None]:
-    """Which rows hold anything in a column that is not read."""
+def _filled(column: Any, name: str) -> list[bool | None]:
+    """Which rows hold anything that counts in a column that is not read."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = column.type
     if pa.types.is_struct(kind):
-        parts = [_filled(pc.struct_field(column, place)) for place in range(kind.num_fields)]
+        fields = [pc.struct_field(column, place) for place in range(kind.num_fields)]
+        parts = [_filled(field, "video") for field in fields]  # whatever they are called
         return [any(cells) or None for cells in zip(*parts, strict=True)]
     if "list" in str(kind).partition("<")[0]:
-        return [bool(count) or None for count in pc.list_value_length(column).to_pylist()]
-    if "string" in str(kind):
-        return [not is_missing(cell) or None for cell in column.to_pylist()]
+        counts = pc.list_value_length(column).to_pylist()
+        if holds_media(name, [0]):
+            return [bool(count) or None for count in counts]
+        found, filled = iter(_filled(column.flatten(), name)), list[bool | None]()
+        for count in counts:
+            own = [next(found) for _ in range(count or 0)]
+            filled.append(any(own) or None)
+        return filled
+    if not pa.types.is_nested(kind) and "binary" not in str(kind):
+        return [holds_media(name, cell) or None for cell in column.to_pylist()]
     return [own or None for own in column.is_valid().to_pylist()]
 
 
