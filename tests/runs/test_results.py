@@ -383,6 +383,21 @@ def test_the_command_line_wins_over_grids() -> None:
     assert expand([], ["strategy=c,d"]) == [["strategy=c"], ["strategy=d"]]
 
 
+def test_patterns_stand_among_values() -> None:
+    def choices(group: str) -> list[str]:
+        return ["dart", "random", "rest"] if group == "strategy" else []
+
+    found = expand([], ["strategy=fastv,glob(r*),random"], choices)
+    assert found == [["strategy=fastv"], ["strategy=random"], ["strategy=rest"]]
+    assert expand([], ["strategy=glob([d*,fastv])"], choices) == [["strategy=dart"]]
+    with pytest.raises(
+        ValueError, match=r"expected a pattern that fits some of .*got 'glob\(x\*\)'"
+    ):
+        expand([], ["strategy=fastv,glob(x*)"], choices)
+    with pytest.raises(ValueError, match=r"seed: expected values separated by commas, got 'glob"):
+        expand([], ["seed=1,glob(x*)"], choices)
+
+
 def test_intervals_are_refused() -> None:
     with pytest.raises(ValueError, match="lam: expected values separated by commas"):
         expand([], ["lam=interval(0,1)"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, Transformer
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -67,16 +67,39 @@ def _values(override: Override, choices: Callable[[str], Sequence[str]]) -> list
     Raises:
         ValueError: If that is nothing.
     """
-    pattern: Any = override.value()
+    value: Any = override.value()
     group = override.key_or_group
-    if not isinstance(pattern, Glob):
-        return list(override.sweep_string_iterator())
+    if isinstance(value, Glob):
+        return _fitting(value, group, choices, str(override.input_line).partition("=")[2])
+    found: list[str] = []
+    for own in override.sweep_iterator(_text):
+        found += _fitting(own, group, choices, _written(own)) if isinstance(own, Glob) else [own]
+    return found
+
+
+def _text(value: Any) -> Any:
+    """A value as an override has it; a pattern among values stays one."""
+    return value if isinstance(value, Glob) else Transformer.str(value)
+
+
+def _written(pattern: Glob) -> str:
+    include = ",".join(pattern.include)
+    return f"glob({include})" if len(pattern.include) == 1 else f"glob([{include}])"
+
+
+def _fitting(
+    pattern: Glob, group: str, choices: Callable[[str], Sequence[str]], given: str
+) -> list[str]:
+    """The choices of a group that a pattern fits.
+
+    Raises:
+        ValueError: If there are none.
+    """
     # Hydra's own iterator leaves out what is in folders of hydra.searchpath.
     known = list(choices(group))
     values: list[str] = pattern.filter(known)
     if values:
         return values
-    given = str(override.input_line).partition("=")[2]
     if known:
         raise ValueError(
             f"{group}: expected a pattern that fits some of {known}, got {given!r}. "
