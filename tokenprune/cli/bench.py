@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from tokenprune.bench import table
 from tokenprune.bench.check import MEASURES, check
 from tokenprune.cli.jobs import Job, check_own, names, tidy, told
 from tokenprune.cli.launching import here
+from tokenprune.cli.mistakes import BadInput, unknown
 from tokenprune.runs.compose import plain
 from tokenprune.runs.targets import load_imports
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
+    if arguments and re.fullmatch(r"\w+", arguments[0]) and arguments[0] not in MEASURES:
+        raise BadInput(unknown("bench", arguments[0], MEASURES))
     given = [f"measure={word}" if word in MEASURES else word for word in arguments]
     return Job("bench", _task, check, "tokenprune.bench.run", _wanted).run(given)
 
