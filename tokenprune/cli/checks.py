@@ -52,6 +52,12 @@ def single_run(overrides: Sequence[str], extra_dir: str | None = None) -> DictCo
         extra_dir: A folder with further configs (`--config-dir`).
     """
     reject_sweep_values(overrides)
+    ignored = [o for o in overrides if re.match(r"[+~]*hydra[./](?!searchpath=)", o)]
+    if ignored:
+        raise BadInput(
+            f"{ignored[0].lstrip('+~').partition('=')[0]}: expected settings that this command "
+            f"follows, got {ignored[0]!r}: it makes no run's folder and no sweep. Leave it out."
+        )
     config = compose("eval", overrides, extra_dir)
     check([config])
     return config

@@ -12,12 +12,17 @@ from tokenprune.cli.mistakes import BadInput
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit code."""
     parser = Parser("tokenprune show", description="One image, with and without pruning.")
-    parser.add_argument("image", type=Path, help="a picture that Pillow reads")
+    parser.add_argument("image", help="a picture that Pillow reads")
     parser.add_argument("question")
     parser.add_argument("overrides", nargs="*", help="as for eval: model=tiny strategy=fastv")
     parser.add_argument("--output", type=Path, help="where the kept-token picture goes")
     add_config_dir(parser)
     args = parser.parse_intermixed_args(arguments)
+    if "://" in args.image:
+        raise BadInput(
+            f"show: expected the file of a picture, got the address {args.image!r}, and addresses "
+            "are not fetched. Download it."
+        )
     from PIL import Image
 
     from tokenprune.cli.checks import single_run
@@ -34,10 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     from tokenprune.data.images import read_image
 
     try:
-        image = read_image(args.image)  # as data sets do
+        image = read_image(Path(args.image))  # as data sets do
     except ValueError as error:
         raise BadInput(
-            f"show: expected a picture, got {str(args.image)!r}: {error}. Give another."
+            f"show: expected a picture, got {args.image!r}: {error}. Give another."
         ) from error
     from tokenprune import cost
     from tokenprune.cli import prompt
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"unpruned        {whole}")
     print(f"{strategy:<15} {part}")
     print(f"visual tokens   {num_visual} -> {lengths[-1]}, {100 * share:.0f} % of the FLOPs")
-    name = run_name([f"{args.image.stem}-{strategy}"])
+    name = run_name([f"{Path(args.image).stem}-{strategy}"])
     output = args.output or Path("outputs") / "show" / f"{name}.png"
     kept = kept_tokens(trace, 0, num_visual)
     if kept["grids"]:
