@@ -18,6 +18,7 @@ from tokenprune.cli.mistakes import explain
     [
         (["evla"], "command: expected one of"),
         (["eval", "--foo"], "eval: unrecognized arguments: --foo"),
+        (["bench", "prefil"], "'train'], got 'prefil'. Did you mean 'prefill'?"),
         (["eval", "foo"], "override: expected key=value, got 'foo'"),
         (["eval", "strategy=fastvv"], "got 'fastvv'. Did you mean 'fastv'?"),
         (["eval", "schedule=pyramidd"], "got 'pyramidd'. Did you mean 'pyramid'?"),
@@ -53,6 +54,8 @@ from tokenprune.cli.mistakes import explain
         (["report", "/no/where"], "report: expected a folder with results, got /no/where"),
         (["report", "."], "report: expected results.csv or a run's metrics.json"),
         (["show", "no.png", "what?"], "show: expected a picture, got 'no.png'"),
+        (["show", "https://x.org/a.png", "q"], "got the address 'https://x.org/a.png', and addr"),
+        (["show", "a.png", "q", "hydra.run.dir=x"], "hydra.run.dir: expected settings that this c"),
         (["show"], "show: the following arguments are required"),
         (["verify", "strategy=none"], "strategy: expected one that prunes, got 'none'"),
         (
@@ -74,6 +77,38 @@ def test_mistakes_cost_one_line(
     if arguments[0] in ("show", "verify") or "seed" in "".join(arguments):
         arguments = arguments + random_llava(checkpoint) if len(arguments) > 1 else arguments
     assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "/bad.yaml, line 1: expected YAML, got: expected the node content, but found"),
+        (b"name: fastv\n\tx: 1", "/bad.yaml, line 2: expected YAML, got: found character '\\t' t"),
+        (b"name: fastv\nname: vtw", "/bad.yaml, line 2: expected YAML, got: found duplicate key"),
+        (b"name: fastv\x01", "/bad.yaml, character 11: expected YAML, got: special characters are"),
+        (
+            b"# \nname: caf\xe9",
+            "/bad.yaml, line 2: expected UTF-8 text, got the byte 0xe9. Save it",
+        ),
+        (b"- 1\n- 2", "/bad.yaml: expected keys with their values, got a list. Write"),
+    ],
+    ids=["open", "tab", "twice", "control", "latin-1", "list"],
+)
+@pytest.mark.parametrize("command", ["flops", "eval", "eval -m", "list"])
+def test_a_broken_file_of_configs_is_named(
+    command: str,
+    content: bytes,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "own" / "strategy").mkdir(parents=True)
+    (tmp_path / "own" / "strategy" / "bad.yaml").write_bytes(content)
+    given = [*command.split(), "--config-dir", str(tmp_path / "own")]
+    if command != "list":
+        assert message in refused([*given, "strategy=bad"], capsys)
+    elif b"\xe9" in content:  # else it is listed, by its first comment
+        assert message in refused(given, capsys)
 
 
 def test_only_our_own_messages_are_told_in_a_line() -> None:

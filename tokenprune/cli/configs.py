@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenprune.cli.guide import GROUPS, OWN_GROUPS, choice_files
 from tokenprune.cli.loader import filled, split
 from tokenprune.cli.mistakes import BadInput, one_line, unknown
-from tokenprune.runs.compose import config_dir
+from tokenprune.runs.compose import config_dir, describe
 from tokenprune.strategy import available
 
 
@@ -45,11 +45,36 @@ def compose(
             config = hydra_compose(command, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise BadInput(_translate(command, overrides, error)) from error
+        except UnicodeDecodeError:
+            for place in folders(overrides, extra_dir)[1:]:
+                for path in sorted((*place.glob("*.yaml"), *place.glob("*/*.yaml"))):
+                    describe(path)  # says which it is
+            raise
+    _check_files(config, folders(overrides, extra_dir))
     if not hydra:
         OmegaConf.set_struct(config, False)
         del config["hydra"]
         OmegaConf.set_struct(config, True)
     return config
+
+
+def _check_files(config: DictConfig, places: Sequence[Path]) -> None:
+    """Refuses a choice whose file holds values without keys; strategies may be listed, as mappings.
+
+    Raises:
+        BadInput: There is one.
+    """
+    for group, choice in config.hydra.runtime.choices.items():
+        node: Any = config.get(group) if "/" not in str(group) else None
+        if not OmegaConf.is_list(node):
+            continue
+        paths = [place / group / f"{choice}.yaml" for place in places]
+        path = next((own for own in paths if own.is_file()), None)
+        mappings = [OmegaConf.is_dict(own) for own in node]
+        if path is not None and not (group == "strategy" and mappings and all(mappings)):
+            raise BadInput(
+                f"{path}: expected keys with their values, got a list. Write key: value."
+            )
 
 
 def compose_all(

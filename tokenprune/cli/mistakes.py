@@ -7,6 +7,7 @@ import errno
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 #: What ends the writing of a file that was begun, whoever writes it; ENOENT is tempfile's, which
 #: finds no folder that can be written.
@@ -52,6 +53,8 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
     # Our messages start "where: expected"; "not enough values to unpack (expected 2" is a bug.
     if isinstance(cause, ValueError | KeyError) and ": expected " in text and _is_ours(cause):
         return one_line(text)
+    if type(cause).__module__.partition(".")[0] == "yaml":
+        return _yaml(cause)
     for own in (cause, cause.__cause__):  # logging's own ValueError, say, is due to one
         if isinstance(own, OSError) and own.filename is not None:
             return _files(str(own), own.errno)
@@ -72,6 +75,17 @@ def explain(error: BaseException, folder: Path | None = None) -> str | None:
             "trainer.precision=bf16-mixed)."
         )
     return _in_a_strategy(cause)
+
+
+def _yaml(error: BaseException) -> str:
+    """The line for a file that is no YAML: where it ends to be one, and why."""
+    mark: Any = getattr(error, "problem_mark", None)
+    if mark is not None:
+        place, problem = f"{mark.name}, line {mark.line + 1}", getattr(error, "problem", None)
+    else:  # characters that no YAML may have
+        name, position = getattr(error, "name", "config"), getattr(error, "position", 0)
+        place, problem = f"{name}, character {position}", getattr(error, "reason", None)
+    return f"{place}: expected YAML, got: {one_line(str(problem or error))}. Correct the file."
 
 
 def _in_a_strategy(error: BaseException) -> str | None:

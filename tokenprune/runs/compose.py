@@ -255,8 +255,20 @@ def entries(config: DictConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def describe(path: Path) -> str:
-    """First comment of a YAML file: its one-line description."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """First comment of a YAML file: its one-line description.
+
+    Raises:
+        ValueError: It is no UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {number}: expected UTF-8 text, got the byte "
+            f"{error.object[error.start]:#04x}. Save it as UTF-8."
+        ) from error
+    for line in text.splitlines():
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").strip()
     return ""
