@@ -162,7 +162,7 @@ NAMED = {
     "So it is B.": "B",
     "a B": "B",
     "It must be (B), since it has wheels": "B",
-    "(A) is red, (B) is blue": "A",
+    "(A) is red, (B) is blue": "B",
     "One sees that (A) is red, but (B) blue and right": "B",
     "": None,
     "car": None,

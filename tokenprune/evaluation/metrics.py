@@ -112,7 +112,7 @@ def choice(prediction: str, accepted: Sequence[str]) -> float:
     over, and a letter is one of A to Z that no letter, digit or apostrophe touches.
 
     1. Nothing else is there, in either case, but for marks around it: `B`, `b.`, `(b)`, `**B**`.
-    2. It begins with a capital: `B. a car`, `(B) a car`, `B is correct`.
+    2. It begins with a capital: `B. a car`, `B) a car`, `B is correct`.
     3. It ends with a capital: `so it is B.`
     4. Words name it, of several the last: answer, option or choice, or I choose, pick or select,
        with `is`, `:` and the like after them; a small letter only if no other word follows.
@@ -146,7 +146,7 @@ def _letter(text: str) -> str | None:
     marked = r"[\s(\[.,;:!?\"')\]]*"
     rules = (
         re.fullmatch(rf"{marked}([A-Za-z]){marked}", bare),
-        re.match(rf"[(\[\"']?{_CAPITAL}", bare),
+        re.match(rf"[\"']?{_CAPITAL}", bare),
         re.search(rf"(?<![\w'’])([A-HJ-Z]){marked}$", bare),
         _last(_NAMED, bare),
         _last(re.compile(r"[(\[]([A-Z])[)\]]"), bare),
