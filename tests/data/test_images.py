@@ -17,6 +17,7 @@ from readers import READERS
 from tokenprune.cli import main as cli
 from tokenprune.data import FolderDataset, HubDataset
 from tokenprune.data.images import read_image
+from tokenprune.data.sample import Sample
 
 RAMP = np.arange(65536).reshape(256, 256).astype("u2")
 
@@ -277,3 +278,13 @@ def test_data_sets_open_pictures_as_show_does(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "x"}')
     assert read_image(tmp_path / "a.png") == FolderDataset(tmp_path)[0].image
+
+
+def test_the_same_images_have_the_same_mark() -> None:
+    """Whatever is asked about them, and whatever they are called."""
+    one, other = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (2, 4), "red")
+    mark = Sample("a", (one,), ()).mark
+    assert mark == Sample("b", (one.copy(),), ()).mark
+    rest = [Sample("a", own, ()).mark for own in ((other,), (one, other), (other, one), ())]
+    assert len({mark, *rest}) == 5
+    assert rest[-1] is None

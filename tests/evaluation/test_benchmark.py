@@ -238,6 +238,9 @@ def test_what_is_said_of_each_question(prompts: list[str]) -> None:
     assert sum(one["score"] for one in lines) == 3
     assert len(list(Path("run/images").iterdir())) == 2
     assert {one["kind"] for one in lines} == {"pope"}
+    marks = {one["picture"] for one in lines}
+    assert None not in marks
+    assert json.loads(Path("run/metrics.json").read_text())["num_images"] == len(marks)
 
 
 @pytest.mark.parametrize(

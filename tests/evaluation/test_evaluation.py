@@ -25,6 +25,8 @@ from tokenprune.evaluation import loading
 from tokenprune.evaluation.run import evaluate
 from tokenprune.evaluation.summary import summarise
 from tokenprune.runs import models, results
+from tokenprune.runs.images import share_interval
+from tokenprune.runs.proportions import wilson
 
 NUM_SAMPLES = 10
 
@@ -109,6 +111,13 @@ def test_metrics_are_means_over_samples() -> None:
     assert metrics["prefill_ms"] == pytest.approx(2)
     latent = replace(shape, unlike="latent attention")
     assert summarise(records, [0.1], latent, 2)["kv_mb"] is None
+    assert metrics["num_images"] is None
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == wilson(2, 3)
+    marked = [r | {"picture": mark} for r, mark in zip(records, "aab", strict=True)]
+    metrics = summarise(marked, [0.1], shape, 2)
+    assert metrics["num_images"] == 2
+    expected = share_interval([1.0, 0.0, 1.0], [*"aab"])
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == expected
 
 
 def test_no_samples_is_an_error() -> None:
@@ -133,6 +142,7 @@ def test_counts_follow_the_schedule(checkpoint: Path, tmp_path: Path) -> None:
     shape = tp.cost.DecoderShape.from_config(models.load_config(str(checkpoint)))
     assert metrics["tflops"] == pytest.approx(tp.cost.flops(shape, lengths) / 1e12)
     assert metrics["num_samples"] == NUM_SAMPLES == len(predictions(tmp_path))
+    assert metrics["num_images"] == len({p["picture"] for p in predictions(tmp_path)}) > 1
     assert set(metrics["kinds"]) == {"read", "colour", "exist", "relation", "text"}
     assert metrics["prefill_ms"] > 0
 
@@ -369,6 +379,12 @@ def test_mme_s_pairs_are_those_about_one_picture(checkpoint: Path, tmp_path: Pat
     assert metrics["metric_summary"]["all"] >= 100 * metrics["accuracy"]
     row = results.row(metrics, "run")
     assert row["summary_all"] == metrics["metric_summary"]["all"]
+    lines = predictions(tmp_path / "run")
+    marks = [line["picture"] for line in lines]
+    assert marks == [marks[0]] * 2 + [marks[2]] * 2
+    assert metrics["num_images"] == len({*marks}) == 2
+    expected = share_interval([line["score"] for line in lines], marks)
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == expected
 
 
 def test_options_reach_the_processor() -> None:

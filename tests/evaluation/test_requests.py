@@ -7,7 +7,8 @@ from PIL import Image
 
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
 from tokenprune.evaluation.scores import interval, likeliest, question_score, said, task_score
-from tokenprune.evaluation.summary import wilson
+from tokenprune.runs.images import share_interval
+from tokenprune.runs.proportions import wilson
 
 
 def test_texts_and_images_stay_in_order() -> None:
@@ -120,3 +121,6 @@ def test_an_interval_is_that_of_a_mean() -> None:
     assert interval([1.0, 0.0, 1.0, 1.0], 2 / 3, averaged=True) == (None, None)
     assert interval([0.0, 0.0], 0.0, averaged=False) == (None, None)  # MME without a point
     assert interval([], 0.0, averaged=True) == (None, None)
+    scores, pictures = [1.0, 0.0, 1.0, 1.0], ["a", "a", "b", "c"]
+    found = interval(scores, 0.75, averaged=True, pictures=pictures)
+    assert found == share_interval(scores, pictures) != wilson(3, 4)
