@@ -148,9 +148,9 @@ def test_finding_says_no_more_than_the_intervals_do(
     [
         # Own intervals of .9 and .8 of 100 overlap, yet no question is lost.
         (10, 0, "ahead of random with 80.0 % (70.0–90.0): question by question +10.0 points (95 % "
-         "interval +3.4 to +16.2)."),
+         "interval +4.2 to +18.6)."),
         (3, 1, "not told apart from random with 80.0 % (70.0–90.0): question by question +2.0 "
-         "points (95 % interval -2.7 to +6.7)."),
+         "points (95 % interval -4.3 to +9.0)."),
     ],
 )  # fmt: skip
 def test_finding_goes_by_the_same_questions(wins: int, losses: int, words: str) -> None:
@@ -167,6 +167,8 @@ def test_finding_goes_by_the_same_questions(wins: int, losses: int, words: str) 
     sentence = finding(groups, lambda best, other: found)
     sentence = sentence.replace("\xa0", " ").replace("\u2060", "")
     assert sentence.endswith(words)
+    found = compare([first], [second], [str(place // 2) for place in range(100)])
+    assert finding(groups, lambda best, other: found).endswith(", by image).")
 
 
 def test_the_best_of_many_is_corrected_for_as_many() -> None:
