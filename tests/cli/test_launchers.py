@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from processes import run
 
 from tokenprune.cli import main as cli
-from tokenprune.runs import launchers
+from tokenprune.runs import launchers, team
 from tokenprune.runs.trainers import Launched, OwnProcesses, build_trainer
 
 #: What launchers of two set for the second process, and what each of them is told as.
@@ -225,3 +230,54 @@ def test_g1_a_mistake_is_told_by_one_process(mistake: str) -> None:
     assert ": expected " in said[0]
     assert re.search(r"exitcode +: 2 ", done.stderr)
     assert list(Path().iterdir()) == []
+
+
+@pytest.fixture
+def lone(monkeypatch: pytest.MonkeyPatch) -> launchers.Launch:
+    """The first of two processes, the other of which nobody starts; patience is short."""
+    for name, seconds in (("PATIENCE", 0.2), ("_START", 2.0), ("LOST", 0.5)):
+        monkeypatch.setattr(team, name, seconds)
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        port = own.getsockname()[1]
+    return launchers.Launch("torchrun", 0, 2, 0, 2, 1, "127.0.0.1", port)
+
+
+def test_g2_a_process_that_waits_for_nobody_says_so(
+    lone: launchers.Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "processes: expected 2, as RANK and WORLD_SIZE say, got 1 in "
+    with (
+        pytest.raises(team.LostProcess, match=f"{told}.*, unset RANK and WORLD_SIZE"),
+        team.led(lone),
+    ):
+        team.together(print, "nothing")
+    said = capsys.readouterr()
+    assert re.match(rf"tokenprune: {told}\d+ s. Start the others, or, where this is the", said.err)
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_g2_one_that_waits_for_the_first_says_so(
+    lone: launchers.Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="torchrun: expected all processes to meet at "):
+        team.follow(replace(lone, rank=1))
+    assert capsys.readouterr().err.count("got 1 in 0 s. Start the others") == 1
+
+
+def test_g2_a_process_that_waits_for_others_hears_signals(
+    lone: launchers.Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "_START", 100.0)
+    begun = time.monotonic()
+
+    def wait() -> None:
+        with team.led(lone):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            team.together(print, "nothing")
+
+    with pytest.raises(SystemExit) as stop:
+        wait()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 60

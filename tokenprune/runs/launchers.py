@@ -127,6 +127,11 @@ _ALONE = (
 )
 
 
+def variables(launcher: str) -> str:
+    """The variables by which a process knows its number, and how many there are."""
+    return " and ".join(next(own[1:] for own in _LAUNCHERS if own[0] == launcher))
+
+
 def _several() -> tuple[str, int, int | None, str] | None:
     """Launcher, number, number of processes and what told them, where there are several."""
     for launcher, rank_name, size_name in _LAUNCHERS:

@@ -18,10 +18,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
+from tokenprune.runs import launchers
 from tokenprune.runs.launchers import Launch
 
 #: Seconds between two signs of life.
@@ -32,6 +34,8 @@ LOST = 120.0
 LOST_AFTER_ERROR = 6.0
 #: Seconds in which all must have started.
 _START = 600.0
+#: After so many it is said who has not.
+PATIENCE = 60.0
 #: How libraries say that another process is gone.
 _BROKEN = re.compile(
     r"gloo|Connection (closed|reset|refused)|NCCL|Broken pipe|DistNetwork|ncclRemoteError|"
@@ -81,6 +85,29 @@ class _Member:
                 _orphan(self)
             time.sleep(0.05)
         return told
+
+    def absent(self) -> list[int]:
+        """Processes that have never shown up."""
+        return [r for r in range(self.launch.size) if self.get(f"name/{r}") is None]
+
+    def meet(self) -> None:
+        """Waits until all have shown up; signals are heard, as in no library's own waiting.
+
+        Variables that a launcher has left in a shell make one process take itself for several.
+
+        Raises:
+            LostProcess: They have not, in `_START` seconds.
+        """
+        begun, told = time.monotonic(), False
+        while absent := self.absent():
+            waited = time.monotonic() - begun
+            here = self.launch.size - len(absent)
+            if waited > _START or {*absent} & {*self.lost()}:
+                raise LostProcess(_alone(self.launch, here, waited))
+            if waited > PATIENCE and not told:
+                _say_alone(self.launch, here, waited)
+                told = True
+            time.sleep(0.05)
 
     def describe(self, rank: int) -> str:
         """A process by its number and its place."""
@@ -180,6 +207,20 @@ _ONCE_MORE = (
 )
 
 
+def _alone(launch: Launch, here: int, waited: float) -> str:
+    """The line about processes that have not come, of which there may be none."""
+    names = launchers.variables(launch.launcher)
+    return (
+        f"processes: expected {launch.size}, as {names} say, got {here} in {waited:.0f} s. Start "
+        f"the others, or, where this is the only one, unset {names}, which a shell may have kept."
+    )
+
+
+def _say_alone(launch: Launch, here: int, waited: float) -> None:
+    line = f"{_alone(launch, here, waited)} It waits until {_START:.0f} s."
+    print(f"tokenprune: {line}", file=sys.stderr, flush=True)
+
+
 def _connect(launch: Launch, leads: bool) -> Any:
     from torch import distributed
 
@@ -187,15 +228,24 @@ def _connect(launch: Launch, leads: bool) -> Any:
     hosts = leads and not launch.keeps_store
     try:
         socket.getaddrinfo(launch.address, launch.port)  # the store would ask for minutes
-        return open_store(
+        connect = partial(
+            open_store,
             launch.address,
             launch.port,
             None,
             hosts,
-            timedelta(seconds=_START),
             wait_for_workers=False,
             multi_tenant=True,
         )
+        if launch.rank != 1:
+            return connect(timeout=timedelta(seconds=_START))
+        try:  # of those that miss the first, one tells
+            store = connect(timeout=timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            _say_alone(launch, 1, PATIENCE)
+            return connect(timeout=timedelta(seconds=_START - PATIENCE))
+        store.set_timeout(timedelta(seconds=_START))
+        return store
     except (RuntimeError, OSError) as error:
         cause = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
@@ -236,15 +286,16 @@ def led(launch: Launch) -> Iterator[None]:
         signal.signal(signal.SIGTERM, terms)
         with contextlib.suppress(RuntimeError):
             member.set(f"job/{member.number}", pickle.dumps(code))
-            _await_end(member)
+            # A signal ends those that still start as well, if they do; else they hear of a mistake.
+            _await_end(member, () if code <= 2 else member.absent())
         member.leave()
         _member = None
 
 
-def _await_end(member: _Member, limit: float = 20.0) -> None:
+def _await_end(member: _Member, without: Sequence[int], limit: float = 20.0) -> None:
     """Waits until the others have heard of the end: the store goes with this process."""
     end = time.monotonic() + limit
-    waiting = set(range(1, member.launch.size))
+    waiting = set(range(1, member.launch.size)) - {*without}
     while waiting and time.monotonic() < end:
         waiting = {r for r in waiting if member.get(f"ended/{r}") is None} - {*member.lost()}
         time.sleep(0.02)
@@ -268,6 +319,8 @@ def together(function: Callable[..., Any], *arguments: Any) -> Any:
     if member is None:
         return function(*arguments)
     number = member.number
+    if number == 0:
+        member.meet()
     member.number += 1
     member.set(f"job/{number}", pickle.dumps((function.__module__, function.__name__, arguments)))
     try:
