@@ -88,7 +88,7 @@ def _narrow(layer: Any, index: int, hidden_T: Tensor) -> Callable[..., dict[str,
         total = offset + hidden_BQD.shape[1]
         columns_K = torch.arange(total, device=device)
         rows_Q1 = columns_K[offset:, None]
-        given = named.get("attention_mask")
+        given: Any = named.get("attention_mask")
         if hasattr(given, "mask_mod"):  # of flex attention
             given = given.mask_mod(0, 0, rows_Q1, columns_K)[None, None]
         elif not isinstance(given, Tensor) or given.dim() != 4:
