@@ -126,9 +126,10 @@ class Harness(lmms):  # type: ignore[misc]
         seconds, num_tokens = 0.0, 0
         for given, numbers in _grouped(json.dumps(own.given, sort_keys=True) for own in asked):
             tasks = ", ".join(sorted({asked[number].key[0] for number in numbers}))
-            longest, until, taken = options(
-                json.loads(given), lambda text, tasks=tasks: self._warn(f"{tasks}: {text}")
-            )
+            notes: list[str] = []
+            longest, until, taken = options(json.loads(given), notes.append)
+            for note in notes:
+                self._warn(f"{tasks}: {note}")
             for batch in _batches(numbers, self.batch_size, asked):
                 samples = [asked[number].read() for number in batch]
                 prompts = self._prompts(samples)
