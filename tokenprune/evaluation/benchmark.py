@@ -167,7 +167,8 @@ def metrics_of(task: Mapping[str, Any]) -> dict[str, bool]:
     known: Any = import_module("lmms_eval.api.registry")
     usual = known.DEFAULT_METRIC_REGISTRY.get(task.get("output_type"), [])
     found: dict[str, bool] = {}
-    for entry in task.get("metric_list") or [{"metric": name} for name in usual]:
+    listed = task.get("metric_list") or [{"metric": name} for name in usual]
+    for entry in filter(None, listed):  # one task of lmms-eval's has an empty entry
         name = str(entry["metric"])
         if "submission" not in name:  # files for servers
             how = entry.get("aggregation") or known.METRIC_AGGREGATION_REGISTRY.get(name)

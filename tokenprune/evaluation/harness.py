@@ -10,7 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -126,10 +126,7 @@ class Harness(lmms):  # type: ignore[misc]
         seconds, num_tokens = 0.0, 0
         for given, numbers in _grouped(json.dumps(own.given, sort_keys=True) for own in asked):
             tasks = ", ".join(sorted({asked[number].key[0] for number in numbers}))
-            notes: list[str] = []
-            longest, until, taken = options(json.loads(given), notes.append)
-            for note in notes:
-                self._warn(f"{tasks}: {note}")
+            longest, until, taken = options(json.loads(given), partial(self._tell, tasks))
             for batch in _batches(numbers, self.batch_size, asked):
                 samples = [asked[number].read() for number in batch]
                 prompts = self._prompts(samples)
@@ -153,6 +150,9 @@ class Harness(lmms):  # type: ignore[misc]
                     self._note(asked[number].key, samples[row], cost, answers.trace, own)
         self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
+
+    def _tell(self, tasks: str, text: str) -> None:
+        self._warn(f"{tasks}: {text}")
 
     def _asked(self, request: Any) -> _Asked:
         context, given, to_visual, number, task, split = request.args

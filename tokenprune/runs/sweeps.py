@@ -73,7 +73,10 @@ def _values(override: Override, choices: Callable[[str], Sequence[str]]) -> list
         return _fitting(value, group, choices, str(override.input_line).partition("=")[2])
     found: list[str] = []
     for own in override.sweep_iterator(_text):
-        found += _fitting(own, group, choices, _written(own)) if isinstance(own, Glob) else [str(own)]
+        if isinstance(own, Glob):
+            found += _fitting(own, group, choices, _written(own))
+        else:
+            found.append(str(own))
     return found
 
 
