@@ -91,7 +91,9 @@ def test_verify_and_show(
     compose._say.cache_clear()
     command = ["show", str(picture), "what ?", *qwen(checkpoint), "max_new_tokens=2"]
     assert cli.main(command) == 0
-    assert capsys.readouterr().out.startswith(LINE + "question        what ?\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith(LINE)
+    assert printed.count(LINE) == 1
 
 
 def test_train(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,15 +134,14 @@ class Row:
         if not (self.case.turns[-1].labelled and number == len(self.told) - 1):
             return columns[-1:]
         labels = [self.tokens[column].label for column in columns]
-        found, pictured, before = [], False, -100
+        found, tells, pictured, before = [], False, False, -100
         for column, label, following in zip(columns, labels, labels[1:], strict=False):
             pictured |= bool(self.visual[column])
-            if not self.visual[column]:
-                before = label
-            ends = label == -100 and following != -100 and pictured
-            if ends and (before == -100 or not self.visual[column]):
+            before = before if self.visual[column] else label
+            if label == -100 and following != -100:
                 found.append(column)
-        return found
+                tells |= pictured and (before == -100 or not self.visual[column])
+        return found if tells or not pictured else []
 
     def prompt(self, number: int) -> list[int]:
         """Columns of a call's text that is no answer."""

@@ -359,15 +359,17 @@ def _asking(
 ) -> Bools:
     """The `"last"` query rows. Assisted decoding puts guesses after the prompt.
 
-    With labels, they are the ends of prompts that see an image. An image that follows labelled text
-    ends none: there all text is labelled, and the image alone is not.
+    With labels, they are the ends of prompts, if one of them sees an image. An image that follows
+    labelled text ends none: there all text is labelled, and the image alone is not.
     """
     if labelled is not None and followed is not None:
-        asking: Bools = ~labelled & followed & real & (visual.cumsum(1) > 0)
-        if (asking & visual).any():
+        asking: Bools = ~labelled & followed & real
+        tells = asking & (visual.cumsum(1) > 0)
+        if (tells & visual).any():
             order = np.where(real & ~visual, np.arange(real.shape[1]), -1)
             before = np.maximum.accumulate(order, 1)
-            asking &= ~(visual & (before >= 0) & np.take_along_axis(labelled, before, 1))
+            tells &= ~(visual & (before >= 0) & np.take_along_axis(labelled, before, 1))
+        asking &= tells.any(1, keepdims=True) | ~visual.any(1, keepdims=True)
         return asking
     order = np.arange(real.shape[1])
     last = np.where(real, order, -1).max(1, keepdims=True)
