@@ -411,7 +411,7 @@ def _check_lengths(inputs: Mapping[str, Any], length: int, by_ids: bool) -> None
             f"prune: expected {name} with an entry for each of the {length} tokens that the "
             f"decoder is given, got {values.shape[1]}: something puts tokens of its own into the "
             "prompt (prompt tuning, p-tuning). Pass visual_mask, bool (B, T), over all of them, "
-            "and no labels."
+            "and no labels; to train, attach to what gets them in full (peft: get_base_model())."
         )
 
 
