@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image
 
@@ -46,7 +47,7 @@ class Sample:
         """The first image."""
         return self.images[0]
 
-    @property
+    @cached_property
     def mark(self) -> str | None:
         """The same for the same images, by which questions about them are known; None of none."""
         digest = hashlib.blake2b(digest_size=8)

@@ -36,9 +36,7 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     given = dense(_of_full_attention(mask), num_rows)
     if given is None or given.shape[2] != length or given.shape[3] < offset + length:
         return None
-    # What one head sees is there.
-    allowed = (given if given.dtype == torch.bool else given > HIDDEN).any(1)
-    allowed = allowed[:, :, : offset + length]
+    allowed = visible(given)[:, :, : offset + length]
     own = allowed[:, :, offset:]
     open_BT1 = own.all(2, keepdim=True)
     # A last token sees everything by right, unless it follows such a pad; and where all tokens do,
@@ -49,6 +47,11 @@ def sights(mask: Any, num_rows: int, length: int, offset: int) -> Tensor | None:
     itself = own.diagonal(dim1=1, dim2=2) & ~open_BT1[..., 0]
     first = own.to(torch.uint8).argmax(2)
     return itself.long() + 2 * sees.long() + 4 * earlier.any(1).long() + 8 * first
+
+
+def visible(given: Tensor) -> Tensor:
+    """Which keys some head shows to each query row, bool (B, Q, K), by a mask as `dense` has it."""
+    return (given if given.dtype == torch.bool else given > HIDDEN).any(1)
 
 
 def _of_full_attention(mask: Any) -> Any:

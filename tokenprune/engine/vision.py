@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.engine.masks import dense
+from tokenprune.engine.masks import dense, visible
 from tokenprune.engine.rows import Bools, Ints, Rows
 from tokenprune.families.anatomy import Anatomy
 from tokenprune.families.attending import Attending, in_runs, of_fused
@@ -341,10 +341,7 @@ def _valid(mask: Any, keys: Tensor) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.bool()
     given = dense(mask, len(keys))
-    if given is None:
-        return None
-    allowed = given if given.dtype == torch.bool else given == 0
-    return allowed[:, 0].any(1)
+    return None if given is None else visible(given).any(1)
 
 
 def _rows(attending: Attending, start: int, stop: int) -> Tensor:
