@@ -209,13 +209,14 @@ def _gather(
     for task, samples in report["samples"].items():
         listed = metrics_of(report["configs"][task])
         name, share = task_score(task, report["results"][task], list(listed))
-        scores = []
+        scores, marks = [], []
         for sample in samples:
             record = model.records[task, sample["doc_id"]]
             records.append(record)
             ranked = record.get("ranked")
             answer = said(sample) if ranked is None else likeliest(ranked)
             scores.append(question_score(sample, name, answer))
+            marks.append(record["picture"])
             told = {
                 "id": f"{task}/{sample['doc_id']}",
                 "kind": task,
@@ -223,8 +224,8 @@ def _gather(
                 "answer": _text(sample["target"]),
                 "prediction": answer,
             }
-            predictions.append(told | {"score": scores[-1], "correct": scores[-1] >= 0.5})
-            predictions[-1]["picture"] = record["picture"]
+            judged = {"score": scores[-1], "correct": scores[-1] >= 0.5, "picture": marks[-1]}
+            predictions.append(told | judged)
             if "kept" in record:
                 picture = results.image_name(len(kept), told["id"])
                 images[picture] = record["image"]
@@ -232,8 +233,7 @@ def _gather(
         if share is None:
             print(f"{task}: {name} is no share of the best, and is left out of the mean")
             continue
-        pictures = [own["picture"] for own in predictions if own["kind"] == task]
-        low, high = interval(scores, share, listed.get(name, False), pictures)
+        low, high = interval(scores, share, listed.get(name, False), marks)
         kinds[task] = {"accuracy": share, "low": low, "high": high, "num_samples": len(samples)}
         kinds[task]["metric"] = name
     shares = [kind["accuracy"] for kind in kinds.values()]

@@ -262,10 +262,12 @@ class Harness(lmms):  # type: ignore[misc]
     def _note(
         self, key: Key, sample: Sample, cost: dict[str, Any], trace: tp.Trace | None, row: int
     ) -> None:
-        record = cost | {"question": sample.turns[-1].question}
+        if key in self.records:  # by another of its options
+            return
+        record = cost | {"question": sample.turns[-1].question, "picture": sample.mark}
         if len(self.records) < self.num_pictures and sample.images:
             record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
-        self.records.setdefault(key, record | {"picture": sample.mark})
+        self.records[key] = record
 
     def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> dict[str, Any]:
         """Says what all requests so far have cost, and returns it.
