@@ -250,11 +250,12 @@ def test_b2_a_cache_rebuilt_from_its_tensors_is_refused(policy, keep) -> None:
                     model(input_ids=torch.tensor([[7]]), past_key_values=rebuilt)
 
 
+@pytest.mark.parametrize("layerwise", [False, True], ids=["cache", "layers"])
 @pytest.mark.parametrize("how", ["select", "reorder", "bool", "repeat", "crop", "copy"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
 @pytest.mark.share(2)
-def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) -> None:
+def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how, layerwise) -> None:
     model = build("llava")
     inputs = batch(model, [ROWS[0], ROWS[3], ROWS[2]])
     order = torch.tensor([2, 0, 1])
@@ -267,25 +268,85 @@ def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how) 
     with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
         cache = model(**inputs, use_cache=True).past_key_values
         other = copy.deepcopy(cache)
-        if how == "select":
-            other.batch_select_indices(order)
-        elif how == "reorder":
-            other.reorder_cache(order)
+        parts = other.layers if layerwise else [other]  # of the latter the cache is not told
+        if how == "crop":
+            step(other, wide)
+        for part in parts:
+            if how == "select":
+                part.batch_select_indices(order)
+            elif how == "reorder":
+                part.reorder_cache(order)
+            elif how == "bool":
+                part.batch_select_indices(torch.tensor([True, False, True]))
+            elif how == "repeat":
+                part.batch_repeat_interleave(2)
+            elif how == "crop":
+                part.crop(-2)
+        if how in ("crop", "copy"):
+            order = torch.arange(3)
         elif how == "bool":
             order = torch.tensor([0, 2])
-            other.batch_select_indices(torch.tensor([True, False, True]))
         elif how == "repeat":
             order = torch.tensor([0, 0, 1, 1, 2, 2])
-            other.batch_repeat_interleave(2)
-        elif how == "crop":
-            order = torch.arange(3)
-            step(other, wide)
-            other.crop(-2)
-        else:
-            order = torch.arange(3)
+        if how == "copy":
             step(copy.deepcopy(other), wide)
-        got, expected = step(other, wide[order]), step(cache, wide)[order]
-    torch.testing.assert_close(got, expected, **CLOSE)
+        if layerwise:
+            other = copy.deepcopy(other)  # nothing is lost on the way
+        for _ in range(2):
+            got, expected = step(other, wide[order]), step(cache, wide)[order]
+            torch.testing.assert_close(got, expected, **CLOSE)
+            wide = pad(wide, (0, 2), value=1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+@pytest.mark.share(2)
+def test_b3_layers_of_a_fixed_size_are_reordered(schedule, policy) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[3]])
+    other = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
+    ids = torch.tensor([[7], [8]])
+    mask = pad(inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(**inputs, past_key_values=other)
+        for layer in other.layers:
+            layer.reorder_cache(torch.tensor([1, 0]))
+        expected = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        call = {"input_ids": ids.flip(0), "attention_mask": mask.flip(0)}
+        got = model(**call, past_key_values=other).logits
+    torch.testing.assert_close(got, expected.flip(0), **CLOSE)
+
+
+def test_b3_rows_that_the_last_call_did_not_leave_are_refused() -> None:
+    model = build("llava")
+    step = {"input_ids": torch.tensor([[7]] * 2)}
+    with torch.no_grad(), tp.prune(model, UNIFORM, SCHEDULE, "original"):
+        cache = model(**batch(model, [ROWS[0], ROWS[3]]), use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys = layer.keys.clone()  # as if it had been elsewhere in between
+        model(**step, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys = torch.cat([layer.keys[:1], layer.keys[1:] + 1])
+        with pytest.raises(ValueError, match="got other keys in 1 of its 2 rows"):
+            model(**step, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
+def test_b4_layers_that_were_emptied_one_by_one_are_refused(schedule, kind) -> None:
+    model = build("llava")
+    inputs = batch(model, [ROWS[0]])
+    size = {"max_cache_len": 96} if kind is StaticCache else {}
+    cache = kind(config=model.config.get_text_config(), **size)
+    with torch.no_grad(), tp.prune(model, UNIFORM, schedule):
+        model(**inputs, past_key_values=cache)
+        for layer in cache.layers:
+            layer.reset()
+        with pytest.raises(ValueError, match=r"layers were emptied\. Call its own reset"):
+            model(**inputs, past_key_values=cache)
+        cache.reset()
+        model(**inputs, past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

@@ -40,6 +40,7 @@ class Turn:
         to_keep: Of how many last columns logits are asked; 0 for all.
         chunk: Columns of a chunk of the prefill.
         after: What is done to the cache afterwards.
+        layerwise: Whether that is done to its layers one by one.
         assistant: The model that guesses: `"same"`, `"other"` or `"llama"`.
     """
 
@@ -53,6 +54,7 @@ class Turn:
     to_keep: int = 0
     chunk: int = 0
     after: str = "nothing"
+    layerwise: bool = False
     assistant: str = ""
 
     @property

@@ -83,6 +83,7 @@ def draw_case(seed: str) -> Case:
         turn.after = pick(["nothing", "nothing", "copy", "select", "repeat", "crop", "length"])
         if case.cache == "static":
             turn.after = pick(["nothing", "copy"])
+        turn.layerwise = rng.random() < 0.3
     if family == "llama":
         moves = any(turn.after not in ("nothing", "length") for turn in case.turns)
         if last.generates or (not moves and rng.random() < 0.2):

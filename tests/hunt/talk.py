@@ -399,27 +399,29 @@ class Conversation:
     # -- between turns ---------------------------------------------------------------------------
 
     def _after(self, turn: Turn) -> None:
+        parts = self.cache.layers if turn.layerwise else [self.cache]
         if turn.after == "copy":
             left = self.cache
             self.cache = copy.deepcopy(self.cache)
             self._mutter(left, 2)  # which must not be heard in the copy
         elif turn.after == "crop":
             self._mutter(self.cache, 3)
-            self.cache.crop(-3)
+            for part in parts:
+                part.crop(-3)
         elif turn.after == "length":
             assert self.cache.get_seq_length() == self.ids.shape[1]
         elif turn.after == "repeat":
-            self.cache.batch_repeat_interleave(2)
+            for part in parts:
+                part.batch_repeat_interleave(2)
             self._reorder(torch.arange(len(self.order)).repeat_interleave(2))
         elif turn.after == "select":
             picked = torch.arange(len(self.order) - 1, -1, -1)
             left = [self.order[row] for row in picked[:2].tolist()]
             spoken = all(any(turn.rows[row] for row in left) for turn in self.case.turns)
-            if len(picked) > 2 and spoken:
-                self.cache.batch_select_indices(picked[:2])
-                picked = picked[:2]
-            else:
-                self.cache.reorder_cache(picked)
+            fewer = len(picked) > 2 and spoken
+            picked = picked[:2] if fewer else picked
+            for part in parts:
+                part.batch_select_indices(picked) if fewer else part.reorder_cache(picked)
             self._reorder(picked)
 
     def _reorder(self, rows: Tensor) -> None:

@@ -3,7 +3,8 @@
 It becomes a `PrunedCache`: still the object that it was, of a class that keeps a record of which
 tokens each layer holds, and tells whoever asks for its length that of the conversation. What is
 done to the cache is done to the record: rows that are reordered, selected or repeated, tokens that
-are cropped, a reset. A deep copy keeps its record; two generations in flight never mix.
+are cropped, a reset. What is done to its layers one by one it is not told, but sees by their keys.
+A deep copy keeps its record; two generations in flight never mix.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class PrunedCache:
         own.reorder_cache(beam_idx)
         self._select(beam_idx)
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        own.crop(*args, **kwargs)
+        _note_keys(self)
+
     def batch_select_indices(self, indices: Any) -> None:
         own: Any = super()
         record = record_of(self)
@@ -88,6 +94,7 @@ class PrunedCache:
         if record is not None:
             rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
             record.select(rows)
+            _note_keys(self)
 
     def __reduce__(self) -> Any:
         # The class is made on the way: copies and pickles name the one that it was made of.
@@ -119,11 +126,23 @@ def settle(cache: Any, record: Record) -> None:
 
     It waits for the device. Steps of a generation do not count: a graph of one that did would be of
     that one alone.
+
+    Raises:
+        ValueError: If it holds less than then.
     """
     if record_of(cache) is record:
         more = int(cache.get_seq_length()) - record.num_columns
+        if more < 0:
+            raise _emptied()
         record.num_columns += more
         record.tail += more
+
+
+def _emptied() -> ValueError:
+    return ValueError(
+        "prune: expected a cache that holds what the last call left, got one whose layers were "
+        "emptied. Call its own reset() instead, or take a new one."
+    )
 
 
 def in_call(cache: Any, begins: bool) -> None:
@@ -144,6 +163,44 @@ def keep(cache: Any, record: Record) -> None:
     if not isinstance(cache, PrunedCache):
         kind: Any = type(cache)
         cache.__class__ = _pruned_class(kind)
+
+
+def _keys(cache: Any) -> Tensor | None:
+    """Of the last layer that has some, (B, heads, N, head width): of what every cut kept."""
+    every = (getattr(layer, "keys", None) for layer in reversed(cache.layers))
+    return next((keys for keys in every if isinstance(keys, Tensor)), None)
+
+
+def _note_keys(cache: Any) -> None:
+    """Notes that a cache holds what its record says."""
+    record = record_of(cache)
+    if record is not None:
+        record.keys = _keys(cache)
+
+
+def _follow_rows(cache: Any, record: Record) -> None:
+    """Moves a record's rows to where the layers' rows were moved one layer after another.
+
+    It waits for the device, but only if the keys are not the tensor that was left there.
+
+    Raises:
+        ValueError: If some row is none of the old ones.
+    """
+    left, now = record.keys, _keys(cache)
+    if left is None or now is None or now is left:
+        return
+    length = min(left.shape[2], now.shape[2])  # the latest may have been cropped
+    left, now = left[:, :, :length].to(now), now[:, :, :length]
+    same = torch.stack([(now == row).flatten(1).all(1) for row in left], 1).cpu()
+    if len(now) == len(left) and same.diagonal().all():
+        return  # copied, cropped, or moved to another device
+    if not same.any(1).all():
+        raise ValueError(
+            f"prune: expected a cache whose rows are among the {len(left)} that the last call "
+            f"left, got other keys in {int((~same.any(1)).sum())} of its {len(now)} rows. Change "
+            "it by its own methods: reorder_cache, batch_select_indices, crop."
+        )
+    record.select(same.int().argmax(1))
 
 
 def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> Record | None:
@@ -171,6 +228,7 @@ def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> 
             f"positions, got one pruned at {list(record.policy.cuts)} with "
             f"{record.policy.positions} ones. Continue a conversation the way it began."
         )
+    _follow_rows(cache, record)
     if record.num_rows != num_rows:
         raise ValueError(
             f"prune: expected a cache of {num_rows} rows, got one recorded with "
@@ -178,10 +236,13 @@ def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> 
         )
     if is_fixed(cache):  # it holds its lengths on the device, and cannot be cropped
         return record
+    record.keys = None  # spares the call a second copy of them
     held, lengths = _lengths(cache, len(level_of)), [*map(record.length, range(len(record.held)))]
     expected = [lengths[level] for level in level_of]
     if held == expected:
         return record
+    if not any(held):
+        raise _emptied()
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
     if len(shorter) > 1 or min(shorter) < 0:
         raise ValueError(
@@ -249,6 +310,7 @@ def write(
         if not is_fixed(cache):
             before.num_columns += length
             before.tail += length
+            before.keys = _keys(cache)
         if any(ends_visual):  # a schedule without cuts
             before.seen, before.ended = before.num_visual, ends_visual
         elif any(before.ended):  # now no row does, in whichever order
@@ -294,6 +356,7 @@ def write(
             sizes[number] = max(sizes[number], layer.max_cache_len)
         record.lay_out(sizes)
     keep(cache, record)
+    record.keys = _keys(cache)
 
 
 def _held(before: Record | None, number: int, level: Level) -> Held:

@@ -74,6 +74,8 @@ class Record:
             must not be told of one that holds less than the conversation.
         moved: int64, the rows in their present order, as far as nobody has asked: beams move at
             every step, and to ask the device where to would wait for it.
+        keys: Those of a layer as the last call or method left them, or None. Other ones mean that
+            somebody has changed layers behind the cache's back.
     """
 
     policy: Policy
@@ -86,6 +88,7 @@ class Record:
     tail: int = 0
     in_call: bool = False
     moved: Tensor | None = None
+    keys: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
