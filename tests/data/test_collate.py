@@ -105,6 +105,59 @@ def test_line_breaks_beside_images_between_texts_are_kept():
         )
 
 
+# How templates of the field take system messages: as parts, as a text, before the first question.
+AS_TEXT = CHATML.replace(
+    "{% for part",
+    "{% if message['role'] == 'system' %}{{ message['content'] }}{% else %}{% for part",
+).replace("{% endfor %}{{ '<|im_end|>", "{% endfor %}{% endif %}{{ '<|im_end|>")
+JOINED = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'][0]['text'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+) + CHATML.replace("in messages", "in rest").replace(
+    "message['role'] + '\n' }}", "message['role'] + '\n' + (first if loop.first else '') }}"
+)
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
+)
+LEAVES_OUT = CHATML.replace(
+    "in messages %}", "in messages if message['role'] != 'system' %}"
+)  # fmt: skip
+TOLD = Sample("told", (RED,), (Turn("Which?", "red", system="Be it\nno"), Turn("it?", "yes")))
+
+
+@pytest.mark.parametrize("template", [LLAVA, CHATML, AS_TEXT, JOINED, None])
+def test_a_system_message_is_where_the_template_puts_it(template):
+    processor = build_processor("llava", template)
+    collate = ConversationCollator(processor)
+    shown, prompt = collate._writer.conversation(TOLD), collate._writer.prompt(TOLD)
+    silent = Sample("silent", TOLD.images, (Turn("Which?", "red"), TOLD.turns[1]))
+    without = collate._writer.conversation(silent)
+    own = {
+        LLAVA: "SYSTEM: Be it\nno ",
+        JOINED: "Be it\nno\n\n",
+        None: "Be it\nno ",
+    }.get(template, "<|im_start|>system\nBe it\nno<|im_end|>\n")
+    assert shown.count("Be it\nno") == 1
+    assert shown.replace(own, "") == without
+    assert shown.startswith(prompt)
+    inputs = collate([TOLD, silent])["inputs"]
+    labels = inputs["labels"]
+    said = [row[row != IGNORED].tolist() for row in labels]
+    assert said[0] == said[1]  # it is read, not taught
+    assert inputs["attention_mask"][0].sum() > inputs["attention_mask"][1].sum()
+
+
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT], ids=["refuses", "leaves_out"])
+def test_a_template_without_system_messages_is_named(template):
+    prompts = PromptCollator(build_processor("llava", template))
+    assert len(prompts([Sample("a", (RED,), (Turn("Which?", ""),))])["inputs"]["input_ids"]) == 1
+    with pytest.raises(
+        ValueError, match="a chat template that takes system messages, got one of L"
+    ):
+        prompts([TOLD])
+
+
 def test_a_template_that_marks_answers_agrees_with_its_prompts():
     collate = ConversationCollator(build_processor("llava", LLAVA))
     expected = collate(SAMPLES)["inputs"]["labels"]

@@ -136,6 +136,23 @@ def chat(*images, text="Which?"):
     ]
 
 
+def test_a_system_message_is_told_before_the_first_question(tmp_path):
+    parts = [{"type": "text", "text": "Be kind."}]
+    rows = [
+        {"messages": [{"role": "system", "content": content}, *chat({}), *chat()], "image": "a.png"}
+        for content in ("Be kind.", parts)
+    ]
+    first = {"from": "system", "value": "Be kind."}
+    row = talk("<image>Which?", "blue", "Which?", "blue", image="a.png")
+    rows.append(row | {"conversations": [first, *row["conversations"]]})
+    data = FolderDataset(llava(tmp_path, rows), image_folder=tmp_path / "images", turns="each")
+    assert len(data) == 6
+    for index in range(0, 6, 2):
+        first = Turn("<image>Which?", "blue", system="Be kind.")
+        assert data[index].turns == (first,)
+        assert data[index + 1].turns == (first, Turn("Which?", "blue"))
+
+
 def test_messages_name_their_images(tmp_path):
     for key in ("image", "path", "url"):
         for row in ({}, {"image": "./b.png"}):
@@ -188,7 +205,19 @@ def test_images_that_messages_name_are_the_row_s(tmp_path, row, message):
         ([{"conversations": ["q"]}], "row 1, message 1: expected an object with from and value"),
         (
             [{"messages": [{"role": "system", "content": "Be kind."}]}],
-            "row 1: expected a conversation that starts with a question, got a system message.",
+            r"row 1: expected questions and answers in turn, human first and gpt last, got \[\]",
+        ),
+        (
+            [{"messages": [*chat(), {"role": "system", "content": "Be kind."}]}],
+            r"row 1: .* in turn, .* got \['user', 'assistant', 'system'\]",
+        ),
+        (
+            [{"messages": [{"role": "system", "content": "<image>"}, *chat()]}],
+            "row 1: expected <image> in questions only, got it in a system message. Move it.",
+        ),
+        (
+            [{"messages": [{"role": "system", "content": "<video>"}, *chat()]}],
+            "row 1: expected images and text, got '<video>'",
         ),
         (
             [{"messages": [{"role": "user", "content": [{"type": "video"}]}]}],

@@ -32,8 +32,13 @@ def test_texts_and_images_stay_in_order() -> None:
     assert [picture.mode for picture in one.images] == ["RGB", "RGB"]
     several = from_messages("x", told)
     assert [(turn.question, turn.answer) for turn in several.turns] == [("a", "b"), ("c", "")]
+    system = {"role": "system", "content": "be brief"}
+    led = from_messages("x", [system, *told])
+    assert [turn.system for turn in led.turns] == ["be brief", ""]
+    assert led.turns[0].question == "a"
     for wrong in (
-        [{"role": "system", "content": "be brief"}, *told],
+        [*told[:2], system, told[2]],
+        [{"role": "system", "content": parts}, *told],
         [{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}],
         told[:2],
     ):

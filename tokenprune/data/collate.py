@@ -6,7 +6,8 @@ passed per call: the processor stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tokenprune.data.sample import IMAGE, Sample, Turn, num_places
 #: Labels of positions that carry no loss.
 IGNORED = -100
 _PROBE = "0"
+_SYSTEM = "Say what is asked."
 
 
 class PromptCollator:
@@ -169,21 +171,49 @@ class _Writer:
                 parts[-1] = ""
             questions = [turn.question.replace(IMAGE, token) for turn in turns]
             questions[0] = f"{token}\n" * leading + questions[0]
+            told = [f"{turn.system} " if turn.system else "" for turn in turns]
             return "".join(
-                f"USER: {question} ASSISTANT:{part}"
-                for question, part in zip(questions, parts, strict=True)
+                f"{system}USER: {question} ASSISTANT:{part}"
+                for system, question, part in zip(told, questions, parts, strict=True)
             )
         messages = self._messages(turns, leading)
+        return self._apply(messages[:-1] if open_end else messages, open_end)
+
+    def _apply(self, messages: list[Any], open_end: bool = False) -> str:
         text: str = self._processor.apply_chat_template(
-            messages[:-1] if open_end else messages, tokenize=False, add_generation_prompt=open_end
+            messages, tokenize=False, add_generation_prompt=open_end
         )
         return text
+
+    @cached_property
+    def _told(self) -> Callable[[str], Any]:
+        """Makes a system message's content, as the template takes it.
+
+        Raises:
+            ValueError: It takes none.
+        """
+        question = {"role": "user", "content": _parts(_PROBE)}
+        for content in (_parts, str):
+            try:
+                text = self._apply([{"role": "system", "content": content(_SYSTEM)}, question])
+            except Exception:  # however a template refuses
+                continue
+            # A template that takes texts writes a list as Python or JSON does.
+            if text.count(_SYSTEM) == 1 and not any(own in text for own in ("'text'", '"text"')):
+                return content
+        raise ValueError(
+            "collate: expected a chat template that takes system messages, got one of "
+            f"{type(self._processor).__name__} that refuses them or leaves them out. Put their "
+            "text into the first question, or set processor.chat_template."
+        )
 
     def _messages(self, turns: Sequence[Turn], leading: int) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns):
             images = [{"type": "image"}] * (leading if number == 0 else 0)
             told = {"type": "text", "text": turn.answer + self._end}
+            if turn.system:
+                messages.append({"role": "system", "content": self._told(turn.system)})
             messages.append({"role": "user", "content": [*images, *_parts(turn.question)]})
             messages.append({"role": "assistant", "content": [told]})
         return messages
@@ -196,7 +226,7 @@ class _Writer:
                 f"or none, got {places} for {images} images. Add or remove some."
             )
         for turn in sample.turns:
-            for text in (turn.question.replace(IMAGE, ""), turn.answer):
+            for text in (turn.system, turn.question.replace(IMAGE, ""), turn.answer):
                 for token in self._others:
                     if token in text:
                         raise ValueError(

@@ -4,9 +4,10 @@ A row is one of
 
 * `question`, `answer` (or `answers`: all that count as right) and, if wanted, `kind`;
 * `conversations`: turns of LLaVA (`from`: human or gpt; `value`) or of a chat (`role`: user or
-  assistant; `content`: a text, or a list of texts and images), or pairs (`user`, `assistant`) as in
-  The Cauldron. A question may say where its images belong by `<image>`; messages may name their
-  images themselves, as Qwen's do, where the row does not.
+  assistant; `content`: a text, or a list of texts and images), with a system message before them
+  or without, or pairs (`user`, `assistant`) as in The Cauldron. A question may say where its images
+  belong by `<image>`; messages may name their images themselves, as Qwen's do, where the row does
+  not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenprune.data.cells import Number, is_missing, text_of
@@ -73,7 +74,7 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
     else:
         turns = _conversation(row.get(columns.conversations), columns.conversations, kind, where)
     for turn in turns:
-        if (found := _PLACEHOLDER.search(turn.question)) is not None:
+        if (found := _PLACEHOLDER.search(f"{turn.system} {turn.question}")) is not None:
             raise ValueError(
                 f"{where}: expected images and text, got {found[0]!r} in a question. {_REMEDY}"
             )
@@ -241,24 +242,25 @@ def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ..
             for own in value
         )
     told = [_message(own, number, where) for number, own in enumerate(value, 1)]
-    if told[0][0] == "system":
+    system = told.pop(0)[1] if told[0][0] == "system" else ""
+    if IMAGE in system:
         raise ValueError(
-            f"{where}: expected a conversation that starts with a question, got a system message. "
-            "Put it into the model's chat template."
+            f"{where}: expected {IMAGE} in questions only, got it in a system message. Move it."
         )
     roles = [role for role, _ in told]
     if any(role not in (_ASKS, _TELLS)[number % 2] for number, role in enumerate(roles)) or (
-        len(roles) % 2
+        len(roles) % 2 or not roles
     ):
         raise ValueError(
             f"{where}: expected questions and answers in turn, {_ASKS[0]} first and {_TELLS[0]} "
             f"last, got {roles[:6]}. Reorder them or remove the row."
         )
     texts = [text for _, text in told]
-    return tuple(
+    turns = [
         Turn(question, answer, kind)
         for question, answer in zip(texts[::2], texts[1::2], strict=True)
-    )
+    ]
+    return (replace(turns[0], system=system), *turns[1:])
 
 
 def _message(own: Any, number: int, where: str) -> tuple[str, str]:

@@ -23,12 +23,14 @@ class Turn:
         kind: Groups turns in the metrics.
         accepted: Answers that count as right; empty where only `answer` does. A text may occur
             several times, once for each person who gave it.
+        system: What the model is told before the question, by a system message; of the first turn.
     """
 
     question: str
     answer: str
     kind: str = "all"
     accepted: tuple[str, ...] = ()
+    system: str = ""
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,13 @@ def from_messages(name: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
         messages: Mappings with `role` and `content`, a text or a list of parts.
 
     Raises:
-        ValueError: It has a system message, other media than images, or ends with an answer.
+        ValueError: It has a system message later than first, other media than images, or ends with
+            an answer.
     """
     images: list[object] = []
     turns: list[Turn] = []
     question: str | None = None
+    system = ""
     leading = True  # whether all images so far come before the first text
     for message in messages:
         content = message["content"]
@@ -55,6 +57,14 @@ def from_messages(name: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
         if message["role"] == "assistant" and question is not None:
             turns.append(Turn(question, told))
             question = None
+            continue
+        if message is messages[0] and message["role"] == "system" and told:
+            if any(part["type"] != "text" for part in parts):
+                raise ValueError(
+                    f"lmms-eval, {name}: expected images in questions, got some in a system "
+                    "message. Choose a task of another form."
+                )
+            system = told
             continue
         if message["role"] != "user" or question is not None:
             raise ValueError(
@@ -79,6 +89,7 @@ def from_messages(name: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
     turns.append(Turn(question, ""))
     if leading:  # where templates and LLaVA's plain form put them
         turns[0] = replace(turns[0], question=turns[0].question[len(IMAGE) * len(images) :])
+    turns[0] = replace(turns[0], system=system)
     return Sample(name, _images(name, images), tuple(turns))
 
 
