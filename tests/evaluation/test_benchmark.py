@@ -300,6 +300,43 @@ def test_what_was_asked_is_kept_though_no_metric_is_a_share(
     assert not Path("run/metrics.json").exists()
 
 
+@pytest.mark.parametrize("form", ["chat", "simple"])
+def test_answers_outlive_a_task_that_fails_to_judge_them(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_task(tmp_path, PERCENT_TASK, num=5)
+    asking = tmp_path / "tasks/asking.py"
+    judge = asking.read_text().replace("37.5", "0.5")
+    seen: list[int] = []
+    prompts = PromptCollator.__call__
+
+    def counting(self: Any, samples: Any) -> Any:
+        seen.append(len(samples))
+        return prompts(self, samples)
+
+    monkeypatch.setattr(PromptCollator, "__call__", counting)
+    command = ["benchmark", "tasks=[percent]", "include_path=tasks", f"form={form}"]
+    command += ["strategy=fastv", "schedule.layer=2", "schedule.keep=0.25", "num_pictures=2"]
+    asking.write_text(judge.replace("return {", "return 1 / 0, {"))
+    assert cli.main([*command, "batch_size=2", "hydra.run.dir=run"]) != 0
+    told = capsys.readouterr().err
+    assert "answers so far are kept. To go on: the same command with hydra.run.dir=" in told
+    assert seen == [2, 2, 1]
+    asking.write_text(judge)
+    assert cli.main([*command, "batch_size=3", "hydra.run.dir=run"]) == 0
+    assert seen == [2, 2, 1]  # nothing was asked again
+    assert not Path("run/parts").exists()
+    assert cli.main([*command, "batch_size=3", "hydra.run.dir=whole"]) == 0
+    assert seen == [2, 2, 1, 3, 2]
+    for name in ("predictions.jsonl", "kept.json"):
+        assert Path("run", name).read_text() == Path("whole", name).read_text()
+    own, whole = read("run"), read("whole")
+    assert own.pop("prefill_ms") > 0
+    assert whole.pop("prefill_ms") > 0
+    assert own == whole
+    assert len(list(Path("run/images").iterdir())) == 2
+
+
 # ---------------------------------------------------------------------------------------- plug-in
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.cli.jobs import Job, check_own, names, quiet, tell, tidy, told
@@ -72,13 +74,22 @@ def _task(config: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with tidy(folder), quiet():
         from tokenprune.evaluation.benchmark import benchmark, fingerprint, names_of_tasks
+        from tokenprune.evaluation.shares import NOTES
 
         load_imports(config)
         resolved = plain(config)
         check_own(folder, resolved)
         changes = results.changes(folder, resolved, fingerprint(resolved))
         named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
-        metrics = benchmark(config, folder, named)
+        try:
+            metrics = benchmark(config, folder, named)
+        except BaseException:
+            if any((folder / NOTES).glob("*")):
+                sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+                again = "once more" if sweeps else f"with hydra.run.dir={folder}"
+                hint = f"the answers so far are kept. To go on: the same command {again}"
+                print(f"tokenprune: {hint}", file=sys.stderr)
+            raise
     with told(folder):  # nothing that goes wrong from here on costs the run
         if metrics is None:
             raise ValueError(

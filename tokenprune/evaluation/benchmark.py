@@ -18,6 +18,7 @@ from tokenprune.evaluation.generation import pruned
 from tokenprune.evaluation.loading import device_of, load_model
 from tokenprune.evaluation.run import run_names
 from tokenprune.evaluation.scores import interval, likeliest, question_score, said, task_score
+from tokenprune.evaluation.shares import Notes
 from tokenprune.evaluation.summary import cost_of, kv_megabytes
 from tokenprune.runs import compose, results
 from tokenprune.runs.devices import default_device
@@ -30,6 +31,8 @@ REPORT = "harness/results.json"
 TASKS = Path(__file__).parent / "tasks"
 #: Options of lmms-eval's command that it, or one of its tasks, reads.
 _READ = {"model": "tokenprune", "process_with_media": False, "log_samples_suffix": ""}
+#: What does not change the answer to a question: a run goes on with others of these.
+_FREE = ("tasks", "benchmark", "include_path", "limit", "batch_size", "device")
 #: Tasks that fail if one of two questions about an image was not asked.
 _PAIRED = ("mme",)
 
@@ -47,6 +50,8 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         share of the best; every task is a kind. None if no task's value is such a share: then what
         lmms-eval reports is all that is written.
 
+    Answers are noted as they come (see `shares.NOTES`), and what is noted is not asked again.
+
     Raises:
         ValueError: Something in the config cannot be honoured.
     """
@@ -61,6 +66,8 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
     pruning = compose.fit_pruning(config, loaded.model)
     with pruned(loaded, pruning):
         pass  # refuses here, before any data is read, what the model does not support
+    own = {key: value for key, value in resolved.items() if key not in _FREE}
+    notes = Notes.of(folder, own, {key: mark for key, mark in marks.items() if key not in _FREE})
     kind = Harness if config.form == "simple" else ChatHarness
     model = kind(
         loaded,
@@ -69,6 +76,7 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         config.device or default_device(),
         config.num_pictures,
         config.data.image_scale,
+        notes,
         warn=print,
     )
     place = folder / Path(REPORT).parent
@@ -77,9 +85,11 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
     metrics, predictions, kept, images = _gather(report, model)
+    if metrics["kinds"]:
+        results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
+    notes.remove()
     if not metrics["kinds"]:
         return None
-    results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
     return results.read_metrics(folder)
 
 

@@ -5,11 +5,13 @@ Needs the package lmms-eval, which nothing else here imports.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from tokenprune.evaluation.answering import answer, costs
 from tokenprune.evaluation.generation import now, pruned
 from tokenprune.evaluation.kept import kept_tokens
 from tokenprune.evaluation.requests import cut, from_messages, from_text, options
+from tokenprune.evaluation.shares import Notes
 from tokenprune.evaluation.sizes import pixels
 from tokenprune.evaluation.summary import cost_of
 from tokenprune.runs import launchers
@@ -42,14 +45,18 @@ class _Asked:
     Attributes:
         key: Its task, and the number of its document.
         given: Options of `generate`.
+        text: What lmms-eval tells of it besides its document.
         size: Pixels of its images and characters of its text.
         read: Makes its sample.
+        mark: What notes know it by.
     """
 
     key: Key
     given: Mapping[str, Any]
+    text: str
     size: tuple[int, int]
     read: Callable[[], Sample]
+    mark: str = ""
 
 
 class Harness(lmms):  # type: ignore[misc]
@@ -63,6 +70,7 @@ class Harness(lmms):  # type: ignore[misc]
             each of which takes a GPU of its own.
         num_pictures: First so many requests whose kept tokens are noted.
         image_scale: Share of the images' pixels that the model is given, see `PromptCollator`.
+        notes: Where answers are noted as they come; what stands there is not asked again.
         warn: Told, once, what the tasks ask for and do not get.
     """
 
@@ -76,6 +84,7 @@ class Harness(lmms):  # type: ignore[misc]
         device: str | None = None,
         num_pictures: int = 0,
         image_scale: float = 1.0,
+        notes: Notes | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         super().__init__()
@@ -87,7 +96,7 @@ class Harness(lmms):  # type: ignore[misc]
         self.records: dict[Key, dict[str, Any]] = {}
         #: Prefill time per question, one entry per batch.
         self.seconds: list[float] = []
-        self._warn = cache(warn)
+        self._warn, self._notes = cache(warn), notes
         self.image_scale = image_scale
         self._prompts = PromptCollator(loaded.processor, image_scale)
         self._begin(device)
@@ -119,12 +128,13 @@ class Harness(lmms):  # type: ignore[misc]
             ValueError: A request is none of text and images, or pruning was asked for and no
                 token of any image was pruned.
         """
-        asked = [self._asked(request) for request in requests]
-        _try_first(asked)
-        texts: dict[int, str] = {}
+        asked = _marked(self._asked(request) for request in requests)
+        texts = self._known(asked)
+        left = [number for number in range(len(asked)) if number not in texts]
+        _try_first([asked[number] for number in left])
         tokenizer = self.loaded.processor.tokenizer
         seconds, num_tokens = 0.0, 0
-        for given, numbers in _grouped(json.dumps(own.given, sort_keys=True) for own in asked):
+        for given, numbers in _grouped(left, lambda n: json.dumps(asked[n].given, sort_keys=True)):
             tasks = ", ".join(sorted({asked[number].key[0] for number in numbers}))
             longest, until, taken = options(json.loads(given), partial(self._tell, tasks))
             for batch in _batches(numbers, self.batch_size, asked):
@@ -148,8 +158,49 @@ class Harness(lmms):  # type: ignore[misc]
                     cost = answers.costs[row]
                     own = answers.rows[row]
                     self._note(asked[number].key, samples[row], cost, answers.trace, own)
+                answered = [texts[number] for number in batch]
+                self._keep([asked[number] for number in batch], answered, self.seconds[-1])
         self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
+
+    def _known(self, asked: Sequence[_Asked]) -> dict[int, Any]:
+        """What was answered to those of the requests that are noted, by their places.
+
+        Of a document whose pictures are others now nothing is taken.
+        """
+        if self._notes is None:
+            return {}
+        self._notes.mend(self.rank, self.world_size)
+        noted, seconds = self._notes.answers({own.mark for own in asked})
+        self.seconds += [own for own in seconds if own is not None]
+        found, samples = {}, dict[Key, Sample]()
+        for number, own in enumerate(asked):
+            if own.mark not in noted:
+                continue
+            record = noted[own.mark]["record"]
+            if own.key not in samples:  # the last one: those of a document follow one another
+                samples = {own.key: own.read()}
+            if samples[own.key].mark != record["picture"]:
+                continue
+            found[number] = noted[own.mark]["told"]
+            if "kept" in record:
+                record["image"] = samples[own.key].image
+            self.records.setdefault(own.key, record)
+        return found
+
+    def _keep(
+        self, asked: Sequence[_Asked], told: Sequence[Any], seconds: float | None = None
+    ) -> None:
+        """Notes what was answered to a batch, and its prefill time per question."""
+        if self._notes is None:
+            return
+        records = []
+        for own, answered in zip(asked, told, strict=True):
+            record = {name: v for name, v in self.records[own.key].items() if name != "image"}
+            records.append({"told": answered, "record": record})
+        marks = [own.mark for own in asked]
+        note = {"numbers": marks, "records": records, "seconds": seconds}
+        self._notes.add(self.rank, self.world_size, note)
 
     def _tell(self, tasks: str, text: str) -> None:
         self._warn(f"{tasks}: {text}")
@@ -174,7 +225,7 @@ class Harness(lmms):  # type: ignore[misc]
         """A request whose document is read when its batch comes, and no earlier."""
         documents = self.task_dict[task][split]
         size = pixels(documents, number), len(text)
-        return _Asked((task, number), given, size, lambda: read(documents[number]))
+        return _Asked((task, number), given, text, size, lambda: read(documents[number]))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Of each continuation: what lmms-eval ranks by, and whether greedy decoding says it.
@@ -189,12 +240,13 @@ class Harness(lmms):  # type: ignore[misc]
             that and texts it makes a text.
         """
         collate = ConversationCollator(self.loaded.processor, self.image_scale)
-        found: dict[int, tuple[float, bool]] = {}
-        ranked: dict[int, tuple[str, str, float]] = {}
-        asked = [self._continued(request) for request in requests]
-        _try_first(asked)
+        asked = _marked(self._continued(request) for request in requests)
+        # Of each: question, continuation, how unlikely it is, whether greedy decoding says it.
+        found = self._known(asked)
+        left = [number for number in range(len(asked)) if number not in found]
+        _try_first([asked[number] for number in left])
         seconds = 0.0
-        for batch in _batches(range(len(asked)), self.batch_size, asked):
+        for batch in _batches(left, self.batch_size, asked):
             samples = [asked[number].read() for number in batch]
             inputs = self._to_device(collate(samples)["inputs"])
             whole = None if self.image_scale == 1 else self._prompts(samples)["whole_ids"]
@@ -203,13 +255,13 @@ class Harness(lmms):  # type: ignore[misc]
             seconds += now(self.device) - start
             for row, (loss, greedy, cost, trace) in enumerate(told):
                 number, turn = batch[row], samples[row].turns[0]
-                found[number] = loss, greedy
-                ranked[number] = turn.question, turn.answer, loss
+                found[number] = turn.question, turn.answer, loss, greedy
                 self._note(asked[number].key, samples[row], cost, trace, row)
+            self._keep([asked[number] for number in batch], [found[number] for number in batch])
         for number, own in enumerate(asked):
-            self.records[own.key].setdefault("ranked", []).append(ranked[number])
+            self.records[own.key].setdefault("ranked", []).append(tuple(found[number][:3]))
         self._finish(len(asked), seconds, 0)
-        return [GenerationResult(found[number], None) for number in range(len(asked))]
+        return [GenerationResult(tuple(found[n][2:]), None) for n in range(len(asked))]
 
     def _continued(self, request: Any) -> _Asked:
         if len(request.args) == 2:
@@ -319,6 +371,18 @@ class ChatHarness(Harness):
         return self._later(task, split, number, context, given, read)
 
 
+def _marked(asked: Iterable[_Asked]) -> list[_Asked]:
+    """Requests with their marks: the same for the same request of another run."""
+    times: Counter[str] = Counter()
+    marked = []
+    for own in asked:
+        told = json.dumps([own.key, own.given, own.text], sort_keys=True, default=str)
+        times[told] += 1  # a document is asked about once for each of its options
+        content = f"{times[told]} {told}".encode()
+        marked.append(replace(own, mark=hashlib.blake2b(content, digest_size=12).hexdigest()))
+    return marked
+
+
 def _try_first(asked: Sequence[_Asked]) -> None:
     """Reads one document of each task: other media than images are refused before any question."""
     for own in {own.key[0]: own for own in reversed(asked)}.values():
@@ -339,9 +403,11 @@ def _of_continuations(labels_BT: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     return torch.where(some_B1, own_BT, labels_BT)
 
 
-def _grouped(keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-    """Each key with the places where it stands."""
-    numbered = sorted((key, number) for number, key in enumerate(keys))
+def _grouped(
+    numbers: Iterable[int], key_of: Callable[[int], str]
+) -> Iterator[tuple[str, list[int]]]:
+    """Each key with the numbers that have it."""
+    numbered = sorted((key_of(number), number) for number in numbers)
     for key, group in itertools.groupby(numbered, key=lambda pair: pair[0]):
         yield key, [number for _, number in group]
 

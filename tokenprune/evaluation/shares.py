@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,22 @@ class Notes:
             if whole != content:
                 path.write_bytes(whole)
 
-    def answers(self) -> tuple[dict[int, dict[str, Any]], list[float]]:
-        """Records by their sample's number, each once, and the seconds of their batches."""
-        records: dict[int, dict[str, Any]] = {}
+    def answers(
+        self, asked: Container[Any] | None = None
+    ) -> tuple[dict[Any, dict[str, Any]], list[float]]:
+        """Records by their sample's number, each once, and the seconds of their batches.
+
+        Args:
+            asked: Numbers of the samples that matter; None for all.
+        """
+        records: dict[Any, dict[str, Any]] = {}
         seconds: list[float] = []
         for note in self._all():
-            numbers = note.get("numbers", [])
-            if any(number not in records for number in numbers):
+            noted = zip(note.get("numbers", []), note.get("records", []), strict=True)
+            own = {n: record for n, record in noted if asked is None or n in asked}
+            if own.keys() - records.keys():
                 seconds.append(note["seconds"])
-            for number, record in zip(numbers, note.get("records", []), strict=True):
-                records.setdefault(number, record)
+            records = own | records
         return records, seconds
 
     def ended(self, size: int) -> list[int]:
