@@ -117,6 +117,24 @@ JOINED = (
 ) + CHATML.replace("in messages", "in rest").replace(
     "message['role'] + '\n' }}", "message['role'] + '\n' + (first if loop.first else '') }}"
 )
+# As Pixtral's: it is told before the last question, if that is where the conversation ends.
+LATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+) + CHATML.replace("in messages", "in rest").replace(
+    "message['role'] + '\n' }}",
+    "message['role'] + '\n' + (told + '\n' if loop.last and told is defined "
+    "and message['role'] == 'user' else '') }}",
+)
+TWICE = CHATML.replace(
+    "{% for part",
+    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}{% endif %}{% for part",
+)
+NO_IMAGE = (
+    "{% if messages[0]['role'] == 'system' and messages[1]['content'][0]['type'] == 'image' %}"
+    "{{ raise_exception('none') }}{% endif %}"
+) + CHATML
+QUOTES = "{{ 'Answer as {\"text\": ...} ' }}" + CHATML
 REFUSES = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
 )
@@ -126,7 +144,7 @@ LEAVES_OUT = CHATML.replace(
 TOLD = Sample("told", (RED,), (Turn("Which?", "red", system="Be it\nno"), Turn("it?", "yes")))
 
 
-@pytest.mark.parametrize("template", [LLAVA, CHATML, AS_TEXT, JOINED, None])
+@pytest.mark.parametrize("template", [LLAVA, CHATML, AS_TEXT, JOINED, QUOTES, None])
 def test_a_system_message_is_where_the_template_puts_it(template):
     processor = build_processor("llava", template)
     collate = ConversationCollator(processor)
@@ -148,14 +166,23 @@ def test_a_system_message_is_where_the_template_puts_it(template):
     assert inputs["attention_mask"][0].sum() > inputs["attention_mask"][1].sum()
 
 
-@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT], ids=["refuses", "leaves_out"])
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT, TWICE, NO_IMAGE])
 def test_a_template_without_system_messages_is_named(template):
     prompts = PromptCollator(build_processor("llava", template))
     assert len(prompts([Sample("a", (RED,), (Turn("Which?", ""),))])["inputs"]["input_ids"]) == 1
-    with pytest.raises(
-        ValueError, match="a chat template that takes system messages, got one of L"
-    ):
-        prompts([TOLD])
+    for check in (prompts.check_system, lambda: prompts([TOLD])):
+        with pytest.raises(
+            ValueError, match="template that takes system messages, got one"
+        ):
+            check()
+
+
+def test_a_template_may_take_system_messages_in_prompts_only():
+    processor = build_processor("llava", LATE)
+    PromptCollator(processor).check_system()
+    assert PromptCollator(processor).text(TOLD).count("Be it\nno") == 1
+    with pytest.raises(ValueError, match="template that takes system messages"):
+        ConversationCollator(processor).check_system()
 
 
 def test_a_template_that_marks_answers_agrees_with_its_prompts():

@@ -145,12 +145,22 @@ def test_a_system_message_is_told_before_the_first_question(tmp_path):
     first = {"from": "system", "value": "Be kind."}
     row = talk("<image>Which?", "blue", "Which?", "blue", image="a.png")
     rows.append(row | {"conversations": [first, *row["conversations"]]})
+    asked = PAIR | {"user": "<image>Which?"}
+    rows.append({"conversations": [asked | {"system": "Be kind."}, PAIR], "image": "a.png"})
+    rows.append({"conversations": [first, asked, PAIR], "image": "a.png"})
     data = FolderDataset(llava(tmp_path, rows), image_folder=tmp_path / "images", turns="each")
-    assert len(data) == 6
-    for index in range(0, 6, 2):
-        first = Turn("<image>Which?", "blue", system="Be kind.")
-        assert data[index].turns == (first,)
-        assert data[index + 1].turns == (first, Turn("Which?", "blue"))
+    assert len(data) == 10
+    assert data.has_systems
+    for index in range(0, 10, 2):
+        told = Turn("<image>Which?", "blue", system="Be kind.")
+        assert data[index].turns == (told,)
+        assert data[index + 1].turns == (told, Turn("Which?", "blue"))
+    silent = [{"messages": [{"role": "system", "content": text}, *chat({})]} for text in ("", None)]
+    silent += [{"conversations": [asked | {"system": text}]} for text in ("", None)]
+    rows = [row | {"image": "a.png"} for row in silent]
+    data = FolderDataset(llava(tmp_path, rows), image_folder=tmp_path / "images")
+    assert {data[index].turns for index in range(4)} == {(Turn("<image>Which?", "blue"),)}
+    assert not data.has_systems
 
 
 def test_messages_name_their_images(tmp_path):
@@ -190,6 +200,9 @@ def test_images_that_messages_name_are_the_row_s(tmp_path, row, message):
         FolderDataset(llava(tmp_path, [row]), image_folder=tmp_path / "images")
 
 
+PAIR = {"user": "Which?", "assistant": "blue"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -205,7 +218,7 @@ def test_images_that_messages_name_are_the_row_s(tmp_path, row, message):
         ([{"conversations": ["q"]}], "row 1, message 1: expected an object with from and value"),
         (
             [{"messages": [{"role": "system", "content": "Be kind."}]}],
-            r"row 1: expected questions and answers in turn, human first and gpt last, got \[\]",
+            r"row 1: expected questions and answers in turn, human first .*, got \['system'\]",
         ),
         (
             [{"messages": [*chat(), {"role": "system", "content": "Be kind."}]}],
@@ -213,11 +226,23 @@ def test_images_that_messages_name_are_the_row_s(tmp_path, row, message):
         ),
         (
             [{"messages": [{"role": "system", "content": "<image>"}, *chat()]}],
-            "row 1: expected <image> in questions only, got it in a system message. Move it.",
+            "row 1: expected images in questions only, got one in a system message. Move it.",
+        ),
+        (
+            [{"messages": [{"role": "system", "content": "Be.", "image": "a.png"}, *chat()]}],
+            "row 1: expected images in questions only, got one in a system message. Move it.",
+        ),
+        (
+            [{"conversations": [PAIR, PAIR | {"system": "Be kind."}]}],
+            "row 1: expected one system message at most, .* got one in message 2. Leave",
+        ),
+        (
+            [{"conversations": [{"role": "system", "content": "x"}, PAIR | {"system": "y"}]}],
+            "row 1: expected one system message at most, .* got one in message 2. Leave",
         ),
         (
             [{"messages": [{"role": "system", "content": "<video>"}, *chat()]}],
-            "row 1: expected images and text, got '<video>'",
+            "row 1: expected images and text, got '<video>' in a system message",
         ),
         (
             [{"messages": [{"role": "user", "content": [{"type": "video"}]}]}],

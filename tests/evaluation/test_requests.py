@@ -36,8 +36,12 @@ def test_texts_and_images_stay_in_order() -> None:
     led = from_messages("x", [system, *told])
     assert [turn.system for turn in led.turns] == ["be brief", ""]
     assert led.turns[0].question == "a"
+    for blank in ("", " \n", []):
+        silent = from_messages("x", [system | {"content": blank}, *told])
+        assert [turn.system for turn in silent.turns] == ["", ""]
     for wrong in (
         [*told[:2], system, told[2]],
+        [system, *told[:2], system, told[2]],
         [{"role": "system", "content": parts}, *told],
         [{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}],
         told[:2],

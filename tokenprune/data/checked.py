@@ -45,6 +45,7 @@ class CheckedRows(Dataset[Sample]):
 
     Attributes:
         skipped: What was wrong with each row that was left out.
+        has_systems: Whether some row has a system message.
 
     Raises:
         ValueError: `turns` is not one of the three.
@@ -57,6 +58,7 @@ class CheckedRows(Dataset[Sample]):
             )
         self.source, self.turns, self.skip_bad = source, turns, skip_bad
         self.skipped: list[str] = []
+        self.has_systems = False
         self._called = source if called is None else called
         self._numbers: list[int] = []  # of all rows, good or bad, in the order of the file
         self._names: list[str] = []
@@ -117,6 +119,7 @@ class CheckedRows(Dataset[Sample]):
                     "none. Remove the row; texts alone are for training."
                 )
         self._samples += [(place, number) for number in numbers]
+        self.has_systems = self.has_systems or any(turn.system for turn in turns)
 
     def _finish(self, remedy: str) -> None:
         """Names the samples, reads all images where bad ones are to be skipped, tells what was."""

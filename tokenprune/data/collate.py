@@ -7,7 +7,6 @@ passed per call: the processor stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,9 +36,25 @@ class PromptCollator:
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = _Writer(processor)
 
+    def check_system(self) -> None:
+        """Refuses a chat template that takes no system messages.
+
+        Raises:
+            ValueError: So it is.
+        """
+        self._writer.check_system(whole=False)
+
+    def text(self, sample: Sample) -> str:
+        """The prompt of a sample, image placeholders not expanded.
+
+        Raises:
+            ValueError: There is none, as the chat template is.
+        """
+        return self._writer.prompt(sample)
+
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Inputs for `generate`, and the samples; of smaller images also the ids of whole ones."""
-        texts = [self._writer.prompt(sample) for sample in samples]
+        texts = [self.text(sample) for sample in samples]
         inputs = _process(self.processor, texts, samples, "left", self.image_scale)
         batch = {"inputs": inputs, "samples": list(samples)}
         if self.image_scale != 1:
@@ -72,6 +87,10 @@ class ConversationCollator:
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = _Writer(processor)
 
+    def check_system(self) -> None:
+        """As for `PromptCollator`."""
+        self._writer.check_system(whole=True)
+
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Inputs with `labels`, int64 (B, T), and the samples."""
         texts = [self._writer.conversation(sample) for sample in samples]
@@ -101,6 +120,7 @@ class _Writer:
                 "collate: expected a processor with a chat template or an image token, got "
                 f"{type(processor).__name__} with neither. Set processor.chat_template."
             )
+        self._contents: dict[bool, Callable[[str], Any]] = {}
         self._end = ""
         # Does the template itself end an answer by a special token?
         text = self._render([Turn(_PROBE, _PROBE)], 1)
@@ -176,7 +196,7 @@ class _Writer:
                 f"{system}USER: {question} ASSISTANT:{part}"
                 for system, question, part in zip(told, questions, parts, strict=True)
             )
-        messages = self._messages(turns, leading)
+        messages = self._messages(turns, leading, not open_end)
         return self._apply(messages[:-1] if open_end else messages, open_end)
 
     def _apply(self, messages: list[Any], open_end: bool = False) -> str:
@@ -185,35 +205,59 @@ class _Writer:
         )
         return text
 
-    @cached_property
-    def _told(self) -> Callable[[str], Any]:
-        """Makes a system message's content, as the template takes it.
+    def check_system(self, whole: bool) -> None:
+        """Refuses a chat template that takes no system messages.
+
+        Args:
+            whole: Whether it is to take them in whole conversations as well, not in prompts only.
 
         Raises:
             ValueError: It takes none.
         """
-        question = {"role": "user", "content": _parts(_PROBE)}
+        if self._template is not None:
+            self._content(whole)
+
+    def _content(self, whole: bool) -> Callable[[str], Any]:
+        """Makes a system message's content, as the template takes it.
+
+        Args, Raises: As for `check_system`.
+        """
+        if whole not in self._contents:
+            self._contents[whole] = self._find_content(whole)
+        return self._contents[whole]
+
+    def _find_content(self, whole: bool) -> Callable[[str], Any]:
+        talk = [
+            {"role": "user", "content": _parts(IMAGE + _PROBE)},
+            {"role": "assistant", "content": _parts(_PROBE)},
+        ]
         for content in (_parts, str):
+            led = [{"role": "system", "content": content(_SYSTEM)}, *talk]
             try:
-                text = self._apply([{"role": "system", "content": content(_SYSTEM)}, question])
+                told, without = (
+                    [self._apply(own[:-1], True), *([self._apply(own)] if whole else [])]
+                    for own in (led, talk)
+                )
             except Exception:  # however a template refuses
                 continue
-            # A template that takes texts writes a list as Python or JSON does.
-            if text.count(_SYSTEM) == 1 and not any(own in text for own in ("'text'", '"text"')):
+            if all(_holds(*pair) for pair in zip(told, without, strict=True)):
                 return content
         raise ValueError(
             "collate: expected a chat template that takes system messages, got one of "
-            f"{type(self._processor).__name__} that refuses them or leaves them out. Put their "
-            "text into the first question, or set processor.chat_template."
+            f"{type(self._processor).__name__} that refuses them, leaves them out or repeats them. "
+            "Put their text into the first question, or set processor.chat_template."
         )
 
-    def _messages(self, turns: Sequence[Turn], leading: int) -> list[dict[str, Any]]:
+    def _messages(
+        self, turns: Sequence[Turn], leading: int, whole: bool = True
+    ) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(turns):
             images = [{"type": "image"}] * (leading if number == 0 else 0)
             told = {"type": "text", "text": turn.answer + self._end}
             if turn.system:
-                messages.append({"role": "system", "content": self._told(turn.system)})
+                content = self._content(whole)(turn.system)
+                messages.append({"role": "system", "content": content})
             messages.append({"role": "user", "content": [*images, *_parts(turn.question)]})
             messages.append({"role": "assistant", "content": [told]})
         return messages
@@ -241,6 +285,12 @@ class _Writer:
                             f"placeholder {token!r} in {text[:60]!r}. Remove it; {IMAGE} in a "
                             "question stands for an image."
                         )
+
+
+def _holds(text: str, without: str) -> bool:
+    """Whether a rendering says the system message once, and not as what Python or JSON prints."""
+    same = all(text.count(quoted) == without.count(quoted) for quoted in ("'text'", '"text"'))
+    return text.count(_SYSTEM) == 1 and same
 
 
 def _num_leading(sample: Sample) -> int:

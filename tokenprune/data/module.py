@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -346,9 +345,11 @@ class VQADataModule(pl.LightningDataModule):
     def _loader(
         self,
         data: Dataset[Sample],
-        collate: Callable[[Sequence[Sample]], dict[str, Any]],
+        collate: PromptCollator | ConversationCollator,
         sampler: Sampler[int] | None = None,
     ) -> DataLoader[Sample]:
+        if getattr(data, "has_systems", False):
+            collate.check_system()  # before the batch in which the first one is
         return DataLoader(
             data,
             batch_size=self.batch_size,

@@ -74,10 +74,11 @@ def turns_of(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[Turn
     else:
         turns = _conversation(row.get(columns.conversations), columns.conversations, kind, where)
     for turn in turns:
-        if (found := _PLACEHOLDER.search(f"{turn.system} {turn.question}")) is not None:
-            raise ValueError(
-                f"{where}: expected images and text, got {found[0]!r} in a question. {_REMEDY}"
-            )
+        for name, text in (("system message", turn.system), ("question", turn.question)):
+            if (found := _PLACEHOLDER.search(text)) is not None:
+                raise ValueError(
+                    f"{where}: expected images and text, got {found[0]!r} in a {name}. {_REMEDY}"
+                )
     if any(IMAGE in answer for turn in turns for answer in (turn.answer, *turn.accepted)):
         raise ValueError(
             f"{where}: expected {IMAGE} in questions only, got it in an answer. Remove it."
@@ -236,31 +237,62 @@ def _messages(value: Any, key: str, where: str) -> list[Any]:
 
 def _conversation(value: Any, key: str, kind: str, where: str) -> tuple[Turn, ...]:
     value = _messages(value, key, where)
-    if all(isinstance(own, Mapping) and {"user", "assistant"} <= set(own) for own in value):
-        return tuple(
+    system = _system(value[0], where)
+    value = value if system is None else value[1:]
+    first = 1 if system is None else 2
+    if value and all(
+        isinstance(own, Mapping) and {"user", "assistant"} <= set(own) for own in value
+    ):
+        turns = [
             Turn(text_of(own, "user", where), text_of(own, "assistant", where), kind)
             for own in value
-        )
-    told = [_message(own, number, where) for number, own in enumerate(value, 1)]
-    system = told.pop(0)[1] if told[0][0] == "system" else ""
-    if IMAGE in system:
-        raise ValueError(
-            f"{where}: expected {IMAGE} in questions only, got it in a system message. Move it."
-        )
+        ]
+        led = [number for number, own in enumerate(value, 1) if not is_missing(own.get("system"))]
+        if led and (led != [1] or system is not None):
+            raise ValueError(
+                f"{where}: expected one system message at most, in front of the first question, "
+                f"got one in message {led[-1] + first - 1}. Leave it out."
+            )
+        if led:
+            system = _without_images(text_of(value[0], "system", where), where)
+        return (replace(turns[0], system=system or ""), *turns[1:])
+    told = [_message(own, number, where) for number, own in enumerate(value, first)]
     roles = [role for role, _ in told]
     if any(role not in (_ASKS, _TELLS)[number % 2] for number, role in enumerate(roles)) or (
         len(roles) % 2 or not roles
     ):
         raise ValueError(
             f"{where}: expected questions and answers in turn, {_ASKS[0]} first and {_TELLS[0]} "
-            f"last, got {roles[:6]}. Reorder them or remove the row."
+            f"last, got {([] if system is None else ['system']) + roles[:6]}. Reorder them or "
+            "remove the row."
         )
     texts = [text for _, text in told]
     turns = [
         Turn(question, answer, kind)
         for question, answer in zip(texts[::2], texts[1::2], strict=True)
     ]
-    return (replace(turns[0], system=system), *turns[1:])
+    return (replace(turns[0], system=system or ""), *turns[1:])
+
+
+def _system(own: Any, where: str) -> str | None:
+    """The text of a first message if it is a system message, which may be empty; else None."""
+    if not isinstance(own, Mapping):
+        return None
+    by, said = ("role", "content") if "role" in own else ("from", "value")
+    if own.get(by) != "system":
+        return None
+    if is_missing(own.get(said)) or own[said] == []:
+        return ""
+    _, text = _message(own, 1, where)
+    return _without_images(IMAGE if _named(own, where) else text, where)
+
+
+def _without_images(system: str, where: str) -> str:
+    if IMAGE in system:
+        raise ValueError(
+            f"{where}: expected images in questions only, got one in a system message. Move it."
+        )
+    return system
 
 
 def _message(own: Any, number: int, where: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from loguru import logger
 
 import tokenprune as tp
 from tokenprune.data.collate import IGNORED, ConversationCollator, PromptCollator
-from tokenprune.data.sample import Sample, Turn
+from tokenprune.data.sample import Sample
 from tokenprune.evaluation.answering import answer, costs
 from tokenprune.evaluation.generation import now, pruned
 from tokenprune.evaluation.kept import kept_tokens
@@ -131,7 +131,7 @@ class Harness(lmms):  # type: ignore[misc]
         asked = _marked(self._asked(request) for request in requests)
         texts = self._known(asked)
         left = [number for number in range(len(asked)) if number not in texts]
-        _try_first([asked[number] for number in left])
+        self._try_first([asked[number] for number in left])
         tokenizer = self.loaded.processor.tokenizer
         seconds, num_tokens = 0.0, 0
         for given, numbers in _grouped(left, lambda n: json.dumps(asked[n].given, sort_keys=True)):
@@ -162,6 +162,14 @@ class Harness(lmms):  # type: ignore[misc]
                 self._keep([asked[number] for number in batch], answered, self.seconds[-1])
         self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
+
+    def _try_first(self, asked: Sequence[_Asked]) -> None:
+        """Refuses before any question what a task's first one shows.
+
+        That is other media than images, and a system message that the chat template does not take.
+        """
+        for own in {own.key[0]: own for own in reversed(asked)}.values():
+            self._prompts.text(own.read())
 
     def _known(self, asked: Sequence[_Asked]) -> dict[int, Any]:
         """What was answered to those of the requests that are noted, by their places.
@@ -244,7 +252,7 @@ class Harness(lmms):  # type: ignore[misc]
         # Of each: question, continuation, how unlikely it is, whether greedy decoding says it.
         found = self._known(asked)
         left = [number for number in range(len(asked)) if number not in found]
-        _try_first([asked[number] for number in left])
+        self._try_first([asked[number] for number in left])
         seconds = 0.0
         for batch in _batches(left, self.batch_size, asked):
             samples = [asked[number].read() for number in batch]
@@ -274,7 +282,7 @@ class Harness(lmms):  # type: ignore[misc]
         def read(document: Any) -> Sample:
             text = str(target(document) if callable(target) else target).strip()
             sample = from_text(f"{task} {number}", context, to_visual(document))
-            return Sample(sample.id, sample.images, (Turn(sample.turns[0].question, text),))
+            return replace(sample, turns=(replace(sample.turns[0], answer=text),))
 
         text = context if callable(target) else context + str(target)
         return self._later(task, split, number, text, {}, read)
@@ -381,12 +389,6 @@ def _marked(asked: Iterable[_Asked]) -> list[_Asked]:
         content = f"{times[told]} {told}".encode()
         marked.append(replace(own, mark=hashlib.blake2b(content, digest_size=12).hexdigest()))
     return marked
-
-
-def _try_first(asked: Sequence[_Asked]) -> None:
-    """Reads one document of each task: other media than images are refused before any question."""
-    for own in {own.key[0]: own for own in reversed(asked)}.values():
-        own.read()
 
 
 def _of_continuations(labels_BT: torch.Tensor, tokenizer: Any) -> torch.Tensor:

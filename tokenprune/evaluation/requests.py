@@ -50,7 +50,7 @@ def from_messages(name: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
     question: str | None = None
     system = ""
     leading = True  # whether all images so far come before the first text
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         told = "".join(part["text"] for part in parts if part["type"] == "text")
@@ -58,13 +58,13 @@ def from_messages(name: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
             turns.append(Turn(question, told))
             question = None
             continue
-        if message is messages[0] and message["role"] == "system" and told:
+        if number == 0 and message["role"] == "system":
             if any(part["type"] != "text" for part in parts):
                 raise ValueError(
-                    f"lmms-eval, {name}: expected images in questions, got some in a system "
-                    "message. Choose a task of another form."
+                    f"lmms-eval, {name}: expected a system message of text, got other parts in it. "
+                    "Choose a task of another form."
                 )
-            system = told
+            system = told if told.strip() else ""
             continue
         if message["role"] != "user" or question is not None:
             raise ValueError(
