@@ -171,9 +171,7 @@ def test_a_template_without_system_messages_is_named(template):
     prompts = PromptCollator(build_processor("llava", template))
     assert len(prompts([Sample("a", (RED,), (Turn("Which?", ""),))])["inputs"]["input_ids"]) == 1
     for check in (prompts.check_system, lambda: prompts([TOLD])):
-        with pytest.raises(
-            ValueError, match="template that takes system messages, got one"
-        ):
+        with pytest.raises(ValueError, match="template that takes system messages, got one"):
             check()
 
 

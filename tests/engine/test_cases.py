@@ -300,22 +300,108 @@ def test_b3_the_record_follows_what_is_done_to_the_cache(schedule, policy, how, 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("schedule", [FROM_0, SCHEDULE], ids=["from_0", "from_1"])
-@pytest.mark.share(2)
-def test_b3_layers_of_a_fixed_size_are_reordered(schedule, policy) -> None:
+@pytest.mark.parametrize("how", ["reorder", "clone"])
+@pytest.mark.share(3)
+def test_b3_layers_of_a_fixed_size_are_reordered(schedule, policy, how) -> None:
     model = build("llava")
     inputs = batch(model, [ROWS[0], ROWS[3]])
     other = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
-    ids = torch.tensor([[7], [8]])
-    mask = pad(inputs["attention_mask"], (0, 1), value=1)
+    order = torch.tensor([1, 0] if how == "reorder" else [0, 1])
+    ids, mask = torch.tensor([[7], [8]]), inputs["attention_mask"]
     with torch.no_grad(), tp.prune(model, UNIFORM, schedule, policy):
         cache = model(**inputs, use_cache=True).past_key_values
         model(**inputs, past_key_values=other)
         for layer in other.layers:
-            layer.reorder_cache(torch.tensor([1, 0]))
-        expected = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
-        call = {"input_ids": ids.flip(0), "attention_mask": mask.flip(0)}
-        got = model(**call, past_key_values=other).logits
-    torch.testing.assert_close(got, expected.flip(0), **CLOSE)
+            if how == "reorder":
+                layer.reorder_cache(order)
+            else:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        for _ in range(2):  # what a step has written in place is no change of somebody's
+            mask = pad(mask, (0, 1), value=1)
+            expected = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            call = {"input_ids": ids[order], "attention_mask": mask[order]}
+            got = model(**call, past_key_values=other).logits
+            torch.testing.assert_close(got, expected[order], **CLOSE)
+
+
+@pytest.mark.parametrize("then", ["crop", "reorder", "refused"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.share(2)
+def test_b3_what_was_done_to_layers_is_followed_once(policy, then) -> None:
+    """Before the cache's own methods, and before a call that is refused."""
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[3], ROWS[2]])
+    ids, wide = torch.tensor([[7]] * 3), pad(inputs["attention_mask"], (0, 1), value=1)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad(), tp.prune(model, UNIFORM, SCHEDULE, policy):
+        cache = model(**inputs, use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        if then == "crop":
+            model(input_ids=ids, attention_mask=wide, past_key_values=other)
+        for layer in other.layers:
+            layer.reorder_cache(order)
+        if then == "crop":
+            other.crop(-1)
+        elif then == "reorder":
+            other.reorder_cache(order)
+            order = order[order]
+        else:
+            with pytest.raises(ValueError, match="expected a cache of 2 rows"):
+                model(input_ids=ids[:2], past_key_values=other)
+        got, expected = (
+            model(input_ids=ids, attention_mask=mask, past_key_values=own).logits
+            for own, mask in ((other, wide[order]), (cache, wide))
+        )
+    torch.testing.assert_close(got, expected[order], **CLOSE)
+
+
+def test_b3_a_branch_may_be_taken_up_again() -> None:
+    """Layers are given back what they held; of text after the prompt the record says nothing."""
+    model = build("llava")
+    inputs = batch(model, [ROWS[0], ROWS[3]])
+    mask = inputs["attention_mask"]
+
+    def step(cache, word: int, mask: Tensor) -> Tensor:
+        ids = torch.full((2, 1), word)
+        return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+    def put(cache, held) -> None:
+        for layer, (keys, values) in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values = keys, values
+
+    with torch.no_grad(), tp.prune(model, UNIFORM, SCHEDULE, "renumbered"):
+        cache = model(**inputs, use_cache=True).past_key_values
+        root = [(layer.keys, layer.values) for layer in cache.layers]
+        first, second = pad(mask, (0, 1), value=1), pad(mask, (0, 2), value=1)
+        other = copy.deepcopy(cache)
+        step(other, 7, first)
+        expected = step(other, 8, second)
+        step(cache, 7, first)
+        branch = [(layer.keys, layer.values) for layer in cache.layers]
+        put(cache, root)
+        step(cache, 9, first)
+        put(cache, branch)
+        torch.testing.assert_close(step(cache, 8, second), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 1, 0], [1, 2]])
+def test_b3_rows_with_the_same_keys_and_other_prompts_are_refused(order) -> None:
+    """What is left of them is the same, and what is gone is not."""
+    model = build("llava")
+    inputs = batch(model, [Row([(3, 6), 1]), Row([(3, 6), (3, 6), 1]), Row([(6, 3), 1])])
+    inputs["input_ids"][:2, -1] = 7
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad(), tp.prune(model, UNIFORM, tp.Schedule.one_shot(0, 0.0), "renumbered"):
+        cache = model(**inputs, use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        for part in (cache, *other.layers):
+            part.batch_select_indices(torch.tensor(order))
+        step = {"input_ids": torch.tensor([[7]] * len(order))}
+        step["attention_mask"] = pad(mask, (0, 1), value=1)[order]
+        with pytest.raises(ValueError, match="are told apart by their keys, got rows 0 and 1 w"):
+            model(**step, past_key_values=other)
+        model(**step, past_key_values=cache)
 
 
 def test_b3_rows_that_the_last_call_did_not_leave_are_refused() -> None:

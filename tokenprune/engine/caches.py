@@ -10,7 +10,7 @@ A deep copy keeps its record; two generations in flight never mix.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,35 +66,42 @@ class PrunedCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         own: Any = super()
-        own.reorder_cache(beam_idx)
-        self._select(beam_idx)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        own: Any = super()
-        own.crop(*args, **kwargs)
-        _note_keys(self)
+        self._moved(lambda: own.reorder_cache(beam_idx), beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
         own: Any = super()
-        record = record_of(self)
-        if record is not None and not isinstance(indices, Tensor):  # a list, or a slice
-            indices = torch.arange(record.num_rows)[indices]
-        own.batch_select_indices(indices)
-        self._select(indices)
+        self._moved(lambda: own.batch_select_indices(indices), indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         own: Any = super()
-        own.batch_repeat_interleave(repeats)
-        record = record_of(self)
-        if record is not None:
-            self._select(torch.arange(record.num_rows).repeat_interleave(repeats))
+        self._moved(lambda: own.batch_repeat_interleave(repeats), repeats)
 
-    def _select(self, rows: Tensor) -> None:
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        self._moved(lambda: own.crop(*args, **kwargs), None)
+
+    def _moved(self, change: Callable[[], None], rows: Any) -> None:
+        """Makes a change, and lets the record follow.
+
+        Args:
+            change: Makes it.
+            rows: The rows that come of it: int64 or bool, a list, a slice, or an int, how often
+                each is repeated; None for the same ones.
+        """
         record = record_of(self)
-        if record is not None:
-            rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-            record.select(rows)
-            _note_keys(self)
+        if record is None:
+            change()
+            return
+        _follow_rows(self, record)  # what was done before
+        order = torch.arange(record.num_rows)
+        change()
+        if isinstance(rows, int):
+            rows = order.repeat_interleave(rows)
+        elif rows is not None and not isinstance(rows, Tensor):
+            rows = order[rows]
+        if rows is not None:
+            record.select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
+        _note_keys(self, record)
 
     def __reduce__(self) -> Any:
         # The class is made on the way: copies and pickles name the one that it was made of.
@@ -165,42 +172,60 @@ def keep(cache: Any, record: Record) -> None:
         cache.__class__ = _pruned_class(kind)
 
 
-def _keys(cache: Any) -> Tensor | None:
-    """Of the last layer that has some, (B, heads, N, head width): of what every cut kept."""
-    every = (getattr(layer, "keys", None) for layer in reversed(cache.layers))
-    return next((keys for keys in every if isinstance(keys, Tensor)), None)
+def _keys(cache: Any, record: Record) -> Any:
+    """What the layer that is looked at has for keys, usually (B, heads, N, head width)."""
+    return getattr(cache.layers[record.layer], "keys", None) if record.layer >= 0 else None
 
 
-def _note_keys(cache: Any) -> None:
+def _note_keys(cache: Any, record: Record) -> None:
     """Notes that a cache holds what its record says."""
-    record = record_of(cache)
-    if record is not None:
-        record.keys = _keys(cache)
+    record.keys = _keys(cache, record)
 
 
 def _follow_rows(cache: Any, record: Record) -> None:
-    """Moves a record's rows to where the layers' rows were moved one layer after another.
+    """Moves a record's rows to where layers' rows were moved one layer after another.
 
     It waits for the device, but only if the keys are not the tensor that was left there.
 
     Raises:
-        ValueError: If some row is none of the old ones.
+        ValueError: If some row is none of the old ones, or one of several that are not the same.
     """
-    left, now = record.keys, _keys(cache)
-    if left is None or now is None or now is left:
+    left, now = record.keys, _keys(cache, record)
+    known = isinstance(left, Tensor) and isinstance(now, Tensor) and left.dim() == now.dim() == 4
+    if now is left or not known:
         return
-    length = min(left.shape[2], now.shape[2])  # the latest may have been cropped
-    left, now = left[:, :, :length].to(now), now[:, :, :length]
+    if all(record.alike(0, row) for row in range(1, record.num_rows)):
+        if len(now) != record.num_rows:
+            record.select(torch.zeros(len(now), dtype=torch.int64))
+    else:  # of the tail nothing is said by row
+        length = min(left.shape[2], now.shape[2], record.held[record.level].length)
+        order = _places(left[:, :, :length].to(now), now[:, :, :length], record)
+        if order is not None:
+            record.select(order)
+    record.keys = now
+
+
+def _places(left: Tensor, now: Tensor, record: Record) -> Tensor | None:
+    """Which of the rows that were left each row is, int64; None if all are where they were."""
+    left, now = left.nan_to_num(), now.nan_to_num()
     same = torch.stack([(now == row).flatten(1).all(1) for row in left], 1).cpu()
-    if len(now) == len(left) and same.diagonal().all():
-        return  # copied, cropped, or moved to another device
     if not same.any(1).all():
         raise ValueError(
             f"prune: expected a cache whose rows are among the {len(left)} that the last call "
             f"left, got other keys in {int((~same.any(1)).sum())} of its {len(now)} rows. Change "
             "it by its own methods: reorder_cache, batch_select_indices, crop."
         )
-    record.select(same.int().argmax(1))
+    order = same.int().argmax(1)
+    for row, first in enumerate(order.tolist()):
+        for other in same[row].nonzero()[:, 0].tolist():
+            if not record.alike(first, other):
+                raise ValueError(
+                    "prune: expected a cache whose rows are told apart by their keys, got rows "
+                    f"{first} and {other} with the same ones that were other prompts. Move rows by "
+                    "the cache's own methods: reorder_cache, batch_select_indices."
+                )
+    still = len(now) == len(left) and bool(same.diagonal().all())
+    return None if still else order
 
 
 def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> Record | None:
@@ -236,12 +261,11 @@ def read(cache: Any, policy: Policy, level_of: Sequence[int], num_rows: int) -> 
         )
     if is_fixed(cache):  # it holds its lengths on the device, and cannot be cropped
         return record
-    record.keys = None  # spares the call a second copy of them
     held, lengths = _lengths(cache, len(level_of)), [*map(record.length, range(len(record.held)))]
     expected = [lengths[level] for level in level_of]
     if held == expected:
         return record
-    if not any(held):
+    if not any(held) and record.last_visual >= 0:
         raise _emptied()
     shorter = {length - now for length, now in zip(expected, held, strict=True)}
     if len(shorter) > 1 or min(shorter) < 0:
@@ -310,7 +334,7 @@ def write(
         if not is_fixed(cache):
             before.num_columns += length
             before.tail += length
-            before.keys = _keys(cache)
+            _note_keys(cache, before)
         if any(ends_visual):  # a schedule without cuts
             before.seen, before.ended = before.num_visual, ends_visual
         elif any(before.ended):  # now no row does, in whichever order
@@ -356,7 +380,10 @@ def write(
             sizes[number] = max(sizes[number], layer.max_cache_len)
         record.lay_out(sizes)
     keep(cache, record)
-    record.keys = _keys(cache)
+    for layer, number in enumerate(level_of[: len(cache.layers)]):
+        if isinstance(getattr(cache.layers[layer], "keys", None), Tensor):
+            record.layer, record.level = layer, number
+    _note_keys(cache, record)
 
 
 def _held(before: Record | None, number: int, level: Level) -> Held:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,10 @@ class Record:
             must not be told of one that holds less than the conversation.
         moved: int64, the rows in their present order, as far as nobody has asked: beams move at
             every step, and to ask the device where to would wait for it.
-        keys: Those of a layer as the last call or method left them, or None. Other ones mean that
-            somebody has changed layers behind the cache's back.
+        layer: The last layer that has keys, or -1.
+        level: The level that it is on.
+        keys: Its keys as the last call or method left them, or None. Other ones mean that somebody
+            has changed layers behind the cache's back.
     """
 
     policy: Policy
@@ -88,7 +91,9 @@ class Record:
     tail: int = 0
     in_call: bool = False
     moved: Tensor | None = None
-    keys: Tensor | None = None
+    layer: int = -1
+    level: int = 0
+    keys: Any = None
 
     @property
     def num_rows(self) -> int:
@@ -231,6 +236,16 @@ class Record:
                 slots=picked(held.slots),
                 exists=picked(held.exists),
             )
+        )
+
+    def alike(self, one: int, other: int) -> bool:
+        """Whether the same is known of two rows. It waits for the device."""
+        tables = [self.real]
+        for held in self.held:
+            tables += [held.columns, held.shift, held.slots, held.exists]
+        seen, ended = self.num_visual, self.ends_visual
+        return (seen[one], ended[one]) == (seen[other], ended[other]) and all(
+            table is None or torch.equal(table[one], table[other]) for table in tables
         )
 
     def _each(self, change: Callable[[Held], Held]) -> None:
