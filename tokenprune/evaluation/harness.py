@@ -36,6 +36,8 @@ from tokenprune.runs.compose import Pruning, called
 from tokenprune.runs.models import LoadedModel
 
 Key = tuple[str, int]
+#: What of a record says what a request cost.
+_COSTS = ("num_visual", "given", "visual")
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,9 @@ class Harness(lmms):  # type: ignore[misc]
         Raises:
             ValueError: Nothing was pruned though it was asked for.
         """
-        records = list(self.records.values())
+        records, times, asked = self._of_all((num_asked, seconds, num_tokens))
+        num_asked, num_tokens = sum(own[0] for own in asked), sum(own[2] for own in asked)
+        seconds = max(own[1] for own in asked)  # they answer at the same time
         seen = [record for record in records if record["given"]]
         asks = self.pruning is not None and any(
             stage.keep < 1 for stage in self.pruning.schedule.stages
@@ -353,8 +357,8 @@ class Harness(lmms):  # type: ignore[misc]
         if not records:
             return {}
         total = cost_of(records, self.shape) | {"num_requests": len(records)}
-        if self.seconds:
-            total["prefill_ms"] = 1000 * statistics.median(self.seconds)
+        if times:
+            total["prefill_ms"] = 1000 * statistics.median(times)
         if self.rank == 0:
             name = "none" if self.pruning is None else called(self.pruning.strategy)
             logger.info(f"tokenprune: strategy {name}, {total}")
@@ -363,6 +367,26 @@ class Harness(lmms):  # type: ignore[misc]
         told = total | {"num_requests": num_asked}
         log_metrics(seconds, num_tokens, speed, additional_metrics=told)
         return total
+
+    def _of_all(
+        self, own: tuple[int, float, int]
+    ) -> tuple[list[dict[str, Any]], list[float], list[tuple[int, float, int]]]:
+        """Records and prefill times of all processes, and of each one what is `own` here.
+
+        A request that two were given, so that all have as many, counts once.
+        """
+        if self.world_size == 1:
+            return list(self.records.values()), self.seconds, [own]
+        from accelerate.utils import gather_object
+
+        costs = {key: {name: r[name] for name in _COSTS} for key, r in self.records.items()}
+        records: dict[Key, dict[str, Any]] = {}
+        times, every = list[float](), []
+        for part, seconds, other in gather_object([(costs, self.seconds, own)]):
+            records |= part
+            times += seconds
+            every.append(other)
+        return list(records.values()), times, every
 
 
 class ChatHarness(Harness):
