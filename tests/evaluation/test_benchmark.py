@@ -300,34 +300,46 @@ def test_what_was_asked_is_kept_though_no_metric_is_a_share(
     assert not Path("run/metrics.json").exists()
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions that the model is asked, in their order."""
+    seen: list[str] = []
+    call = PromptCollator.__call__
+
+    def noting(self: Any, samples: Any) -> Any:
+        seen.extend(sample.turns[-1].question for sample in samples)
+        return call(self, samples)
+
+    monkeypatch.setattr(PromptCollator, "__call__", noting)
+    return seen
+
+
 @pytest.mark.parametrize("form", ["chat", "simple"])
 def test_answers_outlive_a_task_that_fails_to_judge_them(
-    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
 ) -> None:
     own_task(tmp_path, PERCENT_TASK, num=5)
     asking = tmp_path / "tasks/asking.py"
     judge = asking.read_text().replace("37.5", "0.5")
-    seen: list[int] = []
-    prompts = PromptCollator.__call__
-
-    def counting(self: Any, samples: Any) -> Any:
-        seen.append(len(samples))
-        return prompts(self, samples)
-
-    monkeypatch.setattr(PromptCollator, "__call__", counting)
     command = ["benchmark", "tasks=[percent]", "include_path=tasks", f"form={form}"]
     command += ["strategy=fastv", "schedule.layer=2", "schedule.keep=0.25", "num_pictures=2"]
     asking.write_text(judge.replace("return {", "return 1 / 0, {"))
     assert cli.main([*command, "batch_size=2", "hydra.run.dir=run"]) != 0
     told = capsys.readouterr().err
     assert "answers so far are kept. To go on: the same command with hydra.run.dir=" in told
-    assert seen == [2, 2, 1]
+    assert len(asked) == 5
+    (notes,) = Path("run/parts").iterdir()
+    assert cli.main([*command, "tasks=[percant]", "hydra.run.dir=run"]) == 2
+    assert "kept" not in capsys.readouterr().err  # it would only fail once more
+    # A process that is killed while it writes leaves half a line, here the third.
+    notes.write_bytes(notes.read_bytes()[:-9])
     asking.write_text(judge)
     assert cli.main([*command, "batch_size=3", "hydra.run.dir=run"]) == 0
-    assert seen == [2, 2, 1]  # nothing was asked again
+    assert "4 of 5 answers are there already" in capsys.readouterr().out
+    assert len(asked) == 6
     assert not Path("run/parts").exists()
     assert cli.main([*command, "batch_size=3", "hydra.run.dir=whole"]) == 0
-    assert seen == [2, 2, 1, 3, 2]
+    assert len(asked) == 11
     for name in ("predictions.jsonl", "kept.json"):
         assert Path("run", name).read_text() == Path("whole", name).read_text()
     own, whole = read("run"), read("whole")
@@ -335,6 +347,36 @@ def test_answers_outlive_a_task_that_fails_to_judge_them(
     assert whole.pop("prefill_ms") > 0
     assert own == whole
     assert len(list(Path("run/images").iterdir())) == 2
+
+
+MESSAGES = """
+def talk(row):
+    parts = [{"type": "image", "url": picture(row)[0]}, {"type": "text", "text": row["question"]}]
+    return [{"role": "user", "content": parts}]
+"""
+
+
+def test_what_is_asked_otherwise_is_asked_again(tmp_path: Path, asked: list[str]) -> None:
+    """In the chat form lmms-eval itself tells of a prompt nothing that changes with it."""
+    own_task(tmp_path, PERCENT_TASK + "doc_to_messages: !function asking.talk\n", num=3)
+    asking = tmp_path / "tasks/asking.py"
+    whole = asking.read_text().replace("37.5", "0.5") + MESSAGES
+    fails = whole.replace("return {", "return 1 / 0, {")
+    command = ["benchmark", "tasks=[percent]", "include_path=tasks", "hydra.run.dir=run"]
+    other = 'row["question"] + (" now" if row["question"] == FIRST else "")'
+    asking.write_text(fails)
+    assert cli.main(command) != 0
+    assert len(asked) == 3
+    first = asked[0]
+    for text, new in (
+        (fails.replace('row["question"]}]', f"{other}}}]").replace("FIRST", repr(first)), 1),
+        (fails.replace("convert(", "rotate(180).convert("), 3),
+        (whole, 0),
+    ):
+        before = len(asked)
+        asking.write_text(text)
+        assert (cli.main(command) == 0) == (text == whole)
+        assert len(asked) - before == new
 
 
 # ---------------------------------------------------------------------------------------- plug-in

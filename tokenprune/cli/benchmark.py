@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,22 +74,15 @@ def _task(config: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with tidy(folder), quiet():
         from tokenprune.evaluation.benchmark import benchmark, fingerprint, names_of_tasks
-        from tokenprune.evaluation.shares import NOTES
 
         load_imports(config)
         resolved = plain(config)
         check_own(folder, resolved)
         changes = results.changes(folder, resolved, fingerprint(resolved))
         named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
-        try:
-            metrics = benchmark(config, folder, named)
-        except BaseException:
-            if any((folder / NOTES).glob("*")):
-                sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
-                again = "once more" if sweeps else f"with hydra.run.dir={folder}"
-                hint = f"the answers so far are kept. To go on: the same command {again}"
-                print(f"tokenprune: {hint}", file=sys.stderr)
-            raise
+        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+        where = "once more" if sweeps else f"with hydra.run.dir={shlex.quote(str(folder))}"
+        metrics = benchmark(config, folder, named, f"the same command {where}")
     with told(folder):  # nothing that goes wrong from here on costs the run
         if metrics is None:
             raise ValueError(

@@ -51,8 +51,8 @@ class _Composed(Harness):
         )
         self._summary = summary
 
-    def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> dict[str, Any]:
-        costs = super()._finish(num_asked, seconds, num_tokens)
+    def _tell_costs(self, *args: Any) -> dict[str, Any]:
+        costs = super()._tell_costs(*args)
         if self._summary is not None and self.rank == 0 and costs:
             pruning = self.pruning
             stages = () if pruning is None else pruning.schedule.stages

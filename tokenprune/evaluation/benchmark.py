@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module, metadata
@@ -32,25 +33,28 @@ TASKS = Path(__file__).parent / "tasks"
 #: Options of lmms-eval's command that it, or one of its tasks, reads.
 _READ = {"model": "tokenprune", "process_with_media": False, "log_samples_suffix": ""}
 #: What does not change the answer to a question: a run goes on with others of these.
-_FREE = ("tasks", "benchmark", "include_path", "limit", "batch_size", "device")
+_FREE = ("tasks", "include_path", "limit", "batch_size")
 #: Tasks that fail if one of two questions about an image was not asked.
 _PAIRED = ("mme",)
 
 
-def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any] | None:
+def benchmark(
+    config: DictConfig, folder: Path, names: Mapping[str, str], again: str = "once more"
+) -> dict[str, Any] | None:
     """Runs tasks of lmms-eval on a pruned model and writes the run's files, unless they are there.
+
+    Answers are noted as they come (see `shares.NOTES`), and what is noted is not asked again.
 
     Args:
         config: As `configs/benchmark.yaml` composes it.
         folder: The run's folder.
         names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
+        again: The command that goes on, for whoever reads that something went wrong.
 
     Returns:
         The metrics, as in metrics.json: `accuracy` is the mean of the tasks' own values, each a
         share of the best; every task is a kind. None if no task's value is such a share: then what
         lmms-eval reports is all that is written.
-
-    Answers are noted as they come (see `shares.NOTES`), and what is noted is not asked again.
 
     Raises:
         ValueError: Something in the config cannot be honoured.
@@ -60,36 +64,46 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
     if results.changes(folder, resolved, marks) == []:
         return results.read_metrics(folder)
     tasks = find_tasks(resolved)
-    from tokenprune.evaluation.harness import ChatHarness, Harness
+    from tokenprune.evaluation.harness import ChatHarness, Harness, NotPruned
 
     loaded = load_model(config, marks)
     pruning = compose.fit_pruning(config, loaded.model)
     with pruned(loaded, pruning):
         pass  # refuses here, before any data is read, what the model does not support
-    own = {key: value for key, value in resolved.items() if key not in _FREE}
+    device = config.device or default_device()
+    own = {key: value for key, value in resolved.items() if key not in _FREE} | {"device": device}
     notes = Notes.of(folder, own, {key: mark for key, mark in marks.items() if key not in _FREE})
     kind = Harness if config.form == "simple" else ChatHarness
     model = kind(
         loaded,
         pruning,
         config.batch_size,
-        config.device or default_device(),
+        device,
         config.num_pictures,
         config.data.image_scale,
         notes,
         warn=print,
     )
     place = folder / Path(REPORT).parent
-    report = _ask(resolved, tasks, model, place)
-    results.write_text(folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False))
+    try:
+        report = _ask(resolved, tasks, model, place)
+        results.write_text(
+            folder / REPORT, json.dumps(_plain(report), indent=2, ensure_ascii=False)
+        )
+        metrics, predictions, kept, images = _gather(report, model)
+    except NotPruned:
+        notes.forget()
+        raise
+    except BaseException:
+        if notes.exist():
+            print(f"tokenprune: the answers so far are kept. To go on: {again}", file=sys.stderr)
+        raise
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
-    metrics, predictions, kept, images = _gather(report, model)
-    if metrics["kinds"]:
-        results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
-    notes.remove()
     if not metrics["kinds"]:
         return None
+    results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
+    notes.forget()
     return results.read_metrics(folder)
 
 
@@ -256,7 +270,7 @@ def _gather(
         "accuracy_high": high,
         "kinds": kinds,
         **cost_of(records, model.shape),
-        "prefill_ms": 1000 * statistics.median(model.seconds) if model.seconds else None,
+        "prefill_ms": 1000 * statistics.median(model.times) if model.times else None,
         "kv_mb": kv_megabytes(records, model.shape, model.loaded.model.dtype.itemsize),
     }
     return own, predictions, kept, images

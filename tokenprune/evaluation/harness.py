@@ -47,18 +47,30 @@ class _Asked:
     Attributes:
         key: Its task, and the number of its document.
         given: Options of `generate`.
-        text: What lmms-eval tells of it besides its document.
         size: Pixels of its images and characters of its text.
         read: Makes its sample.
-        mark: What notes know it by.
+        before: Requests about the same document before it.
     """
 
     key: Key
     given: Mapping[str, Any]
-    text: str
     size: tuple[int, int]
     read: Callable[[], Sample]
-    mark: str = ""
+    before: int = 0
+
+    def mark(self, sample: Sample) -> str:
+        """What notes know it by: whatever decides about its answer but the run's config.
+
+        Args:
+            sample: Its own.
+        """
+        turns = [(turn.system, turn.question, turn.answer) for turn in sample.turns]
+        content = json.dumps([self.key, self.before, self.given, turns, sample.mark], default=str)
+        return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+
+
+class NotPruned(ValueError):
+    """Pruning was asked for, and no token of any image was pruned."""
 
 
 class Harness(lmms):  # type: ignore[misc]
@@ -97,7 +109,10 @@ class Harness(lmms):  # type: ignore[misc]
         #: What each request cost, by task and number of the document.
         self.records: dict[Key, dict[str, Any]] = {}
         #: Prefill time per question, one entry per batch.
-        self.seconds: list[float] = []
+        self.times: list[float] = []
+        self._measured = False
+        self._spent: list[float] = [0.0, 0]
+        self._pictured: set[Key] = set()
         self._warn, self._notes = cache(warn), notes
         self.image_scale = image_scale
         self._prompts = PromptCollator(loaded.processor, image_scale)
@@ -130,10 +145,9 @@ class Harness(lmms):  # type: ignore[misc]
             ValueError: A request is none of text and images, or pruning was asked for and no
                 token of any image was pruned.
         """
-        asked = _marked(self._asked(request) for request in requests)
-        texts = self._known(asked)
+        asked = _numbered(self._asked(request) for request in requests)
+        texts = self._begin_with(asked)
         left = [number for number in range(len(asked)) if number not in texts]
-        self._try_first([asked[number] for number in left])
         tokenizer = self.loaded.processor.tokenizer
         seconds, num_tokens = 0.0, 0
         for given, numbers in _grouped(left, lambda n: json.dumps(asked[n].given, sort_keys=True)):
@@ -154,52 +168,57 @@ class Harness(lmms):  # type: ignore[misc]
                 seconds += now(self.device) - start
                 told = tokenizer(answers.texts, add_special_tokens=False)["input_ids"]
                 num_tokens += sum(map(len, told))
-                self.seconds.append(answers.seconds / len(batch))
+                self._measure(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
                     cost = answers.costs[row]
                     own = answers.rows[row]
                     self._note(asked[number].key, samples[row], cost, answers.trace, own)
-                answered = [texts[number] for number in batch]
-                self._keep([asked[number] for number in batch], answered, self.seconds[-1])
+                if not taken["do_sample"]:  # what chance says depends on what it has said
+                    mine, said = ([own[number] for number in batch] for own in (asked, texts))
+                    self._keep(mine, samples, said, self.times[-1])
         self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
 
-    def _try_first(self, asked: Sequence[_Asked]) -> None:
-        """Refuses before any question what a task's first one shows.
+    def _begin_with(self, asked: Sequence[_Asked]) -> dict[int, Any]:
+        """What was answered to those of the requests that are noted, by their places.
 
-        That is other media than images, and a system message that the chat template does not take.
+        Raises:
+            ValueError: The first question of a task is none that can be asked: its media are
+                others than images, or its chat template takes no system message.
         """
         for own in {own.key[0]: own for own in reversed(asked)}.values():
             self._prompts.text(own.read())
-
-    def _known(self, asked: Sequence[_Asked]) -> dict[int, Any]:
-        """What was answered to those of the requests that are noted, by their places.
-
-        Of a document whose pictures are others now nothing is taken.
-        """
-        if self._notes is None:
+        for own in asked:  # in their order, whichever is answered first
+            if len(self._pictured) >= self.num_pictures:
+                break
+            if own.read().images:
+                self._pictured.add(own.key)
+        if self._notes is None or not self._notes.exist():
             return {}
         self._notes.mend(self.rank, self.world_size)
-        noted, seconds = self._notes.answers({own.mark for own in asked})
-        self.seconds += [own for own in seconds if own is not None]
-        found, samples = {}, dict[Key, Sample]()
+        noted, times = self._notes.answers()
+        found: dict[int, Any] = {}
         for number, own in enumerate(asked):
-            if own.mark not in noted:
+            sample = own.read()
+            note = noted.get(own.mark(sample))
+            if note is None or (own.key in self._pictured and "kept" not in note["record"]):
                 continue
-            record = noted[own.mark]["record"]
-            if own.key not in samples:  # the last one: those of a document follow one another
-                samples = {own.key: own.read()}
-            if samples[own.key].mark != record["picture"]:
-                continue
-            found[number] = noted[own.mark]["told"]
+            found[number] = note["told"]
+            record = self.records.setdefault(own.key, note["record"])
             if "kept" in record:
-                record["image"] = samples[own.key].image
-            self.records.setdefault(own.key, record)
+                record["image"] = sample.image
+        self.times = self.times or times  # until some are measured here
+        if found:
+            self._warn(f"{len(found)} of {len(asked)} answers are there already")
         return found
 
     def _keep(
-        self, asked: Sequence[_Asked], told: Sequence[Any], seconds: float | None = None
+        self,
+        asked: Sequence[_Asked],
+        samples: Sequence[Sample],
+        told: Sequence[Any],
+        seconds: float | None = None,
     ) -> None:
         """Notes what was answered to a batch, and its prefill time per question."""
         if self._notes is None:
@@ -208,9 +227,16 @@ class Harness(lmms):  # type: ignore[misc]
         for own, answered in zip(asked, told, strict=True):
             record = {name: v for name, v in self.records[own.key].items() if name != "image"}
             records.append({"told": answered, "record": record})
-        marks = [own.mark for own in asked]
+        marks = [own.mark(sample) for own, sample in zip(asked, samples, strict=True)]
         note = {"numbers": marks, "records": records, "seconds": seconds}
         self._notes.add(self.rank, self.world_size, note)
+
+    def _measure(self, seconds: float) -> None:
+        """Notes the prefill time of a question; what notes said of it counts no longer."""
+        if not self._measured:
+            self.times = []
+        self._measured = True
+        self.times.append(seconds)
 
     def _tell(self, tasks: str, text: str) -> None:
         self._warn(f"{tasks}: {text}")
@@ -235,7 +261,7 @@ class Harness(lmms):  # type: ignore[misc]
         """A request whose document is read when its batch comes, and no earlier."""
         documents = self.task_dict[task][split]
         size = pixels(documents, number), len(text)
-        return _Asked((task, number), given, text, size, lambda: read(documents[number]))
+        return _Asked((task, number), given, size, lambda: read(documents[number]))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Of each continuation: what lmms-eval ranks by, and whether greedy decoding says it.
@@ -250,11 +276,10 @@ class Harness(lmms):  # type: ignore[misc]
             that and texts it makes a text.
         """
         collate = ConversationCollator(self.loaded.processor, self.image_scale)
-        asked = _marked(self._continued(request) for request in requests)
+        asked = _numbered(self._continued(request) for request in requests)
         # Of each: question, continuation, how unlikely it is, whether greedy decoding says it.
-        found = self._known(asked)
+        found = self._begin_with(asked)
         left = [number for number in range(len(asked)) if number not in found]
-        self._try_first([asked[number] for number in left])
         seconds = 0.0
         for batch in _batches(left, self.batch_size, asked):
             samples = [asked[number].read() for number in batch]
@@ -267,7 +292,7 @@ class Harness(lmms):  # type: ignore[misc]
                 number, turn = batch[row], samples[row].turns[0]
                 found[number] = turn.question, turn.answer, loss, greedy
                 self._note(asked[number].key, samples[row], cost, trace, row)
-            self._keep([asked[number] for number in batch], [found[number] for number in batch])
+            self._keep([asked[number] for number in batch], samples, [found[n] for n in batch])
         for number, own in enumerate(asked):
             self.records[own.key].setdefault("ranked", []).append(tuple(found[number][:3]))
         self._finish(len(asked), seconds, 0)
@@ -327,12 +352,12 @@ class Harness(lmms):  # type: ignore[misc]
         if key in self.records:  # by another of its options
             return
         record = cost | {"question": sample.turns[-1].question, "picture": sample.mark}
-        if len(self.records) < self.num_pictures and sample.images:
+        if key in self._pictured:
             record |= {"kept": kept_tokens(trace, row, cost["given"]), "image": sample.image}
         self.records[key] = record
 
-    def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> dict[str, Any]:
-        """Says what all requests so far have cost, and returns it.
+    def _finish(self, num_asked: int, seconds: float, num_tokens: int) -> None:
+        """Says what all requests so far have cost; of several processes at the end, see `clean`.
 
         Args:
             num_asked: Requests since it was said last,
@@ -340,20 +365,51 @@ class Harness(lmms):  # type: ignore[misc]
             num_tokens: and how many tokens the answers have.
 
         Raises:
-            ValueError: Nothing was pruned though it was asked for.
+            NotPruned: Nothing was pruned though it was asked for.
         """
-        records, times, asked = self._of_all((num_asked, seconds, num_tokens))
-        num_asked, num_tokens = sum(own[0] for own in asked), sum(own[2] for own in asked)
-        seconds = max(own[1] for own in asked)  # they answer at the same time
-        seen = [record for record in records if record["given"]]
+        seen = [record for record in self.records.values() if record["given"]]
         asks = self.pruning is not None and any(
             stage.keep < 1 for stage in self.pruning.schedule.stages
         )
         if asks and seen and all(r["visual"][-1] == r["given"] for r in seen):
-            raise ValueError(
+            raise NotPruned(
                 "lmms-eval: expected image tokens to be pruned, got all of them kept in all "
                 f"{len(seen)} requests. Lower what the schedule keeps, or set strategy=none."
             )
+        if self.world_size == 1:
+            self._tell_costs(
+                list(self.records.values()), self.times, num_asked, seconds, num_tokens
+            )
+        else:
+            self._spent = [a + b for a, b in zip(self._spent, (seconds, num_tokens), strict=True)]
+
+    def clean(self) -> None:
+        """What lmms-eval calls in every process when all requests are answered.
+
+        Not every process is asked each time: some have their answers from a cache.
+        """
+        if self.world_size > 1 and self._spent:
+            from accelerate.utils import gather_object
+
+            costs = {key: {name: r[name] for name in _COSTS} for key, r in self.records.items()}
+            parts = gather_object([(costs, self.times, self._spent)])
+            records = {key: record for part, _, _ in parts for key, record in part.items()}
+            times = [own for _, part, _ in parts for own in part]
+            seconds = max(own[0] for _, _, own in parts)  # they answer at the same time
+            num_tokens = int(sum(own[1] for _, _, own in parts))
+            self._tell_costs(list(records.values()), times, len(records), seconds, num_tokens)
+            self._spent = []
+        super().clean()
+
+    def _tell_costs(
+        self,
+        records: list[dict[str, Any]],
+        times: list[float],
+        num_asked: int,
+        seconds: float,
+        num_tokens: int,
+    ) -> dict[str, Any]:
+        """Tells lmms-eval what requests have cost; the same as a mapping, empty for none."""
         if not records:
             return {}
         total = cost_of(records, self.shape) | {"num_requests": len(records)}
@@ -367,26 +423,6 @@ class Harness(lmms):  # type: ignore[misc]
         told = total | {"num_requests": num_asked}
         log_metrics(seconds, num_tokens, speed, additional_metrics=told)
         return total
-
-    def _of_all(
-        self, own: tuple[int, float, int]
-    ) -> tuple[list[dict[str, Any]], list[float], list[tuple[int, float, int]]]:
-        """Records and prefill times of all processes, and of each one what is `own` here.
-
-        A request that two were given, so that all have as many, counts once.
-        """
-        if self.world_size == 1:
-            return list(self.records.values()), self.seconds, [own]
-        from accelerate.utils import gather_object
-
-        costs = {key: {name: r[name] for name in _COSTS} for key, r in self.records.items()}
-        records: dict[Key, dict[str, Any]] = {}
-        times, every = list[float](), []
-        for part, seconds, other in gather_object([(costs, self.seconds, own)]):
-            records |= part
-            times += seconds
-            every.append(other)
-        return list(records.values()), times, every
 
 
 class ChatHarness(Harness):
@@ -403,16 +439,14 @@ class ChatHarness(Harness):
         return self._later(task, split, number, context, given, read)
 
 
-def _marked(asked: Iterable[_Asked]) -> list[_Asked]:
-    """Requests with their marks: the same for the same request of another run."""
-    times: Counter[str] = Counter()
-    marked = []
+def _numbered(asked: Iterable[_Asked]) -> list[_Asked]:
+    """Requests with how many about the same document came before."""
+    times: Counter[Key] = Counter()
+    numbered = []
     for own in asked:
-        told = json.dumps([own.key, own.given, own.text], sort_keys=True, default=str)
-        times[told] += 1  # a document is asked about once for each of its options
-        content = f"{times[told]} {told}".encode()
-        marked.append(replace(own, mark=hashlib.blake2b(content, digest_size=12).hexdigest()))
-    return marked
+        numbered.append(replace(own, before=times[own.key]))
+        times[own.key] += 1
+    return numbered
 
 
 def _of_continuations(labels_BT: torch.Tensor, tokenizer: Any) -> torch.Tensor:

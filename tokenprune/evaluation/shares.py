@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,22 +73,17 @@ class Notes:
             if whole != content:
                 path.write_bytes(whole)
 
-    def answers(
-        self, asked: Container[Any] | None = None
-    ) -> tuple[dict[Any, dict[str, Any]], list[float]]:
-        """Records by their sample's number, each once, and the seconds of their batches.
-
-        Args:
-            asked: Numbers of the samples that matter; None for all.
-        """
+    def answers(self) -> tuple[dict[Any, dict[str, Any]], list[float]]:
+        """Records by their sample's number, each once, and the seconds of their batches."""
         records: dict[Any, dict[str, Any]] = {}
         seconds: list[float] = []
         for note in self._all():
-            noted = zip(note.get("numbers", []), note.get("records", []), strict=True)
-            own = {n: record for n, record in noted if asked is None or n in asked}
-            if own.keys() - records.keys():
+            numbers = note.get("numbers", [])
+            new = any(number not in records for number in numbers)
+            if new and note["seconds"] is not None:
                 seconds.append(note["seconds"])
-            records = own | records
+            for number, record in zip(numbers, note.get("records", []), strict=True):
+                records.setdefault(number, record)
         return records, seconds
 
     def ended(self, size: int) -> list[int]:
@@ -99,6 +94,13 @@ class Notes:
     def exist(self) -> bool:
         """Whether somebody has noted anything."""
         return any((self.folder / NOTES).glob(f"{self.mark}-*.jsonl"))
+
+    def forget(self) -> None:
+        """Removes the notes of this evaluation."""
+        for path in (self.folder / NOTES).glob(f"{self.mark}-*.jsonl"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are there
+            (self.folder / NOTES).rmdir()
 
     def remove(self) -> None:
         """Removes all notes, of other evaluations as well."""
