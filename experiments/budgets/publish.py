@@ -30,7 +30,7 @@ def main() -> None:
         axes.axhline(unpruned["accuracy"], color="0.2", linestyle=":", linewidth=1)
         axes.set(title=title, xlabel="FLOPs of the visual tokens, % of the unpruned model's")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="right answers", ylim=(0.3, 1.02))
+    panels[0].set(ylabel="right answers", ylim=(0.15, 1.02))
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(ROOT / "budgets.png", dpi=120)
 

@@ -20,7 +20,7 @@ def main() -> None:
     for axes, strategy in zip(figure.subplots(1, 2), ("pyramiddrop", "random"), strict=True):
         own = cuts[cuts["strategy"] == strategy]
         grid = own.pivot(index="keeps", columns="layers", values="accuracy").sort_index()
-        axes.imshow(grid, origin="lower", vmin=0.2, vmax=1, cmap="viridis", aspect="auto")
+        axes.imshow(grid, origin="lower", vmin=0.1, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(grid.columns)), [f"{layer:.0f}" for layer in grid.columns])
         axes.set_yticks(range(len(grid.index)), [f"{keep:g}" for keep in grid.index])
         axes.set(title=strategy, xlabel="layer of the cut", ylabel="fraction kept")
