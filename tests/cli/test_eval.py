@@ -160,7 +160,7 @@ def test_difficulty_has_what_chooses_nothing_at_every_budget() -> None:
     jobs = expand(OmegaConf.to_container(config.hydra.sweeper.grids), [])
     runs = [dict(part.split("=") for part in job) for job in jobs]
     scales = [float(own["data.image_scale"]) for own in runs if own["strategy"] == "none"]
-    assert scales == [1.0, 0.5, 0.32, 0.25, 0.1]
+    assert scales == [1.0, 0.5, 0.3333, 0.25, 0.1]
     budgets: dict[tuple[int, float], set[str]] = {}
     for own in runs[len(scales) :]:
         place = (int(own["schedule.layer"]), float(own["schedule.keep"]))
