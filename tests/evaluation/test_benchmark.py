@@ -458,6 +458,19 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_nobody_waits_for_a_process_whose_answers_are_cached(tmp_path: Path) -> None:
+    """With lmms-eval's own cache a process may have nothing to ask, while the other has."""
+    own_task(tmp_path, OWN_TASK, num=7)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "lmms_eval", "--model", "tokenprune", "--model_args"]
+    command += ["overrides=strategy=fastv;schedule.keep=0.1,summary=costs.json"]
+    command += ["--include_path", "tasks", "--tasks", "scenes", "--output_path", "out"]
+    command += ["--use_cache", str(tmp_path / "cache"), "--limit"]
+    for limit, num_asked in (("4", 4), ("5", 1)):  # of the second run one question is new
+        run([*command, limit], env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+        assert json.loads(Path("costs.json").read_text())["num_requests"] == num_asked
+
+
 def test_a_run_in_which_nothing_is_pruned_fails(prompts: list[str]) -> None:
     """Of 144 tokens, .9999 are 144, rounded."""
     own = "overrides=strategy=fastv;schedule.keep=0.9999;schedule.rounding=nearest"

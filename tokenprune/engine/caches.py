@@ -380,9 +380,10 @@ def write(
             sizes[number] = max(sizes[number], layer.max_cache_len)
         record.lay_out(sizes)
     keep(cache, record)
-    for layer, number in enumerate(level_of[: len(cache.layers)]):
+    for layer in reversed(range(min(len(level_of), len(cache.layers)))):
         if isinstance(getattr(cache.layers[layer], "keys", None), Tensor):
-            record.layer, record.level = layer, number
+            record.layer, record.level = layer, level_of[layer]
+            break
     _note_keys(cache, record)
 
 
