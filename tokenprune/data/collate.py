@@ -48,7 +48,8 @@ class PromptCollator:
         """The prompt of a sample, image placeholders not expanded.
 
         Raises:
-            ValueError: There is none, as the chat template is.
+            ValueError: Its placeholders are not as expected, or its system message has no place in
+                the chat template.
         """
         return self._writer.prompt(sample)
 

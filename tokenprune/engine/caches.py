@@ -93,12 +93,11 @@ class PrunedCache:
             change()
             return
         _follow_rows(self, record)  # what was done before
-        order = torch.arange(record.num_rows)
         change()
         if isinstance(rows, int):
-            rows = order.repeat_interleave(rows)
+            rows = torch.arange(record.num_rows).repeat_interleave(rows)
         elif rows is not None and not isinstance(rows, Tensor):
-            rows = order[rows]
+            rows = torch.arange(record.num_rows)[rows]
         if rows is not None:
             record.select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
         _note_keys(self, record)

@@ -39,7 +39,7 @@ _PAIRED = ("mme",)
 
 
 def benchmark(
-    config: DictConfig, folder: Path, names: Mapping[str, str], again: str = "once more"
+    config: DictConfig, folder: Path, names: Mapping[str, str], again: str = "the same once more"
 ) -> dict[str, Any] | None:
     """Runs tasks of lmms-eval on a pruned model and writes the run's files, unless they are there.
 

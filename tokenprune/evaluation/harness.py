@@ -108,9 +108,9 @@ class Harness(lmms):  # type: ignore[misc]
         self.shape = tp.cost.DecoderShape.from_config(loaded.model.config)
         #: What each request cost, by task and number of the document.
         self.records: dict[Key, dict[str, Any]] = {}
-        #: Prefill time per question, one entry per batch.
-        self.times: list[float] = []
-        self._measured = False
+        # Of answers of this process, and of those that were noted before: see `times`.
+        self._measured: list[float] = []
+        self._noted: list[float] = []
         self._spent: list[float] = [0.0, 0]
         self._pictured: set[Key] = set()
         self._warn, self._notes = cache(warn), notes
@@ -130,6 +130,11 @@ class Harness(lmms):  # type: ignore[misc]
             device = str(self.accelerator.device)
         if device is not None and getattr(model, "hf_device_map", None) is None:
             model.to(device)
+
+    @property
+    def times(self) -> list[float]:
+        """Prefill time per question, one entry per batch; what is noted, if none was asked."""
+        return self._measured or self._noted
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +173,7 @@ class Harness(lmms):  # type: ignore[misc]
                 seconds += now(self.device) - start
                 told = tokenizer(answers.texts, add_special_tokens=False)["input_ids"]
                 num_tokens += sum(map(len, told))
-                self._measure(answers.seconds / len(batch))
+                self._measured.append(answers.seconds / len(batch))
                 for row, number in enumerate(batch):
                     texts[number] = cut(answers.texts[row], until)
                     cost = answers.costs[row]
@@ -176,7 +181,7 @@ class Harness(lmms):  # type: ignore[misc]
                     self._note(asked[number].key, samples[row], cost, answers.trace, own)
                 if not taken["do_sample"]:  # what chance says depends on what it has said
                     mine, said = ([own[number] for number in batch] for own in (asked, texts))
-                    self._keep(mine, samples, said, self.times[-1])
+                    self._keep(mine, samples, said, self._measured[-1])
         self._finish(len(asked), seconds, num_tokens)
         return [texts[number] for number in range(len(asked))]
 
@@ -208,7 +213,7 @@ class Harness(lmms):  # type: ignore[misc]
             record = self.records.setdefault(own.key, note["record"])
             if "kept" in record:
                 record["image"] = sample.image
-        self.times = self.times or times  # until some are measured here
+        self._noted = times
         if found:
             self._warn(f"{len(found)} of {len(asked)} answers are there already")
         return found
@@ -230,13 +235,6 @@ class Harness(lmms):  # type: ignore[misc]
         marks = [own.mark(sample) for own, sample in zip(asked, samples, strict=True)]
         note = {"numbers": marks, "records": records, "seconds": seconds}
         self._notes.add(self.rank, self.world_size, note)
-
-    def _measure(self, seconds: float) -> None:
-        """Notes the prefill time of a question; what notes said of it counts no longer."""
-        if not self._measured:
-            self.times = []
-        self._measured = True
-        self.times.append(seconds)
 
     def _tell(self, tasks: str, text: str) -> None:
         self._warn(f"{tasks}: {text}")
