@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import AutoModelForImageTextToText
 
 import tokenprune as tp
 from tokenprune.cli.configs import compose
+from tokenprune.runs.budgets import known_model
 from tokenprune.runs.compose import build_pruning
+from tokenprune.runs.models import load_config
 
 SHIPPED = ("tiny", "small", "hub")
 #: Model type of each choice of `model=`, and what its config says beside the decoder's sizes.
@@ -32,6 +35,25 @@ def test_every_choice_is_here() -> None:
 
     choices = {path.stem for path in (config_dir() / "model").glob("*.yaml")}
     assert choices == {*SHIPPED, *TYPES}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_published_model_is_pinned(name: str) -> None:
+    """To a whole commit; its sizes are known without asking the Hub all the same."""
+    config = compose("eval", [f"model={name}"])
+    assert re.fullmatch("[0-9a-f]{40}", config.model.revision)
+    assert known_model(config.model.path) is not None
+
+
+def test_a_commit_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, revision: str | None, **kwargs: Any) -> None:
+        raise OSError(f"{revision} is not a valid git identifier")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"or take the newest commit: model\.revision=null\."):
+        load_config("owner/name", revision="0" * 40)
+    with pytest.raises(ValueError, match=r"Check the name and the connection\."):
+        load_config("owner/name")
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def _check_pruning(config: DictConfig) -> None:
     """Strategy and schedule, on the decoder where its sizes are at hand, on any one elsewhere."""
     if not _has_model(config):
         return
-    known = budgets.known_model(config.model.path, config.model.get("revision"))
+    known = budgets.known_model(config.model.path)
     if known is not None:
         build_pruning(config, known[0].num_layers)
         return

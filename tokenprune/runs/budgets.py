@@ -30,15 +30,13 @@ from tokenprune.strategy import PruningStrategy
 SIZES = ("model", "shape", "resolution", "num_visual", "num_text")
 
 
-def known_model(
-    path: str, revision: str | None = None
-) -> tuple[cost.DecoderShape, int | None] | None:
+def known_model(path: str) -> tuple[cost.DecoderShape, int | None] | None:
     """As `read_model`, for a model whose sizes are at hand without transformers; else None.
 
-    Those are the published ones of `cost.PRESETS`, and the shipped ones.
+    Those are the published ones of `cost.PRESETS`, at any revision, and the shipped ones.
     """
     known = [p for name, p in cost.PRESETS.items() if path == name or path in p.hub_ids]
-    if known and revision is None and not Path(path).is_dir():
+    if known and not Path(path).is_dir():
         return known[0].shape, known[0].num_visual
     if path in SHIPPED:
         text = (SHIPPED[path] / "config.json").read_text(encoding="utf-8")
@@ -61,7 +59,7 @@ def read_model(
     Raises:
         ValueError: If there is no such config.
     """
-    known = known_model(path, revision)
+    known = known_model(path)
     if known is not None:
         return known
     folder = Path(path).expanduser()

@@ -82,7 +82,7 @@ def load(
     except Exception as error:  # whatever the many readers below make of a broken checkpoint
         raise ValueError(
             f"model.path: expected a complete checkpoint with safetensors weights and a processor, "
-            f"got {path!r}: {_first_line(error)}. Fetch or save it again."
+            f"got {path!r}: {_first_line(error)}. Fetch or save it again{_or_newest(revision)}."
         ) from error
     if not isinstance(own, ProcessorMixin):
         raise ValueError(
@@ -131,7 +131,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
             ) from error
         raise ValueError(
             f"model.path: expected a Hub id or a folder with a readable config.json, got {path!r}: "
-            f"{_first_line(error)}. Check the name and the connection."
+            f"{_first_line(error)}. Check the name and the connection{_or_newest(revision)}."
         ) from error
 
 
@@ -176,6 +176,11 @@ def _resolve(path: str) -> str:
             "Convert them with save_pretrained; pickled weights can run code and are refused."
         )
     return str(folder)
+
+
+def _or_newest(revision: str | None) -> str:
+    """What else may help where a revision is pinned, as in most files of configs/model."""
+    return "" if revision is None else ", or take the newest commit: model.revision=null"
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,11 @@ def question(document: Document, lmms_eval_specific_kwargs: Mapping[str, str]) -
 
 
 def one_question_a_row(dataset: Any) -> Any:
-    """OCR-VQA has a list of questions and one of answers for each cover."""
+    """OCR-VQA has a list of questions and one of answers for each cover.
+
+    Images stay the bytes that they are: mapped as pictures they would be compressed once more.
+    """
+    as_pictures = dataset.features["image"]
 
     def split(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         covers = zip(batch["image"], batch["questions"], batch["answers"], strict=True)
@@ -36,7 +40,9 @@ def one_question_a_row(dataset: Any) -> Any:
             "answer": [row[2] for row in rows],
         }
 
-    return dataset.map(split, batched=True, remove_columns=dataset.column_names)
+    as_bytes = dataset.cast_column("image", type(as_pictures)(decode=False))
+    rows = as_bytes.map(split, batched=True, remove_columns=dataset.column_names)
+    return rows.cast_column("image", as_pictures)
 
 
 def equal(document: Document, results: Sequence[str]) -> dict[str, float]:
