@@ -14,6 +14,8 @@ import pytest
 from commands import COMMAND, TINY, random_llava
 from processes import run, started
 
+from tokenprune.cli import main as cli
+
 STOPPED = "tokenprune: stopped"
 
 
@@ -38,12 +40,27 @@ def test_ctrl_c_while_it_imports(module: str) -> None:
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.matrix
-def test_ctrl_c_in_a_run_leaves_nothing(checkpoint: Path) -> None:
-    own = [*random_llava(checkpoint), *TINY, "trainer.callbacks=[{_target_:stops.Interrupt}]"]
-    done = run([*COMMAND, "eval", *own], 130)
-    assert done.stderr.splitlines() == [STOPPED]
-    assert list(Path().iterdir()) == []
+def test_ctrl_c_in_a_run_keeps_its_answers(checkpoint: Path) -> None:
+    own = [
+        "eval",
+        *random_llava(checkpoint),
+        *TINY,
+        "data.test.num_samples=8",
+        "hydra.run.dir=a run",
+    ]
+    done = run([*COMMAND, *own, "trainer.callbacks=[{_target_:stops.Interrupt}]"], 130)
+    kept, stopped = done.stderr.splitlines()
+    again = f"the same command with hydra.run.dir='{Path.cwd()}/a run'"
+    assert kept == f"tokenprune: what is done is kept. To go on: {again}"
+    assert stopped == STOPPED
+    (notes,) = Path("a run/parts").iterdir()
+    first = json.loads(notes.read_text())
+    first["records"][0]["prediction"] = "noted"  # it is not asked again
+    notes.write_text(json.dumps(first) + "\n")
+    assert cli.main([*own, "trainer.callbacks=[]"]) == 0
+    rows = Path("a run/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(row)["prediction"] == "noted" for row in rows] == [True, *[False] * 7]
+    assert not Path("a run/parts").exists()
 
 
 def test_ctrl_c_is_told_by_the_first_process_only(tmp_path: Path) -> None:

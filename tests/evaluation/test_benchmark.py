@@ -326,7 +326,7 @@ def test_answers_outlive_a_task_that_fails_to_judge_them(
     asking.write_text(judge.replace("return {", "return 1 / 0, {"))
     assert cli.main([*command, "batch_size=2", "hydra.run.dir=run"]) != 0
     told = capsys.readouterr().err
-    assert "answers so far are kept. To go on: the same command with hydra.run.dir=" in told
+    assert "what is done is kept. To go on: the same command with hydra.run.dir=" in told
     assert len(asked) == 5
     (notes,) = Path("run/parts").iterdir()
     assert cli.main([*command, "tasks=[percant]", "hydra.run.dir=run"]) == 2

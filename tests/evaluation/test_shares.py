@@ -100,6 +100,25 @@ def test_a_shard_that_was_killed_is_resumed_alone(
     assert_same(tmp_path, whole)
 
 
+def test_a_lone_run_that_was_killed_goes_on(
+    checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"
+    with pytest.raises(ZeroDivisionError):
+        share(checkpoint, tmp_path, lost)
+    noted: list[int] = []
+    add = Notes.add
+
+    def listen(self: Notes, rank: int, size: int, note: Any) -> None:
+        noted.extend(note.get("numbers", []))
+        add(self, rank, size, note)
+
+    monkeypatch.setattr(Notes, "add", listen)
+    assert share(checkpoint, tmp_path)["num_samples"] == 11
+    assert noted == [4, 5, 6, 7, 8, 9, 10]
+    assert_same(tmp_path, whole)
+
+
 def test_one_process_goes_on_with_what_several_had_begun(
     checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +218,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def told(said: str) -> str:
-    (line,) = re.findall(r"tokenprune: .*", said)
+    """The one thing that went wrong, beside what the first process says of how to go on."""
+    line, *more = re.findall(r"tokenprune: .*", said)
+    assert all("what is done is kept. To go on: the same command" in own for own in more)
     return str(line)
 
 

@@ -241,7 +241,8 @@ def test_a_sweep_trains_in_two_processes_and_goes_on_after_a_signal(tmp_path, ho
         process.terminate()
         _, told = process.communicate()
     assert process.returncode == 143, told
-    assert "training was stopped by SIGTERM. To go on: the same command once more" in told
+    assert "training was stopped by SIGTERM\n" in told
+    assert "what is done is kept. To go on: the same command once more\n" in told
     (first,) = runs
     last = first.parent.parent / "checkpoints" / "last.ckpt"
     content = last / META if last.is_dir() else last

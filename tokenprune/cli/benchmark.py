@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tokenprune.cli.jobs import Job, check_own, names, quiet, tell, tidy, told
@@ -80,9 +78,7 @@ def _task(config: DictConfig) -> float:
         check_own(folder, resolved)
         changes = results.changes(folder, resolved, fingerprint(resolved))
         named = names(resolved) | {"data": names_of_tasks(resolved["tasks"])}
-        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
-        where = "once more" if sweeps else f"with hydra.run.dir={shlex.quote(str(folder))}"
-        metrics = benchmark(config, folder, named, f"the same command {where}")
+        metrics = benchmark(config, folder, named)
     with told(folder):  # nothing that goes wrong from here on costs the run
         if metrics is None:
             raise ValueError(

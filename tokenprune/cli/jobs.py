@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -190,19 +191,28 @@ def tell(folder: Path, metrics: Mapping[str, Any], changes: Sequence[str] | None
 def tidy(folder: Path, part: str = "") -> Iterator[None]:
     """Holds a run's folder, and on an error leaves none half-written; tells it as `told` does.
 
+    What a run can go on from stays, and the command that goes on is said.
+
     Args:
         folder: The run's.
         part: What of it is held, where others work at other parts of it.
     """
-    with told(folder):
-        try:
-            # Of two sweeps that have the same run to do, one does it, and the other waits.
-            held = occupied(folder, part, waits=not here())
-            with held, contextlib.nullcontext() if part else _discarded(folder):
-                yield
-        except BaseException:  # an interruption, too
-            _remove_empty(folder)
-            raise
+    before = _kept(folder)
+    try:
+        with told(folder):
+            try:
+                # Of two sweeps that have the same run to do, one does it, and the other waits.
+                held = occupied(folder, part, waits=not here())
+                with held, contextlib.nullcontext() if part else _discarded(folder):
+                    yield
+            except BaseException:  # an interruption, too
+                _remove_empty(folder)
+                raise
+    except BaseException:
+        if here() and launchers.is_first() and (now := _kept(folder)) != before and now:
+            again = _again(folder)
+            print(f"tokenprune: what is done is kept. To go on: {again}", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager
@@ -236,11 +246,25 @@ def _discarded(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any((*folder.glob("checkpoints/*"), *folder.glob("parts/*"))):
+        if not _kept(folder):
             for path in set(folder.iterdir()) - before:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
+
+
+def _kept(folder: Path) -> dict[Path, int]:
+    """What a run can go on from, checkpoints and noted answers, and when each was written."""
+    paths = (*folder.glob("checkpoints/*"), *folder.glob("parts/*"))
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def _again(folder: Path) -> str:
+    """The command that goes on with a run."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return "the same command once more"
+    trained = "ckpt_path=last " if (folder / "checkpoints").is_dir() else ""
+    return f"the same command with {trained}hydra.run.dir={shlex.quote(str(folder))}"
 
 
 def _remove_empty(folder: Path) -> None:

@@ -66,11 +66,7 @@ def _task(config: DictConfig) -> float | None:
         try:
             team.together(_train, plain(config), folder)
         except Stopped as stop:
-            again = f"the same command with ckpt_path=last hydra.run.dir={folder}"
-            if sweeps:
-                again = "the same command once more"
-            hint = f" To go on: {again}" if (folder / LAST).exists() else ""
-            print(f"tokenprune: training was stopped {stop}.{hint}", file=sys.stderr)
+            print(f"tokenprune: training was stopped {stop}", file=sys.stderr)
             raise SystemExit(128 + stop.signum) from None
         return _monitored(config, folder / SUMMARY)
 

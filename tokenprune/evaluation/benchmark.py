@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import statistics
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module, metadata
@@ -38,9 +37,7 @@ _FREE = ("tasks", "include_path", "limit", "batch_size")
 _PAIRED = ("mme",)
 
 
-def benchmark(
-    config: DictConfig, folder: Path, names: Mapping[str, str], again: str = "the same once more"
-) -> dict[str, Any] | None:
+def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dict[str, Any] | None:
     """Runs tasks of lmms-eval on a pruned model and writes the run's files, unless they are there.
 
     Answers are noted as they come (see `shares.NOTES`), and what is noted is not asked again.
@@ -49,7 +46,6 @@ def benchmark(
         config: As `configs/benchmark.yaml` composes it.
         folder: The run's folder.
         names: What to call `strategy`, `schedule`, `model` and `data` in the metrics.
-        again: The command that goes on, for whoever reads that something went wrong.
 
     Returns:
         The metrics, as in metrics.json: `accuracy` is the mean of the tasks' own values, each a
@@ -93,10 +89,6 @@ def benchmark(
         metrics, predictions, kept, images = _gather(report, model)
     except NotPruned:
         notes.forget()
-        raise
-    except BaseException:
-        if notes.exist():
-            print(f"tokenprune: the answers so far are kept. To go on: {again}", file=sys.stderr)
         raise
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on

@@ -36,12 +36,12 @@ class Evaluator(pl.LightningModule):
     Args:
         load: Gives model and processor. Every process calls it for itself: a transformers model
             that was sent to another process has lost the hooks by which it collects vision states.
+        share: This process's samples, and what is noted of all of them.
         pruning: Strategy, schedule and positions; None for the unpruned model.
         folder: Where the run's files go.
         config: The run's resolved config.
         marks: Its `results.fingerprint`.
         names: Entries of metrics.json that name the run.
-        share: This process's part of the samples, where several share them; None for all.
         patience: Seconds that the process which writes the run's files waits for another's answer.
         num_graphs: CUDA graphs of prefills that are kept.
         max_new_tokens: Longest answer.
@@ -55,6 +55,7 @@ class Evaluator(pl.LightningModule):
     def __init__(
         self,
         load: Callable[[], LoadedModel],
+        share: Share,
         pruning: Pruning | None,
         folder: Path,
         config: Mapping[str, Any],
@@ -63,7 +64,6 @@ class Evaluator(pl.LightningModule):
         max_new_tokens: int,
         num_pictures: int,
         metric: str = "exact",
-        share: Share | None = None,
         patience: float = 1800.0,
         num_graphs: int = 0,
     ) -> None:
@@ -81,8 +81,6 @@ class Evaluator(pl.LightningModule):
         self.wrote = False
         self.share, self.patience = share, patience
         self.num_graphs = num_graphs
-        self.records: list[dict[str, Any]] = []
-        self.seconds: list[float] = []
 
     def configure_model(self) -> None:
         """Loads the model, in the process that runs it."""
@@ -102,11 +100,8 @@ class Evaluator(pl.LightningModule):
         own = BatchFeature(dict(batch["inputs"]))
         return batch | {"inputs": own.to(model.device, dtype=model.dtype)}
 
-    def on_predict_start(self) -> None:
-        self.records, self.seconds = [], []
-
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Answers a batch and keeps what the metrics need."""
+        """Answers a batch and notes what the metrics need."""
         samples = batch["samples"]
         answers = answer(
             self.loaded,
@@ -116,8 +111,7 @@ class Evaluator(pl.LightningModule):
             batch.get("whole_ids"),
             self.graphs,
         )
-        seconds, records = answers.seconds / len(samples), []
-        start, share = len(self.records), self.share
+        records = []
         for index, (sample, text) in enumerate(zip(samples, answers.texts, strict=True)):
             turn = sample.turns[-1]
             score = self.score(text, turn.accepted or (turn.answer,))
@@ -131,25 +125,14 @@ class Evaluator(pl.LightningModule):
                 "correct": score >= 0.5,
                 "picture": sample.mark,
             } | answers.costs[index]
-            number = start + index if share is None else share.number(batch_idx, index)
-            if number < self.num_pictures:
+            if self.share.number(batch_idx, index) < self.num_pictures:
                 given = answers.costs[index]["given"]
                 record["kept"] = kept_tokens(answers.trace, answers.rows[index], given)
             records.append(record)
-        if self.share is not None:
-            self.share.note(batch_idx, records, seconds)
-            return
-        for record, sample in zip(records, samples, strict=True):
-            if "kept" in record:
-                record["image"] = sample.image
-        self.records += records
-        self.seconds.append(seconds)
+        self.share.note(batch_idx, records, answers.seconds / len(samples))
 
     def on_predict_epoch_end(self) -> None:
-        """Writes the run's files: what one process has answered, or once all have."""
-        if self.share is None:
-            self._write(self.records, self.seconds)
-            return
+        """Writes the run's files once all is answered."""
         share, notes = self.share, self.share.notes
         share.end()
         rank, size = share.place()

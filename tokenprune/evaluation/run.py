@@ -69,22 +69,19 @@ def evaluate(
     pruning = compose.fit_pruning(config, loaded.model)
     with pruned(loaded, pruning):
         pass  # refuses here, before any data is read, what the model does not support
-    source: dict[str, Any]
     model, data = (loading.key_of(config[part], marks) for part in ("model", "data"))
     whole = loading.cached_data(data, model)
     versions = results.commit_of(whole) | marks
-    notes, share = Notes.of(folder, resolved, versions), None
     grouped = bool(OmegaConf.select(config, "data.group_by_size"))
-    if trainer.world_size == 1 and shard is None and not grouped and not notes.exist():
-        source = {"dataloaders": loading.cached_batches(data, model)}
-    else:
-        share = Share(whole, notes, shard)
-        source = {"datamodule": share}
+    alone = trainer.world_size == 1 and shard is None and not grouped
+    batches = loading.cached_batches(data, model) if alone else None
+    share = Share(whole, Notes.of(folder, resolved, versions), shard, batches)
     if trainer.world_size > 1 and is_alone():
         del loaded  # the processes have their own
         loading.cached_model.cache_clear()
     evaluator = Evaluator(
         load=partial(loading.cached_model, model),
+        share=share,
         pruning=pruning,
         folder=folder,
         config=resolved | {"shard": None},
@@ -93,7 +90,6 @@ def evaluate(
         max_new_tokens=config.max_new_tokens,
         num_pictures=config.num_pictures,
         metric=config.metric,
-        share=share,
         patience=config.get("shard_timeout", 1800.0),
         num_graphs=config.get("graphs", 0),
     )
@@ -101,7 +97,7 @@ def evaluate(
     try:
         begin(trainer.loggers if own else [])
         with quiet(_HARMLESS):
-            trainer.predict(evaluator, **source, return_predictions=False)
+            trainer.predict(evaluator, datamodule=share, return_predictions=False)
         if trainer.loggers and (own or evaluator.wrote):
             row = results.row(results.read_metrics(folder), folder.name)
             log_results(trainer.loggers, row, draw(folder) if draw is not None else {})

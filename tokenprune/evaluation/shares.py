@@ -1,4 +1,4 @@
-"""An evaluation shared out: each process notes its answers in the run's folder, where they stay.
+"""An evaluation's answers, noted in the run's folder as they come, by one process or by several.
 
 What is noted is not asked again, by however many processes an evaluation goes on after one was
 lost; a run's files are written once all is there, by one of them. No process waits for another but
@@ -19,6 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from tokenprune.evaluation.loading import RememberedBatches
 from tokenprune.runs import files, results
 
 #: Folder of the notes, in that of the run; it goes once the run is complete.
@@ -141,7 +142,7 @@ class Notes:
                 raise ValueError(
                     f"evaluate: expected an answer of process {late} of {size} within "
                     f"shard_timeout={limit:g} seconds, got none; {len(self.answers()[0])} answers "
-                    "are there. Give the same command once more: only the rest is asked."
+                    "are there. Look at what that process has said."
                 )
 
 
@@ -155,13 +156,18 @@ class Share(pl.LightningDataModule):
         data: Its predict loader has the samples.
         notes: What is answered already.
         shard: Number and how many there are, where each shard is a run of its own.
+        batches: All of the data in batches, in its order, where one process asks for all.
     """
 
     def __init__(
-        self, data: pl.LightningDataModule, notes: Notes, shard: tuple[int, int] | None = None
+        self,
+        data: pl.LightningDataModule,
+        notes: Notes,
+        shard: tuple[int, int] | None = None,
+        batches: RememberedBatches | None = None,
     ) -> None:
         super().__init__()
-        self.data, self.notes, self.shard = data, notes, shard
+        self.data, self.notes, self.shard, self.batches = data, notes, shard, batches
         #: The samples that are left, by their numbers, and how many make a batch.
         self.numbers: list[int] = []
         self.batch_size = 1
@@ -175,15 +181,17 @@ class Share(pl.LightningDataModule):
         return self.shard or (trainer.global_rank, trainer.world_size)
 
     def prepare_data(self) -> None:
-        self.data.prepare_data()
+        if self.batches is None:  # else it is there
+            self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        self.data.setup(stage)
+        if self.batches is None:
+            self.data.setup(stage)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> Any:
         own: Any = self.data
         own.trainer = self.trainer
-        whole = own.predict_dataloader()
+        whole = own.predict_dataloader() if self.batches is None else self.batches.loader
         rank, size = self.place()
         self.samples, self.batch_size = whole.dataset, whole.batch_size
         order = getattr(own, "predict_order", lambda: None)() or range(len(whole.dataset))
@@ -200,6 +208,8 @@ class Share(pl.LightningDataModule):
         left = [number for number in mine if number not in known]
         # A loop over nothing would not come to its end.
         self.numbers = left or mine[-self.batch_size :]
+        if self.batches is not None and len(left) == len(whole.dataset):
+            return self.batches
         return DataLoader(
             Subset(whole.dataset, self.numbers),
             batch_size=whole.batch_size,
@@ -251,8 +261,7 @@ class Share(pl.LightningDataModule):
         if len(records) != self.num_asked:
             raise ValueError(
                 f"evaluate: expected {self.num_asked} answers, got {len(records)}: notes in "
-                f"{str(self.notes.folder / NOTES)!r} were lost. Give the same command once more: "
-                "only the rest is asked."
+                f"{str(self.notes.folder / NOTES)!r} were lost. The same command asks for the rest."
             )
 
     def end(self) -> None:
