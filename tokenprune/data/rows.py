@@ -205,7 +205,7 @@ def _told(row: Mapping[str, Any], columns: Columns, where: str) -> tuple[str, tu
 
 
 def _plain(answer: str) -> str:
-    return " ".join(answer.split()).casefold()
+    return " ".join(answer.split()).lower()
 
 
 def _answers(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -88,14 +88,14 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         )
         metrics, predictions, kept, images = _gather(report, model)
     except NotPruned:
-        notes.forget()
+        notes.remove()
         raise
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
     if not metrics["kinds"]:
         return None
     results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
-    notes.forget()
+    notes.remove()
     return results.read_metrics(folder)
 
 

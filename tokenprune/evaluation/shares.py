@@ -96,15 +96,8 @@ class Notes:
         """Whether somebody has noted anything."""
         return any((self.folder / NOTES).glob(f"{self.mark}-*.jsonl"))
 
-    def forget(self) -> None:
-        """Removes the notes of this evaluation."""
-        for path in (self.folder / NOTES).glob(f"{self.mark}-*.jsonl"):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are there
-            (self.folder / NOTES).rmdir()
-
     def remove(self) -> None:
-        """Removes all notes, of other evaluations as well."""
+        """Removes all notes in the folder, of other evaluations as well, which it no longer is."""
         with contextlib.suppress(OSError):
             files.remove(self.folder / NOTES)
 
