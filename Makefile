@@ -33,10 +33,9 @@ demo: $(STAMP)
 # Started again, it goes on where it was stopped: experiments/paper/README.md says how long it takes.
 PAPER := --config-dir experiments/paper
 paper: $(STAMP)
-	$(BIN)/python experiments/miniatures/tiny.py --unsettled
-	$(BIN)/tokenprune train $(PAPER) experiment=training
-	$(BIN)/tokenprune eval $(PAPER) experiment=inference
-	$(BIN)/tokenprune eval $(PAPER) experiment=one_cut
+	$(BIN)/tokenprune train $(PAPER) experiment=training launcher=joblib
+	$(BIN)/tokenprune eval $(PAPER) experiment=inference launcher=joblib
+	$(BIN)/tokenprune eval $(PAPER) experiment=one_cut launcher=joblib
 	$(BIN)/tokenprune bench $(PAPER) experiment=steps
 	$(BIN)/python experiments/paper/publish.py
 	for name in ablation budgets layers variants difficulty; do \

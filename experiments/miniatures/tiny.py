@@ -9,8 +9,7 @@ Phases:
 3. `final`: full scenes while the learning rate falls to zero, mostly with image tokens that do not
    see each other, so that evidence stays in its own patch.
 4. `settle`: as at inference, nothing hidden, at a lower learning rate; half of the images are
-   followed by questions whose positions start earlier, as after a shorter image. `--unsettled`
-   stops before.
+   followed by questions whose positions start earlier, as after a shorter image.
 
 Every image carries several questions. They share its tokens, and a mask keeps them apart: each sees
 the image and itself alone, at the positions that it would have alone. Half-way up the decoder a
@@ -259,8 +258,6 @@ def main() -> None:
     """Runs the phases that are not done yet, then publishes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("outputs/miniatures/tiny"))
-    help_text = "stop before the last phase, with unsettled/ for experiments that fork from there"
-    parser.add_argument("--unsettled", action="store_true", help=help_text)
     given = arguments(parser, tower=14, lookup=12, final=28, settle=10)
     model = build_model("easy")
     phases = Phases(model, given.folder)
@@ -275,9 +272,6 @@ def main() -> None:
     ask("lookup", Questions(model, 1.5e-3, 100 * epochs, "constant", 2), epochs)
     epochs = given.final_epochs
     ask("final", Questions(model, 1.2e-3, 100 * epochs, "cosine", FULL[1], True), epochs)
-    phases.save("unsettled", "easy")
-    if given.unsettled:
-        return
     epochs = given.settle_epochs
     ask("settle", Questions(model, 5e-4, 100 * epochs, "cosine", FULL[1], shifts=True), epochs)
     phases.save("model", "easy")

@@ -48,6 +48,11 @@ def test_ctrl_c_in_a_run_keeps_its_answers(checkpoint: Path) -> None:
         "data.test.num_samples=8",
         "hydra.run.dir=a run",
     ]
+    trained = Path(
+        "a run/checkpoints"
+    )  # a folder that was another command's; its link leads nowhere
+    trained.mkdir(parents=True)
+    (trained / "last.ckpt").symlink_to("gone")
     done = run([*COMMAND, *own, "trainer.callbacks=[{_target_:stops.Interrupt}]"], 130)
     kept, stopped = done.stderr.splitlines()
     again = f"the same command with hydra.run.dir='{Path.cwd()}/a run'"

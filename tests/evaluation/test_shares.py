@@ -17,10 +17,12 @@ from checkpoint import save_checkpoint
 from commands import COMMAND
 from oracles import decided
 from processes import run
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tokenprune.cli.configs import compose
+from tokenprune.data.module import VQADataModule
 from tokenprune.evaluation.run import evaluate
-from tokenprune.evaluation.shares import NOTES, Notes
+from tokenprune.evaluation.shares import NOTES, Notes, Share
 from tokenprune.runs import results
 from tokenprune.runs.devices import parse_shard
 
@@ -273,3 +275,174 @@ def test_a_full_disk_of_one_process(checkpoint: Path, folder: Path) -> None:
     assert re.search(r"process 1 of 2 .*: \[Errno 27\] File too large: .*parts", told(done.stderr))
     run([*TORCHRUN, *command(checkpoint, *two)])
     assert len(predictions(folder)) == 11
+
+
+# --------------------------------------------------------------------- data modules of one's own
+
+
+class Own(VQADataModule):
+    """Gives the samples in an order that only its loader knows, or in other ways of its own."""
+
+    collated = 0  # batches
+
+    def predict_dataloader(self) -> Any:
+        whole = super().predict_dataloader()
+        collate = whole.collate_fn
+
+        def count(samples: Any) -> Any:
+            Own.collated += 1
+            return collate(samples)
+
+        return self.loader(whole.dataset, count)
+
+    def loader(self, data: Any, collate: Any) -> Any:
+        return DataLoader(data, 2, collate_fn=collate)
+
+
+class Sampled(Own):
+    def loader(self, data: Any, collate: Any) -> Any:
+        return DataLoader(data, 2, sampler=[10, 4, 7, 3, 0], collate_fn=collate)
+
+
+class Shuffled(Own):
+    def loader(self, data: Any, collate: Any) -> Any:
+        return DataLoader(data, 2, shuffle=True, collate_fn=collate)
+
+
+class InBatches(Own):
+    def loader(self, data: Any, collate: Any) -> Any:
+        batches = [[8, 2, 5], [1], [9, 0]]
+        return DataLoader(data, batch_sampler=batches, collate_fn=collate)
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter([self.data[number] for number in (6, 1, 4)])
+
+
+class Streamed(Own):
+    def loader(self, data: Any, collate: Any) -> Any:
+        return DataLoader(Stream(data), 2, collate_fn=collate)
+
+
+class Listed(Own):
+    def loader(self, data: Any, collate: Any) -> Any:
+        return [collate([data[5], data[3]]), collate([data[8]])]
+
+
+class Ordered(Own):
+    def predict_order(self) -> list[int]:
+        return [3, 10, 1, 7, 0, 2, 4, 5, 6, 8, 9]
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Raw(Own):
+    """Rows become samples in the collator."""
+
+    def loader(self, data: Any, collate: Any) -> Any:
+        def read(rows: list[int]) -> Any:
+            return collate([data[row] for row in rows])
+
+        return DataLoader(Numbers(), 2, collate_fn=read)
+
+
+OWN = {Sampled: 5, Shuffled: 11, InBatches: 6, Streamed: 3, Listed: 3, Ordered: 11, Raw: 11}
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a run has written of each sample, its picture as well."""
+    rows = [json.loads(line) for line in (folder / results.PREDICTIONS).read_text().splitlines()]
+    kept = {own["id"]: own for own in json.loads((folder / results.KEPT).read_text())}
+    assert len(kept) == min(3, len(rows))
+    for row in rows:
+        own = kept.get(row["id"])
+        row["kept"] = own and {k: v for k, v in own.items() if k != "image"}
+        row["shown"] = own and (folder / own["image"]).read_bytes()
+    found = {row["id"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """As `whole`, with a picture of every sample."""
+    folder = tmp_path_factory.mktemp("shown")
+    share(checkpoint, folder, "num_pictures=11", "data.batch_size=1")
+    lines = (folder / results.PREDICTIONS).read_text().splitlines()
+    found = {own["id"]: own for own in map(json.loads, lines)}
+    for own in json.loads((folder / results.KEPT).read_text()):
+        kept = {k: v for k, v in own.items() if k != "image"}
+        found[own["id"]] |= {"kept": kept, "shown": (folder / own["image"]).read_bytes()}
+    return found
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.share(8)
+def test_samples_in_an_order_of_their_own(
+    checkpoint: Path, shown: dict[str, Any], tmp_path: Path, kind: type[Own], killed: bool
+) -> None:
+    """Each has its own answer, tokens and picture, and is asked once, also after a kill."""
+    own = f"data._target_={__name__}.{kind.__name__}"
+    if killed:
+        lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"
+        with pytest.raises(ZeroDivisionError):
+            share(checkpoint, tmp_path, own, lost)
+    assert share(checkpoint, tmp_path, own)["num_samples"] == OWN[kind]
+    rows = rows_of(tmp_path)
+    assert len(rows) == OWN[kind]
+    for name, row in rows.items():
+        wanted = shown[name] if row["kept"] else shown[name] | {"kept": None, "shown": None}
+        assert row == wanted
+    assert not (tmp_path / NOTES).exists()
+
+
+def test_samples_without_numbers_are_not_shared(checkpoint: Path, tmp_path: Path) -> None:
+    own = f"data._target_={__name__}.Sampled"
+    with pytest.raises(ValueError, match="whose samples are numbered, for 2 processes or shards"):
+        share(checkpoint, tmp_path, own, "shard=0/2")
+
+
+def test_a_sweep_prepares_its_batches_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    begin = Share.__init__
+
+    def listen(self: Share, data: Any, *arguments: Any) -> None:
+        held.append(data)
+        begin(self, data, *arguments)
+
+    monkeypatch.setattr(Share, "__init__", listen)
+    own, before = f"data._target_={__name__}.Own", Own.collated
+    for number in (0, 1):
+        share(checkpoint, tmp_path / str(number), own, f"num_pictures={number}")
+    assert Own.collated - before == 6
+    assert held[0] is held[1]
+    assert held[0].trainer is None  # it would keep an earlier run alive
+
+
+def test_answers_to_code_that_has_changed_are_not_taken(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "yours.py"
+    code.write_text("from test_shares import Own as Yours\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"
+    folder, own = tmp_path / "run", "data._target_=yours.Yours"
+    with pytest.raises(ZeroDivisionError):
+        share(checkpoint, folder, own, lost)
+    code.write_text("from test_shares import Own\n\n\nclass Yours(Own):\n    pass\n")
+    before = Own.collated
+    share(checkpoint, folder, own)
+    assert Own.collated - before == 6  # all of them, anew

@@ -197,21 +197,25 @@ def tidy(folder: Path, part: str = "") -> Iterator[None]:
         folder: The run's.
         part: What of it is held, where others work at other parts of it.
     """
-    before = _kept(folder)
+    before: dict[Path, int] = {}
     try:
         with told(folder):
             try:
                 # Of two sweeps that have the same run to do, one does it, and the other waits.
                 held = occupied(folder, part, waits=not here())
                 with held, contextlib.nullcontext() if part else _discarded(folder):
+                    before |= _kept(folder, part)
                     yield
             except BaseException:  # an interruption, too
                 _remove_empty(folder)
                 raise
     except BaseException:
-        if here() and launchers.is_first() and (now := _kept(folder)) != before and now:
-            again = _again(folder)
-            print(f"tokenprune: what is done is kept. To go on: {again}", file=sys.stderr)
+        new = [path for path, when in _kept(folder, part).items() if before.get(path) != when]
+        if new and here() and launchers.is_first():
+            print(
+                f"tokenprune: what is done is kept. To go on: {_again(folder, new)}",
+                file=sys.stderr,
+            )
         raise
 
 
@@ -246,24 +250,27 @@ def _discarded(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not _kept(folder):
+        if not any((*folder.glob("checkpoints/*"), *folder.glob("parts/*"))):
             for path in set(folder.iterdir()) - before:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
-def _kept(folder: Path) -> dict[Path, int]:
-    """What a run can go on from, checkpoints and noted answers, and when each was written."""
-    paths = (*folder.glob("checkpoints/*"), *folder.glob("parts/*"))
-    return {path: path.stat().st_mtime_ns for path in paths}
+def _kept(folder: Path, part: str) -> dict[Path, int]:
+    """What a run goes on from, its checkpoint and noted answers, and when each was written."""
+    kept = {}
+    for path in (folder / "checkpoints/last.ckpt", *folder.glob(f"parts/*{part}.jsonl")):
+        with contextlib.suppress(OSError):  # it may be gone, or another's
+            kept[path] = path.stat().st_mtime_ns
+    return kept
 
 
-def _again(folder: Path) -> str:
-    """The command that goes on with a run."""
+def _again(folder: Path, kept: Sequence[Path]) -> str:
+    """The command that goes on with a run from what is kept of it."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return "the same command once more"
-    trained = "ckpt_path=last " if (folder / "checkpoints").is_dir() else ""
+    trained = "ckpt_path=last " if any(path.suffix == ".ckpt" for path in kept) else ""
     return f"the same command with {trained}hydra.run.dir={shlex.quote(str(folder))}"
 
 

@@ -68,7 +68,8 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         pass  # refuses here, before any data is read, what the model does not support
     device = config.device or default_device()
     own = {key: value for key, value in resolved.items() if key not in _FREE} | {"device": device}
-    notes = Notes.of(folder, own, {key: mark for key, mark in marks.items() if key not in _FREE})
+    files = {key: mark for key, mark in marks.items() if key not in _FREE}
+    notes = Notes.of(folder, own, files | results.own_code(resolved))
     kind = Harness if config.form == "simple" else ChatHarness
     model = kind(
         loaded,
@@ -88,14 +89,14 @@ def benchmark(config: DictConfig, folder: Path, names: Mapping[str, str]) -> dic
         )
         metrics, predictions, kept, images = _gather(report, model)
     except NotPruned:
-        notes.remove()
+        notes.forget()
         raise
     on = {"device": device_of(loaded.model)}
     names = run_names(config, names, pruning) | {"metric": PACKAGE} | on
     if not metrics["kinds"]:
         return None
     results.write_run(folder, resolved, names | metrics, predictions, kept, images, marks | on)
-    notes.remove()
+    notes.forget()
     return results.read_metrics(folder)
 
 

@@ -125,9 +125,11 @@ class Evaluator(pl.LightningModule):
                 "correct": score >= 0.5,
                 "picture": sample.mark,
             } | answers.costs[index]
-            if self.share.number(batch_idx, index) < self.num_pictures:
+            number = self.share.number(batch_idx, index)
+            if number < self.num_pictures:
                 given = answers.costs[index]["given"]
                 record["kept"] = kept_tokens(answers.trace, answers.rows[index], given)
+                self.share.images[number] = sample.image
             records.append(record)
         self.share.note(batch_idx, records, answers.seconds / len(samples))
 
@@ -147,7 +149,7 @@ class Evaluator(pl.LightningModule):
             share.check(records)
             for number in sorted(records):
                 if "kept" in records[number]:
-                    records[number]["image"] = share.sample(number).image
+                    records[number]["image"] = share.image(number)
             self._write([records[number] for number in sorted(records)], seconds)
             notes.remove()
 

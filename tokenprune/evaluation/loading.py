@@ -27,6 +27,10 @@ class RememberedBatches:
 
     def __init__(self, loader: Any, limit: int = 2**29) -> None:
         self.loader, self.limit = loader, limit
+        try:
+            self._most = len(loader)
+        except TypeError:  # a stream
+            self._most = -1
         self.batches: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
@@ -46,6 +50,8 @@ class RememberedBatches:
                 seen.append(batch)
             else:
                 seen.clear()
+            if len(seen) == self._most:  # who knows that asks for no more
+                self.batches = seen
             yield batch
         if size <= self.limit:
             self.batches = seen

@@ -72,10 +72,11 @@ def evaluate(
     model, data = (loading.key_of(config[part], marks) for part in ("model", "data"))
     whole = loading.cached_data(data, model)
     versions = results.commit_of(whole) | marks
-    grouped = bool(OmegaConf.select(config, "data.group_by_size"))
-    alone = trainer.world_size == 1 and shard is None and not grouped
+    alone = trainer.world_size == 1 and shard is None
     batches = loading.cached_batches(data, model) if alone else None
-    share = Share(whole, Notes.of(folder, resolved, versions), shard, batches)
+    # What decides about answers to come, but not about a run that is complete.
+    beside = results.own_code(resolved) | {"accelerator": type(trainer.accelerator).__name__}
+    share = Share(whole, Notes.of(folder, resolved, versions | beside), shard, batches)
     if trainer.world_size > 1 and is_alone():
         del loaded  # the processes have their own
         loading.cached_model.cache_clear()

@@ -12,12 +12,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
 from tokenprune.evaluation.loading import RememberedBatches
 from tokenprune.runs import files, results
@@ -96,8 +96,15 @@ class Notes:
         """Whether somebody has noted anything."""
         return any((self.folder / NOTES).glob(f"{self.mark}-*.jsonl"))
 
+    def forget(self) -> None:
+        """Removes the notes of this evaluation."""
+        for path in (self.folder / NOTES).glob(f"{self.mark}-*.jsonl"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are there
+            (self.folder / NOTES).rmdir()
+
     def remove(self) -> None:
-        """Removes all notes in the folder, of other evaluations as well, which it no longer is."""
+        """Removes all notes, of other evaluations as well."""
         with contextlib.suppress(OSError):
             files.remove(self.folder / NOTES)
 
@@ -139,17 +146,54 @@ class Notes:
                 )
 
 
+@dataclass(frozen=True)
+class Unwritten(Notes):
+    """Notes that end with their process: of samples that come in an order of their own.
+
+    Attributes:
+        lines: What was noted.
+    """
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, rank: int, size: int, note: Mapping[str, Any]) -> None:
+        self.lines.append(dict(note))
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        yield from self.lines
+
+
+def order_of(loader: Any, data: Any) -> list[int] | None:
+    """The order in which a data module's samples are predicted, or None where only it knows.
+
+    Args:
+        loader: Its predict loader.
+        data: The data module; it may have an order of its own, `predict_order`.
+    """
+    numbered = (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_size is not None
+        and type(loader.sampler) is SequentialSampler
+    )
+    if not numbered:
+        return None
+    own = getattr(data, "predict_order", lambda: None)()
+    return list(range(len(loader.dataset)) if own is None else own)
+
+
 class Share(pl.LightningDataModule):
     """What is left of one process's share of the samples, in the order of the data.
 
     Of n processes number r has samples r, r + n, r + 2n, ... Its batches are the same ones again
-    where as many processes go on, so that it answers as if nothing had happened.
+    where as many processes go on, so that it answers as if nothing had happened. Samples that come
+    in an order which only their loader knows are one process's, and numbered as they come.
 
     Args:
         data: Its predict loader has the samples.
         notes: What is answered already.
         shard: Number and how many there are, where each shard is a run of its own.
-        batches: All of the data in batches, in its order, where one process asks for all.
+        batches: All that the predict loader gives, where one process asks for all.
     """
 
     def __init__(
@@ -164,9 +208,13 @@ class Share(pl.LightningDataModule):
         #: The samples that are left, by their numbers, and how many make a batch.
         self.numbers: list[int] = []
         self.batch_size = 1
-        self.samples: Dataset[Any] | None = None
+        self.loader: Any = None
         self.limit: float | None = None
-        self.num_asked = 0
+        #: How many are asked about; None where the loader alone knows.
+        self.num_asked: int | None = None
+        #: Images that are to be shown, by their samples' numbers.
+        self.images: dict[int, Any] = {}
+        self._num_noted = 0
 
     def place(self) -> tuple[int, int]:
         """This process's number and how many there are."""
@@ -182,13 +230,20 @@ class Share(pl.LightningDataModule):
             self.data.setup(stage)
 
     def predict_dataloader(self) -> Any:
-        own: Any = self.data
-        own.trainer = self.trainer
-        whole = own.predict_dataloader() if self.batches is None else self.batches.loader
+        self.loader = whole = self._whole()
         rank, size = self.place()
-        self.samples, self.batch_size = whole.dataset, whole.batch_size
-        order = getattr(own, "predict_order", lambda: None)() or range(len(whole.dataset))
-        asked = list(order)[: self._most(len(whole))]
+        order = order_of(whole, self.data)
+        if order is None:
+            if size > 1:
+                raise ValueError(
+                    f"data: expected a predict loader whose samples are numbered, for {size} "
+                    f"processes or shards to share, got a {type(whole).__name__} with an order of "
+                    "its own. Leave its sampler out, or use one process."
+                )
+            self.notes, self.num_asked = Unwritten(self.notes.folder, self.notes.mark), None
+            return whole if self.batches is None else self.batches
+        self.batch_size = whole.batch_size
+        asked = order[: self._most(len(whole))]
         self.num_asked = length = len(asked)
         if size > length:
             raise ValueError(
@@ -199,9 +254,11 @@ class Share(pl.LightningDataModule):
         known, _ = self.notes.answers()
         mine = asked[rank::size]
         left = [number for number in mine if number not in known]
+        if known and (rank == 0 or self.shard is not None):
+            print(f"{len(mine) - len(left)} of {len(mine)} answers are there already", flush=True)
         # A loop over nothing would not come to its end.
         self.numbers = left or mine[-self.batch_size :]
-        if self.batches is not None and len(left) == len(whole.dataset):
+        if self.batches is not None and left == list(range(len(whole.dataset))):
             return self.batches
         return DataLoader(
             Subset(whole.dataset, self.numbers),
@@ -210,6 +267,17 @@ class Share(pl.LightningDataModule):
             collate_fn=whole.collate_fn,
             generator=whole.generator,
         )
+
+    def _whole(self) -> Any:
+        """The loader of all samples."""
+        if self.batches is not None:
+            return self.batches.loader
+        own: Any = self.data
+        own.trainer = self.trainer
+        try:
+            return own.predict_dataloader()
+        finally:
+            own.trainer = None  # the data may outlive it
 
     def _most(self, num_batches: int) -> int:
         """So many samples are asked about: by `trainer.limit_predict_batches`, of all of them.
@@ -229,20 +297,24 @@ class Share(pl.LightningDataModule):
         return number * self.batch_size
 
     def note(self, batch: int, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """Notes the records of a batch of this process."""
-        start = batch * self.batch_size
-        numbers = self.numbers[start : start + len(records)]
+        """Notes the records of a batch of this process, and its seconds per sample."""
+        numbers = [self.number(batch, row) for row in range(len(records))]
         told = {"numbers": numbers, "seconds": seconds, "records": list(records)}
         self.notes.add(*self.place(), told)
+        self._num_noted += len(records)
 
     def number(self, batch: int, row: int) -> int:
         """The number of the sample in a batch's row."""
+        if self.num_asked is None:
+            return self._num_noted + row
         return self.numbers[batch * self.batch_size + row]
 
-    def sample(self, number: int) -> Any:
-        """The sample of a number."""
-        assert self.samples is not None
-        return self.samples[number]
+    def image(self, number: int) -> Any:
+        """The image of a sample, which another process may have asked about."""
+        if number not in self.images:
+            read = self.loader.collate_fn([self.loader.dataset[number]])
+            self.images[number] = read["samples"][0].image
+        return self.images[number]
 
     def check(self, records: Mapping[int, Mapping[str, Any]]) -> None:
         """Refuses to end with answers missing.
@@ -250,8 +322,7 @@ class Share(pl.LightningDataModule):
         Raises:
             ValueError: Some are.
         """
-        assert self.samples is not None
-        if len(records) != self.num_asked:
+        if self.num_asked is not None and len(records) != self.num_asked:
             raise ValueError(
                 f"evaluate: expected {self.num_asked} answers, got {len(records)}: notes in "
                 f"{str(self.notes.folder / NOTES)!r} were lost. The same command asks for the rest."

@@ -7,8 +7,10 @@ packages is not taken for it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import platform
@@ -189,6 +191,40 @@ def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
     if file is None or cls.__module__.startswith("tokenprune."):
         return {}
     return {"strategy.code": digest(Path(file))}
+
+
+def own_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Contents of the files whose classes make model and data, and of those that are imported.
+
+    Only of those that are not ours.
+
+    Args:
+        config: The resolved config.
+    """
+    names = {*(config.get("imports") or ()), *_targets([config.get("model"), config.get("data")])}
+    files = {name: _file_of(name) for name in names if name.partition(".")[0] != "tokenprune"}
+    return {f"{name}.code": digest(file) for name, file in files.items() if file is not None}
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """All that Hydra is told to make."""
+    values = list(node.values()) if isinstance(node, Mapping) else node
+    if isinstance(node, Mapping) and isinstance(node.get("_target_"), str):
+        yield node["_target_"]
+    if isinstance(values, list):
+        for value in values:
+            yield from _targets(value)
+
+
+def _file_of(name: str) -> Path | None:
+    """The file of the module that a dotted name is, or is in."""
+    while name:
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+                return Path(spec.origin)
+        name = name.rpartition(".")[0]
+    return None
 
 
 def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
