@@ -259,9 +259,11 @@ def _discarded(folder: Path) -> Iterator[None]:
 
 def _kept(folder: Path, part: str) -> dict[Path, int]:
     """What a run goes on from, its checkpoint and noted answers, and when each was written."""
-    kept = {}
-    for path in (folder / "checkpoints/last.ckpt", *folder.glob(f"parts/*{part}.jsonl")):
-        with contextlib.suppress(OSError):  # it may be gone, or another's
+    kept, paths = {}, [folder / "checkpoints/last.ckpt"]
+    with contextlib.suppress(OSError):  # others, who are done, may have removed them
+        paths += folder.glob(f"parts/*{part}.jsonl")
+    for path in paths:
+        with contextlib.suppress(OSError):
             kept[path] = path.stat().st_mtime_ns
     return kept
 
