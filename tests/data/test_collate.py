@@ -200,13 +200,12 @@ def test_an_end_of_turn_that_has_no_name_ends_answers():
     assert text.replace(" ", "") == "red<turn>"
 
 
-def test_a_template_with_neither_is_refused():
+def test_a_template_that_changes_answers_is_refused():
     rigid = CHATML.replace("assistant\\n", "assistant\\nWell:").replace(
-        "assistant\n", "assistant: "
+        "part['text']", "part['text'] | replace('red', 'RED')"
     )
-    with pytest.raises(
-        ValueError, match=r"sample 'a': expected a chat template that .*got neither"
-    ):
+    rigid = rigid.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant: '")
+    with pytest.raises(ValueError, match=r"sample 'a': expected a chat template that .* none of"):
         ConversationCollator(build_processor("llava", rigid))(SAMPLES)
 
 
