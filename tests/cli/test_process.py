@@ -55,7 +55,7 @@ def test_ctrl_c_in_a_run_keeps_its_answers(checkpoint: Path) -> None:
     (trained / "last.ckpt").symlink_to("gone")
     done = run([*COMMAND, *own, "trainer.callbacks=[{_target_:stops.Interrupt}]"], 130)
     kept, stopped = done.stderr.splitlines()
-    again = f"the same command with hydra.run.dir='{Path.cwd()}/a run'"
+    again = f"the same command with 'hydra.run.dir={Path.cwd()}/a run'"
     assert kept == f"tokenprune: what is done is kept. To go on: {again}"
     assert stopped == STOPPED
     (notes,) = Path("a run/parts").iterdir()

@@ -42,10 +42,10 @@ ADDED = NEXT_ENDS.replace(
 LITERAL = NEXT_ENDS.replace(
     "{{ message['content'] }}", "{{ message['content'][0]['text'] + '<\\\\s> ' }}"
 ).replace("<|im_start|>", "USER:").replace("<|im_end|>", "ASSISTANT:")  # fmt: skip
-# As Molmo 2's: the next question ends the answer before it by its token.
+# As Molmo 2's: the next question ends the answer before it, by what ends a sequence.
 LATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '' if loop.first else '<|im_end|>\n' }}{{ '<|im_start|>user\n' }}"
+    "{{ '' if loop.first else '</s>\n' }}{{ '<|im_start|>user\n' }}"
     "{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}{{ ' <|im_start|>assistant\n' + message['content'][0]['text'] }}{% endif %}"
@@ -57,10 +57,10 @@ THINKS = CHATML.replace("part['text']", "part['text'] | trim").replace(
 )
 THREE = {
     "marked": (MARKED, ["\nred<|im_end|>", "\nno<|im_end|>", "\n<|im_end|>"]),
-    "next ends": (NEXT_ENDS, ["red<|im_start|>", "no<|im_start|>", "</s>"]),
+    "next ends": (NEXT_ENDS, ["red</s>", "no</s>", "</s>"]),
     "added": (ADDED, ["red</s>", "no</s>", "</s>"]),
     "literal": (LITERAL, ["red</s>", "no</s>", "</s>"]),
-    "late": (LATE, ["red<|im_end|>", "no<|im_end|>", "</s>"]),
+    "late": (LATE, ["red</s>", "no</s>", "</s>"]),
     "thinks": (THINKS, ["red<|im_end|>", "no<|im_end|>", "<|im_end|>"]),
 }
 
@@ -100,6 +100,47 @@ def test_a_prompt_is_what_the_template_makes_of_it(kind: str) -> None:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
     expected = processor.apply_chat_template(
         messages[:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert PromptCollator(processor).text(TALK) == expected
+
+
+@pytest.mark.parametrize("kind", ["marked", "next ends", "late"])
+@pytest.mark.filterwarnings("ignore:collate. expected a chat template whose conversations")
+def test_special_tokens_of_an_answer_do_not_end_it(kind: str) -> None:
+    """As GLM-V's, whose answers are boxed."""
+    template, expected = THREE[kind]
+    turns = [Turn(turn.question, f"<pad>{turn.answer}<pad>") for turn in TALK.turns]
+    processor = build_processor("llava", template)
+    boxed = learnt(ConversationCollator(processor), Sample("boxed", (RED,), tuple(turns)))
+    assert [own.replace("<pad>", "") for own in boxed] == expected
+    assert all(own.count("<pad>") == 2 for own in boxed)
+
+
+@pytest.mark.parametrize("opens", ["<s>", "<|im_start|>"])
+def test_what_opens_a_question_ends_no_answer(opens: str) -> None:
+    template = (
+        "{% for message in messages %}{{ 'OPENS' if message['role'] == 'user' else ' ' }}"
+        "{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+    ).replace("OPENS", opens)
+    collate = ConversationCollator(build_processor("llava", template))
+    assert learnt(collate, TALK) == [" red</s>", " no</s>", " </s>"]
+
+
+def test_a_template_may_take_single_questions_only() -> None:
+    single = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + CHATML
+    processor = build_processor("llava", single)
+    assert learnt(ConversationCollator(processor), ONE) == ["red<|im_end|>"]
+    unended = single.replace("{{ '<|im_end|>\n' }}", "")
+    assert learnt(ConversationCollator(build_processor("llava", unended)), ONE) == ["red</s>"]
+
+
+def test_a_processor_may_know_its_own_template_alone() -> None:
+    processor = build_processor("llava", CHATML)
+    expected = PromptCollator(processor).text(TALK)
+    whole = processor.apply_chat_template
+    processor.apply_chat_template = lambda messages, tokenize, add_generation_prompt: whole(
+        messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
     )
     assert PromptCollator(processor).text(TALK) == expected
 

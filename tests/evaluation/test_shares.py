@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from checkpoint import save_checkpoint
 from commands import COMMAND
 from oracles import decided
 from processes import run
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tokenprune.cli.configs import compose
 from tokenprune.data.module import VQADataModule
+from tokenprune.evaluation.loading import RememberedBatches
 from tokenprune.evaluation.run import evaluate
 from tokenprune.evaluation.shares import NOTES, Notes, Share
 from tokenprune.runs import results
@@ -346,6 +348,18 @@ class Numbers(Dataset[int]):
         return index
 
 
+class Tensors(Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    @staticmethod
+    def collate(rows: list[int]) -> Any:
+        return {"inputs": {"x": torch.tensor(rows)}, "samples": []}
+
+
 class Raw(Own):
     """Rows become samples in the collator."""
 
@@ -356,7 +370,38 @@ class Raw(Own):
         return DataLoader(Numbers(), 2, collate_fn=read)
 
 
-OWN = {Sampled: 5, Shuffled: 11, InBatches: 6, Streamed: 3, Listed: 3, Ordered: 11, Raw: 11}
+class Dropping(Own):
+    """Its collator leaves out what it cannot use."""
+
+    def loader(self, data: Any, collate: Any) -> Any:
+        def read(samples: list[Any]) -> Any:
+            return collate([own for own in samples if own.id not in ("test-0-4", "test-0-7")])
+
+        return DataLoader(data, 2, collate_fn=read)
+
+
+class Doubling(Own):
+    """Its collator asks more of each third row."""
+
+    def loader(self, data: Any, collate: Any) -> Any:
+        def read(samples: list[Any]) -> Any:
+            more = [data[int(own.id[7:]) + 7] for own in samples if own.id[7:] in ("0", "3")]
+            return collate([*samples, *more])
+
+        return DataLoader(Subset(data, range(7)), 2, collate_fn=read)
+
+
+OWN = {
+    Sampled: 5,
+    Dropping: 9,
+    Doubling: 9,
+    Shuffled: 11,
+    InBatches: 6,
+    Streamed: 3,
+    Listed: 3,
+    Ordered: 11,
+    Raw: 11,
+}
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -407,10 +452,27 @@ def test_samples_in_an_order_of_their_own(
     assert not (tmp_path / NOTES).exists()
 
 
-def test_samples_without_numbers_are_not_shared(checkpoint: Path, tmp_path: Path) -> None:
-    own = f"data._target_={__name__}.Sampled"
-    with pytest.raises(ValueError, match="whose samples are numbered, for 2 processes or shards"):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Sampled, "whose samples are numbered, for 2 processes or shards"),
+        (Dropping, "a sample of each row, for 2 processes or shards to share, got 1 of 2 rows"),
+    ],
+)
+def test_samples_without_numbers_are_not_shared(
+    checkpoint: Path, tmp_path: Path, kind: type[Own], message: str
+) -> None:
+    own = f"data._target_={__name__}.{kind.__name__}"
+    with pytest.raises(ValueError, match=message):
         share(checkpoint, tmp_path, own, "shard=0/2")
+
+
+def test_remembered_batches_share_nothing_with_their_workers() -> None:
+    """Each tensor of a worker holds a file of the process until it goes."""
+    loader = DataLoader(Tensors(), 2, num_workers=1, collate_fn=Tensors.collate)
+    batches = list(RememberedBatches(loader))
+    assert [batch["inputs"]["x"].tolist() for batch in batches] == [[0, 1], [2, 3]]
+    assert not any(batch["inputs"]["x"].is_shared() for batch in batches)
 
 
 def test_a_sweep_prepares_its_batches_once(
@@ -435,7 +497,9 @@ def test_a_sweep_prepares_its_batches_once(
 def test_answers_to_code_that_has_changed_are_not_taken(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = tmp_path / "yours.py"
+    (tmp_path / "yours").mkdir()
+    (tmp_path / "yours" / "__init__.py").write_text("from yours.data import Yours\n")
+    code = tmp_path / "yours" / "data.py"
     code.write_text("from test_shares import Own as Yours\n")
     monkeypatch.syspath_prepend(tmp_path)
     lost = f"trainer.callbacks=[{{_target_:{__name__}.Lost}}]"

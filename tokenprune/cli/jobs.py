@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -197,20 +198,21 @@ def tidy(folder: Path, part: str = "") -> Iterator[None]:
         folder: The run's.
         part: What of it is held, where others work at other parts of it.
     """
-    before: dict[Path, int] = {}
+    before: dict[Path, int] | None = None  # until the folder is held
     try:
         with told(folder):
             try:
                 # Of two sweeps that have the same run to do, one does it, and the other waits.
                 held = occupied(folder, part, waits=not here())
                 with held, contextlib.nullcontext() if part else _discarded(folder):
-                    before |= _kept(folder, part)
+                    before = _kept(folder, part)
                     yield
             except BaseException:  # an interruption, too
                 _remove_empty(folder)
                 raise
     except BaseException:
-        new = [path for path, when in _kept(folder, part).items() if before.get(path) != when]
+        now = {} if before is None else _kept(folder, part)
+        new = [path for path, when in now.items() if (before or {}).get(path) != when]
         if new and here() and launchers.is_first():
             print(
                 f"tokenprune: what is done is kept. To go on: {_again(folder, new)}",
@@ -273,7 +275,10 @@ def _again(folder: Path, kept: Sequence[Path]) -> str:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return "the same command once more"
     trained = "ckpt_path=last " if any(path.suffix == ".ckpt" for path in kept) else ""
-    return f"the same command with {trained}hydra.run.dir={shlex.quote(str(folder))}"
+    place = str(folder)
+    if not re.fullmatch(r"[\w./@%+ -]+", place, re.ASCII):  # Hydra would read it as something else
+        place = '"' + place.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"the same command with {trained}{shlex.quote(f'hydra.run.dir={place}')}"
 
 
 def _remove_empty(folder: Path) -> None:

@@ -42,26 +42,23 @@ class Writer:
         tokenizer = processor.tokenizer
         # Some chat models' end of turn is special, but none of the named special tokens.
         added = [own.content for own in tokenizer.added_tokens_decoder.values() if own.special]
-        self._special = {token for token in (*tokenizer.all_special_tokens, *added) if token}
+        special = {token for token in (*tokenizer.all_special_tokens, *added) if token}
         self._template = self._find_template()
         self._systems: dict[bool, Content] = {}
         self._answer: Content = _text
-        #: What is written behind an answer that its template does not end; whether behind those in
-        #: the middle of a conversation as well.
-        self._end, self._ends_all = "", True
         if self._template is not None:
             self._answer = self._find_answer()
-        first, second = (Turn("?", _ANSWER.format(number)) for number in range(2))
-        text = self._render([first, second], 1)
-        _, between, after = self._between(text, 2)
-        if not any(token in after for token in self._special):
-            self._end = tokenizer.eos_token or ""
-            self._ends_all = not self._starts_special(between)
+        #: What is written behind answers that the template does not end: those in the middle of a
+        #: conversation, and the last; and whether it sets the former off by a token all the same.
+        self._ends, self._is_set_off = ("", ""), False
+        self._stops = {tokenizer.eos_token or ""} - {""}
+        self._find_ends(special, tokenizer.eos_token or "")
+        self._has_told = False
 
     def prompt(self, sample: Sample) -> str:
         """The conversation up to the answer of its last turn."""
         self._check(sample)
-        return self._render(sample.turns, _num_leading(sample), open_end=True)
+        return self._render(sample.turns, _num_leading(sample), open_end=True, taught=False)
 
     def conversation(self, sample: Sample) -> str:
         """All turns, answers included."""
@@ -146,6 +143,9 @@ class Writer:
             place += len(answer + after)
         if place != len(text):
             return None
+        if self._has_told:
+            return spans
+        self._has_told = True
         warnings.warn(
             "collate: expected a chat template whose conversations start as their prompts do, got "
             f"one of {type(self._processor).__name__} that asks in other words than it records: "
@@ -166,22 +166,45 @@ class Writer:
 
     def _ended(self, text: str, start: int, end: int) -> tuple[int, int]:
         """A span up to and with the token that ends the answer."""
-        if self._end and self._end in text[start:end]:  # what is written behind it is no answer
-            return start, text.rindex(self._end, start, end) + len(self._end)
-        if not any(token in text[start:end] for token in self._special):
-            end += self._starts_special(text[end:])
+        written = max(self._ends, key=len)
+        if written and written in text[start:end]:  # what a template writes behind it is no answer
+            return start, text.rindex(written, start, end) + len(written)
+        own = text[start:end].rstrip()
+        if not own.endswith(tuple(self._stops)):
+            end += len(_leading(text[end:], self._stops))
         return start, start + len(text[start:end].rstrip())
 
-    def _starts_special(self, text: str) -> int:
-        """Characters of the special token that a text starts with, blanks before it included."""
-        blanks = len(text) - len(text.lstrip())
-        own = [len(token) for token in self._special if text.startswith(token, blanks)]
-        return blanks + max(own) if own else 0
+    def _find_ends(self, special: set[str], eos: str) -> None:
+        """Where the template ends answers, and by which token.
+
+        Args:
+            special: All special tokens.
+            eos: The one that ends a sequence, or nothing.
+        """
+        turns = [Turn("?", _ANSWER.format(number)) for number in range(2)]
+        _, after = self._between(self._render(turns[:1], 1), 1)
+        if own := _leading(after, special).strip():
+            self._stops.add(own)
+        if any(token in after for token in special):
+            return
+        middle = eos
+        try:
+            _, between, _ = self._between(self._render(turns, 1), 2)
+        except Exception:  # a template of single questions
+            between = ""
+        if _leading(between, self._stops):
+            middle = ""
+        self._ends, self._is_set_off = (middle, eos), bool(_leading(between, special))
 
     # -- what a template is given ----------------------------------------------------------------
 
     def _render(
-        self, turns: Sequence[Turn], leading: int, open_end: bool = False, goes_on: bool = False
+        self,
+        turns: Sequence[Turn],
+        leading: int,
+        open_end: bool = False,
+        goes_on: bool = False,
+        taught: bool = True,
     ) -> str:
         """Turns as text, with `leading` images before the first question.
 
@@ -190,11 +213,13 @@ class Writer:
             leading: Images.
             open_end: Without the last answer.
             goes_on: The last answer is written as one that further turns follow.
+            taught: Answers have ends that can be learnt. Else those are left out that the template
+                does without.
         """
         if self._template is None:
             token = self._image_token
             assert token is not None
-            parts = [f" {turn.answer}{self._end}" for turn in turns]
+            parts = [f" {turn.answer}{self._ends[1]}" for turn in turns]
             if open_end:
                 parts[-1] = ""
             questions = [turn.question.replace(IMAGE, token) for turn in turns]
@@ -204,13 +229,21 @@ class Writer:
                 f"{system}USER: {question} ASSISTANT:{part}"
                 for system, question, part in zip(told, questions, parts, strict=True)
             )
-        messages = self._messages(turns, leading, not open_end, goes_on)
+        messages = self._messages(turns, leading, not open_end, goes_on, taught)
         return self._apply(messages[:-1] if open_end else messages, open_end)
 
     def _messages(
-        self, turns: Sequence[Turn], leading: int, whole: bool = True, goes_on: bool = False
+        self,
+        turns: Sequence[Turn],
+        leading: int,
+        whole: bool = True,
+        goes_on: bool = False,
+        taught: bool = True,
     ) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
+        middle, last = self._ends
+        if self._is_set_off and not taught:
+            middle = ""
         for number, turn in enumerate(turns):
             if turn.system:
                 content = self._system(whole)(turn.system)
@@ -218,17 +251,15 @@ class Writer:
             images = [{"type": "image"}] * (leading if number == 0 else 0)
             asked = [*images, *_parts(turn.question)] or [{"type": "text", "text": ""}]
             messages.append({"role": "user", "content": asked})
-            is_last = number == len(turns) - 1 and not goes_on
-            end = self._end if is_last or self._ends_all else ""
+            end = middle if goes_on or number < len(turns) - 1 else last
             messages.append({"role": "assistant", "content": self._answer(turn.answer + end)})
         return messages
 
     def _apply(self, messages: list[Any], open_end: bool = False) -> str:
+        own = getattr(self._processor, "chat_template", None)
+        other: dict[str, Any] = {} if own == self._template else {"chat_template": self._template}
         text: str = self._processor.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=open_end,
+            messages, tokenize=False, add_generation_prompt=open_end, **other
         )
         return text
 
@@ -333,6 +364,13 @@ class Writer:
                             f"placeholder {token!r} in {text[:60]!r}. Remove it; {IMAGE} in a "
                             "question stands for an image."
                         )
+
+
+def _leading(text: str, tokens: set[str]) -> str:
+    """The token that a text starts with, and blanks before it; nothing if it starts with none."""
+    blanks = len(text) - len(text.lstrip())
+    own = [len(token) for token in tokens if text.startswith(token, blanks)]
+    return text[: blanks + max(own)] if own else ""
 
 
 def _default(template: Any) -> Any:

@@ -111,7 +111,7 @@ class Evaluator(pl.LightningModule):
             batch.get("whole_ids"),
             self.graphs,
         )
-        records = []
+        numbers, records = self.share.numbered(batch_idx, len(samples)), []
         for index, (sample, text) in enumerate(zip(samples, answers.texts, strict=True)):
             turn = sample.turns[-1]
             score = self.score(text, turn.accepted or (turn.answer,))
@@ -125,13 +125,12 @@ class Evaluator(pl.LightningModule):
                 "correct": score >= 0.5,
                 "picture": sample.mark,
             } | answers.costs[index]
-            number = self.share.number(batch_idx, index)
-            if number < self.num_pictures:
+            if numbers[index] < self.num_pictures:
                 given = answers.costs[index]["given"]
                 record["kept"] = kept_tokens(answers.trace, answers.rows[index], given)
-                self.share.images[number] = sample.image
+                self.share.images[numbers[index]] = sample.image
             records.append(record)
-        self.share.note(batch_idx, records, answers.seconds / len(samples))
+        self.share.note(numbers, records, answers.seconds / len(samples))
 
     def on_predict_epoch_end(self) -> None:
         """Writes the run's files once all is answered."""

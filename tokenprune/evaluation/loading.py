@@ -43,6 +43,7 @@ class RememberedBatches:
         seen: list[dict[str, Any]] = []
         size = 0
         for batch in self.loader:
+            batch = _unshared(batch)
             size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
             images = [image for sample in batch["samples"] for image in sample.images]
             size += sum(image.width * image.height * len(image.getbands()) for image in images)
@@ -55,6 +56,19 @@ class RememberedBatches:
             yield batch
         if size <= self.limit:
             self.batches = seen
+
+
+def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch without what its worker shares, of which a process can hold only so much."""
+    inputs = batch["inputs"]
+    own = {key: value.clone() for key, value in inputs.items() if _is_shared(value)}
+    if own:
+        batch = batch | {"inputs": type(inputs)({**inputs, **own})}
+    return batch
+
+
+def _is_shared(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.is_shared())  # type: ignore[no-untyped-call]
 
 
 def load_model(config: DictConfig, marks: Mapping[str, str] | None = None) -> LoadedModel:

@@ -75,7 +75,9 @@ def evaluate(
     alone = trainer.world_size == 1 and shard is None
     batches = loading.cached_batches(data, model) if alone else None
     # What decides about answers to come, but not about a run that is complete.
-    beside = results.own_code(resolved) | {"accelerator": type(trainer.accelerator).__name__}
+    beside = results.own_code(resolved)
+    if shard is None:
+        beside["accelerator"] = type(trainer.accelerator).__name__
     share = Share(whole, Notes.of(folder, resolved, versions | beside), shard, batches)
     if trainer.world_size > 1 and is_alone():
         del loaded  # the processes have their own

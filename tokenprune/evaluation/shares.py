@@ -78,7 +78,7 @@ class Notes:
         """Records by their sample's number, each once, and the seconds of their batches."""
         records: dict[Any, dict[str, Any]] = {}
         seconds: list[float] = []
-        for note in self._all():
+        for note in self.all():
             numbers = note.get("numbers", [])
             new = any(number not in records for number in numbers)
             if new and note["seconds"] is not None:
@@ -89,7 +89,7 @@ class Notes:
 
     def ended(self, size: int) -> list[int]:
         """Which of `size` processes have answered all that is theirs."""
-        ends = [note["ends"] for note in self._all() if "ends" in note]
+        ends = [note["ends"] for note in self.all() if "ends" in note]
         return sorted({rank for rank, own in ends if own == size})
 
     def exist(self) -> bool:
@@ -113,7 +113,8 @@ class Notes:
         paths = (self.folder / NOTES).glob(f"{self.mark}-*.jsonl")
         return sum(path.stat().st_size for path in paths)
 
-    def _all(self) -> Iterator[dict[str, Any]]:
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Them all, as they stand."""
         for path in sorted((self.folder / NOTES).glob(f"{self.mark}-*.jsonl")):
             for line in path.read_bytes().split(b"\n"):  # texts may hold other ends of lines
                 with contextlib.suppress(ValueError):  # one that is being written
@@ -159,7 +160,7 @@ class Unwritten(Notes):
     def add(self, rank: int, size: int, note: Mapping[str, Any]) -> None:
         self.lines.append(dict(note))
 
-    def _all(self) -> Iterator[dict[str, Any]]:
+    def all(self) -> Iterator[dict[str, Any]]:
         yield from self.lines
 
 
@@ -214,7 +215,7 @@ class Share(pl.LightningDataModule):
         self.num_asked: int | None = None
         #: Images that are to be shown, by their samples' numbers.
         self.images: dict[int, Any] = {}
-        self._num_noted = 0
+        self._next = 0
 
     def place(self) -> tuple[int, int]:
         """This process's number and how many there are."""
@@ -230,9 +231,9 @@ class Share(pl.LightningDataModule):
             self.data.setup(stage)
 
     def predict_dataloader(self) -> Any:
-        self.loader = whole = self._whole()
+        whole, order = self._whole()
+        self.loader = whole
         rank, size = self.place()
-        order = order_of(whole, self.data)
         if order is None:
             if size > 1:
                 raise ValueError(
@@ -240,7 +241,7 @@ class Share(pl.LightningDataModule):
                     f"processes or shards to share, got a {type(whole).__name__} with an order of "
                     "its own. Leave its sampler out, or use one process."
                 )
-            self.notes, self.num_asked = Unwritten(self.notes.folder, self.notes.mark), None
+            self._count()
             return whole if self.batches is None else self.batches
         self.batch_size = whole.batch_size
         asked = order[: self._most(len(whole))]
@@ -266,16 +267,18 @@ class Share(pl.LightningDataModule):
             num_workers=whole.num_workers,
             collate_fn=whole.collate_fn,
             generator=whole.generator,
+            pin_memory=whole.pin_memory,
+            worker_init_fn=whole.worker_init_fn,
+            multiprocessing_context=whole.multiprocessing_context,
         )
 
-    def _whole(self) -> Any:
-        """The loader of all samples."""
-        if self.batches is not None:
-            return self.batches.loader
+    def _whole(self) -> tuple[Any, list[int] | None]:
+        """The loader of all samples, and their order."""
         own: Any = self.data
         own.trainer = self.trainer
         try:
-            return own.predict_dataloader()
+            loader = own.predict_dataloader() if self.batches is None else self.batches.loader
+            return loader, order_of(loader, own)
         finally:
             own.trainer = None  # the data may outlive it
 
@@ -296,18 +299,51 @@ class Share(pl.LightningDataModule):
             )
         return number * self.batch_size
 
-    def note(self, batch: int, records: Sequence[Mapping[str, Any]], seconds: float) -> None:
-        """Notes the records of a batch of this process, and its seconds per sample."""
-        numbers = [self.number(batch, row) for row in range(len(records))]
-        told = {"numbers": numbers, "seconds": seconds, "records": list(records)}
-        self.notes.add(*self.place(), told)
-        self._num_noted += len(records)
+    def numbered(self, batch: int, length: int) -> list[int]:
+        """The numbers of the samples in a batch of this process.
 
-    def number(self, batch: int, row: int) -> int:
-        """The number of the sample in a batch's row."""
-        if self.num_asked is None:
-            return self._num_noted + row
-        return self.numbers[batch * self.batch_size + row]
+        Args:
+            batch: Its number.
+            length: Samples that it has.
+
+        Raises:
+            ValueError: A collator leaves some out or adds some, and several processes share them.
+        """
+        if self.num_asked is not None:
+            start = batch * self.batch_size
+            numbers = self.numbers[start : start + self.batch_size]
+            if len(numbers) == length:
+                return numbers
+            if self.place()[1] > 1:
+                raise ValueError(
+                    f"data: expected a collator that makes a sample of each row, for "
+                    f"{self.place()[1]} processes or shards to share, got {length} of "
+                    f"{len(numbers)} rows. Let the data set choose, or use one process."
+                )
+            self._count()
+        return list(range(self._next, self._next + length))
+
+    def _count(self) -> None:
+        """From here on samples are numbered as they come, after those that are noted."""
+        noted = list(self.notes.all())
+        self.notes.forget()
+        self.notes = Unwritten(self.notes.folder, self.notes.mark, noted)
+        self._next = 1 + max((n for note in noted for n in note.get("numbers", [])), default=-1)
+        self.num_asked = None
+
+    def note(
+        self, numbers: Sequence[int], records: Sequence[Mapping[str, Any]], seconds: float
+    ) -> None:
+        """Notes the records of a batch of this process.
+
+        Args:
+            numbers: Of the samples.
+            records: One for each.
+            seconds: For each.
+        """
+        told = {"numbers": list(numbers), "seconds": seconds, "records": list(records)}
+        self.notes.add(*self.place(), told)
+        self._next += len(records)
 
     def image(self, number: int) -> Any:
         """The image of a sample, which another process may have asked about."""

@@ -7,7 +7,6 @@ packages is not taken for it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -15,7 +14,8 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -194,16 +194,28 @@ def _code(strategy: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def own_code(config: Mapping[str, Any]) -> dict[str, str]:
-    """Contents of the files whose classes make model and data, and of those that are imported.
-
-    Only of those that are not ours.
+    """Contents of the user's modules and packages that make model and data, or are imported.
 
     Args:
         config: The resolved config.
     """
     names = {*(config.get("imports") or ()), *_targets([config.get("model"), config.get("data")])}
-    files = {name: _file_of(name) for name in names if name.partition(".")[0] != "tokenprune"}
-    return {f"{name}.code": digest(file) for name, file in files.items() if file is not None}
+    tops = {name.partition(".")[0] for name in names} - {"tokenprune"}
+    return {f"{top}.code": _digest_files(_stats(_sources(top))) for top in sorted(tops)}
+
+
+def _sources(name: str) -> list[Path]:
+    """The Python files of a module or a package, if it is no library's."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    libraries = [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
+    origin = Path((spec and spec.origin) or "")
+    if not origin.is_file() or any(origin.is_relative_to(folder) for folder in libraries):
+        return []
+    folders = (spec and spec.submodule_search_locations) or []
+    return [file for folder in folders for file in Path(folder).rglob("*.py")] or [origin]
 
 
 def _targets(node: Any) -> Iterator[str]:
@@ -214,17 +226,6 @@ def _targets(node: Any) -> Iterator[str]:
     if isinstance(values, list):
         for value in values:
             yield from _targets(value)
-
-
-def _file_of(name: str) -> Path | None:
-    """The file of the module that a dotted name is, or is in."""
-    while name:
-        with contextlib.suppress(ImportError, AttributeError, ValueError):
-            spec = importlib.util.find_spec(name)
-            if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-                return Path(spec.origin)
-        name = name.rpartition(".")[0]
-    return None
 
 
 def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -239,8 +240,13 @@ def _paths(node: Any, name: str) -> Iterator[tuple[str, str]]:
 def digest(path: Path) -> str:
     """Of names, sizes and contents; of large contents the first and last megabyte of each file."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return _digest_files(_stats(files))
+
+
+def _stats(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of each."""
     stats = [(str(file), file.stat()) for file in sorted(files)]
-    return _digest_files(tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 @lru_cache(maxsize=64)  # a sweep asks again before every run
