@@ -25,7 +25,7 @@ from tokenprune.data.module import VQADataModule
 from tokenprune.evaluation.loading import RememberedBatches
 from tokenprune.evaluation.run import evaluate
 from tokenprune.evaluation.shares import NOTES, Notes, Share
-from tokenprune.runs import results
+from tokenprune.runs import results, targets
 from tokenprune.runs.devices import parse_shard
 
 NAMES = {"strategy": "uniform", "schedule": "pyramid", "model": "random", "data": "scenes"}
@@ -465,6 +465,24 @@ def test_samples_without_numbers_are_not_shared(
     own = f"data._target_={__name__}.{kind.__name__}"
     with pytest.raises(ValueError, match=message):
         share(checkpoint, tmp_path, own, "shard=0/2")
+
+
+class Bare(pl.LightningDataModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+
+
+def test_a_data_module_that_cannot_be_asked_is_told_what_it_lacks(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="a data module with predict_dataloader, got a Bare"):
+        share(checkpoint, tmp_path, f"data._target_={__name__}.Bare")
+    with pytest.raises(ValueError, match="always passed: let the target take processor"):
+        targets.build({"_target_": f"{__name__}.few"}, "data", processor=1)
+
+
+def few() -> None:
+    """Takes nothing."""
 
 
 def test_remembered_batches_share_nothing_with_their_workers() -> None:

@@ -106,6 +106,11 @@ def cached_data(key: str, model: str) -> pl.LightningDataModule:
     processor = cached_model(model).processor
     data = targets.build(_config(key), "data", pl.LightningDataModule, processor=processor)
     assert isinstance(data, pl.LightningDataModule)
+    if type(data).predict_dataloader is pl.LightningDataModule.predict_dataloader:
+        raise ValueError(
+            f"data: expected a data module with predict_dataloader, got a {type(data).__name__} "
+            "without. Give it one, as docs/data.md shows."
+        )
     return data
 
 

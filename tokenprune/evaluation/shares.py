@@ -241,6 +241,11 @@ class Share(pl.LightningDataModule):
                     f"processes or shards to share, got a {type(whole).__name__} with an order of "
                     "its own. Leave its sampler out, or use one process."
                 )
+            print(
+                f"answers are not noted as they come: the loader of {type(self.data).__name__} has "
+                "an order of its own",
+                flush=True,
+            )
             self._count()
             return whole if self.batches is None else self.batches
         self.batch_size = whole.batch_size

@@ -180,7 +180,9 @@ def _resolve(path: str) -> str:
 
 def _or_newest(revision: str | None) -> str:
     """What else may help where a revision is pinned, as in most files of configs/model."""
-    return "" if revision is None else ", or take the newest commit: model.revision=null"
+    if revision is None:
+        return ""
+    return f", or take another commit than {revision}: model.revision=null is the newest"
 
 
 def _first_line(error: Exception) -> str:

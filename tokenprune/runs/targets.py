@@ -6,7 +6,7 @@ A name that cannot be imported, and arguments that it does not take, are told in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,7 +80,7 @@ def build(config: Any, key: str, kind: type | None = None, **arguments: Any) -> 
     try:
         built = instantiate(config, **arguments)
     except InstantiationException as error:
-        message = _explain(error, key)
+        message = _explain(error, key, set(arguments))
         if message is None:
             raise
         raise ValueError(message) from error
@@ -122,8 +122,14 @@ def _locate(place: str, path: str) -> None:
         )
 
 
-def _explain(error: Exception, key: str) -> str | None:
-    """What does not fit a target that was called; None for what was raised by our own code."""
+def _explain(error: Exception, key: str, given: Set[str]) -> str | None:
+    """What does not fit a target that was called; None for what was raised by our own code.
+
+    Args:
+        error: What Hydra raised.
+        key: Where the target stands.
+        given: Arguments that no config has.
+    """
     cause = error.__cause__
     if nested := re.search(r"^full_key: (\S+)$", str(error), re.MULTILINE):
         key = nested[1]
@@ -144,6 +150,8 @@ def _explain(error: Exception, key: str) -> str | None:
     if not inside and isinstance(cause, TypeError):
         surplus = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         remedy = f"Remove it: ~{key}.{surplus[1]}." if surplus else "See its signature."
+        if surplus and surplus[1] in given:
+            remedy = f"It is always passed: let the target take {surplus[1]}."
         return f"{key}: expected keys that its target knows, got {cause}. {remedy}"
     if isinstance(cause, ValueError) and not any(file.is_relative_to(_OWN) for file in files):
         return f"{key}: expected values that its target takes, got {reason(cause)}."
