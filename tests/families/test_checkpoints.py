@@ -50,9 +50,7 @@ def test_a_commit_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(f"{revision} is not a valid git identifier")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(
-        ValueError, match=r"than 0{40}: model\.revision=null is the newest\."
-    ):
+    with pytest.raises(ValueError, match=r"than 0{40}: model\.revision=null is the newest\."):
         load_config("owner/name", revision="0" * 40)
     with pytest.raises(ValueError, match=r"Check the name and the connection\."):
         load_config("owner/name")
