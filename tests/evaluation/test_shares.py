@@ -357,7 +357,8 @@ class Tensors(Dataset[int]):
 
     @staticmethod
     def collate(rows: list[int]) -> Any:
-        return {"inputs": {"x": torch.tensor(rows)}, "samples": []}
+        ids = torch.tensor(rows)
+        return {"inputs": {"x": ids}, "samples": [], "whole_ids": ids + 1}
 
 
 class Raw(Own):
@@ -491,6 +492,8 @@ def test_remembered_batches_share_nothing_with_their_workers() -> None:
     batches = list(RememberedBatches(loader))
     assert [batch["inputs"]["x"].tolist() for batch in batches] == [[0, 1], [2, 3]]
     assert not any(batch["inputs"]["x"].is_shared() for batch in batches)
+    assert [batch["whole_ids"].tolist() for batch in batches] == [[1, 2], [3, 4]]
+    assert not any(batch["whole_ids"].is_shared() for batch in batches)
 
 
 def test_a_sweep_prepares_its_batches_once(

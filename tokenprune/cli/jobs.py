@@ -211,13 +211,11 @@ def tidy(folder: Path, part: str = "") -> Iterator[None]:
                 _remove_empty(folder)
                 raise
     except BaseException:
-        now = {} if before is None else _kept(folder, part)
-        new = [path for path, when in now.items() if (before or {}).get(path) != when]
-        if new and here() and launchers.is_first():
-            print(
-                f"tokenprune: what is done is kept. To go on: {_again(folder, new)}",
-                file=sys.stderr,
-            )
+        if before is not None and here() and launchers.is_first():
+            now = _kept(folder, part)
+            if new := [path for path in now if now[path] != before.get(path)]:
+                again = _again(folder, new)
+                print(f"tokenprune: what is done is kept. To go on: {again}", file=sys.stderr)
         raise
 
 

@@ -51,8 +51,9 @@ class Writer:
         #: What is written behind answers that the template does not end: those in the middle of a
         #: conversation, and the last; and whether it sets the former off by a token all the same.
         self._ends, self._is_set_off = ("", ""), False
-        self._stops = {tokenizer.eos_token or ""} - {""}
-        self._find_ends(special, tokenizer.eos_token or "")
+        eos = tokenizer.eos_token or ""
+        self._stops = {eos} - {""}
+        self._find_ends(special, eos)
         self._has_told = False
 
     def prompt(self, sample: Sample) -> str:
@@ -249,7 +250,7 @@ class Writer:
                 content = self._system(whole)(turn.system)
                 messages.append({"role": "system", "content": content})
             images = [{"type": "image"}] * (leading if number == 0 else 0)
-            asked = [*images, *_parts(turn.question)] or [{"type": "text", "text": ""}]
+            asked = [*images, *_parts(turn.question)] or _text("")
             messages.append({"role": "user", "content": asked})
             end = middle if goes_on or number < len(turns) - 1 else last
             messages.append({"role": "assistant", "content": self._answer(turn.answer + end)})
@@ -410,7 +411,7 @@ def _parts(question: str) -> list[dict[str, Any]]:
         if number < len(texts) - 1 and single:
             text = text.removesuffix("\n")
         if text:
-            parts.append({"type": "text", "text": text})
+            parts += _text(text)
     return parts
 
 

@@ -43,7 +43,7 @@ class RememberedBatches:
         seen: list[dict[str, Any]] = []
         size = 0
         for batch in self.loader:
-            batch = _unshared(batch)
+            batch = _unshared(batch | {"inputs": _unshared(batch["inputs"])})
             size += sum(v.nbytes for v in batch["inputs"].values() if isinstance(v, Tensor))
             images = [image for sample in batch["samples"] for image in sample.images]
             size += sum(image.width * image.height * len(image.getbands()) for image in images)
@@ -58,13 +58,10 @@ class RememberedBatches:
             self.batches = seen
 
 
-def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch without what its worker shares, of which a process can hold only so much."""
-    inputs = batch["inputs"]
-    own = {key: value.clone() for key, value in inputs.items() if _is_shared(value)}
-    if own:
-        batch = batch | {"inputs": type(inputs)({**inputs, **own})}
-    return batch
+def _unshared(values: Any) -> Any:
+    """A mapping without what a worker shares, of which a process can hold only so much."""
+    own = {key: value.clone() for key, value in values.items() if _is_shared(value)}
+    return type(values)({**values, **own})
 
 
 def _is_shared(value: Any) -> bool:
