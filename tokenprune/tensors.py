@@ -26,14 +26,32 @@ def top_k(scores_BV: Tensor, valid_BV: Tensor | None, keep_B: Tensor) -> Tensor:
     Returns:
         Bool mask (B, V) with min(keep, number valid) True entries per row.
     """
+    kept_BV = _ranking(scores_BV, valid_BV).argsort(dim=1) < keep_B[:, None]
+    return kept_BV if valid_BV is None else kept_BV & valid_BV
+
+
+def best(scores_BV: Tensor, valid_BV: Tensor | None, keep: int) -> Tensor:
+    """Positions of the tokens that `top_k` marks, ascending, where each row keeps as many.
+
+    Args:
+        scores_BV: As for `top_k`.
+        valid_BV: As for `top_k`.
+        keep: Tokens to keep of each row, which has no fewer.
+
+    Returns:
+        int64 (B, keep).
+    """
+    return _ranking(scores_BV, valid_BV)[:, :keep].sort(dim=1).values
+
+
+def _ranking(scores_BV: Tensor, valid_BV: Tensor | None) -> Tensor:
+    """Tokens from the highest score to the lowest, int64 (B, V); what does not exist comes last."""
     low = torch.finfo(torch.float32).min
     # NaN would sort first; it means "no evidence" and goes last among the valid tokens.
     scores_BV = torch.nan_to_num(scores_BV.float(), nan=low, neginf=low)
     if valid_BV is not None:
         scores_BV = scores_BV.masked_fill(~valid_BV, -torch.inf)
-    order_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
-    kept_BV = order_BV.argsort(dim=1) < keep_B[:, None]
-    return kept_BV if valid_BV is None else kept_BV & valid_BV
+    return scores_BV.argsort(dim=1, descending=True, stable=True)
 
 
 def ascending(mask_BT: Tensor, length: int) -> Tensor:
@@ -45,7 +63,7 @@ def ascending(mask_BT: Tensor, length: int) -> Tensor:
     Returns:
         int64 (B, length).
     """
-    return mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
+    return mask_BT.view(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]
 
 
 def take(values: Tensor, index_BN: Tensor, *, batch: int = 0, dim: int = 1) -> Tensor:
@@ -272,11 +290,10 @@ def attention_rows(
     """
     num_rows, num_heads, num_queries, _ = queries_BHQE.shape
     num_groups = keys_BGKE.shape[1]
-    grouped = queries_BHQE.float().reshape(  # (B, G, H/G * Q, E): no key head is copied
-        num_rows, num_groups, num_heads // num_groups * num_queries, -1
+    grouped = queries_BHQE.float().reshape(  # no key head is copied
+        num_rows * num_groups, num_heads // num_groups * num_queries, -1
     )
-    keys = keys_BGKE.float().flatten(0, 1).transpose(1, 2)
-    logits = torch.bmm(grouped.flatten(0, 1), keys) * scaling
+    logits = torch.bmm(grouped, keys_BGKE.float().flatten(0, 1).transpose(1, 2)) * scaling
     logits_BHQK = logits.view(num_rows, num_heads, num_queries, -1)
     if softcap is not None:
         logits_BHQK = (logits_BHQK / softcap).tanh() * softcap
@@ -310,7 +327,13 @@ def single_precision(device: torch.device) -> AbstractContextManager[None]:
     kind = device.type
     if _casts(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+def no_grad() -> AbstractContextManager[None]:
+    """As torch's, which is entered only where there is something to leave out."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 _casts = cache(torch.amp.is_autocast_available)
+_NOTHING = nullcontext()

@@ -81,7 +81,7 @@ def test_a_call_with_images_asks_once(models, name, positions, rows) -> None:
     expected = {"fetch: read": 1, "_moved: upload": 1}
     expected |= {"_placed: upload": 1} if vision_needs(strategy) else {}
     expected |= {"places_on: upload": 1} if name in ("pool", "vscan") else {}
-    expected |= {} if strategy.keeps_exactly else {"_checked: read": 3}  # how many it kept, by cut
+    expected |= {} if strategy.keeps_exactly else {"_choose: read": 3}  # how many it kept, by cut
     assert device.crossings == expected
     with torch.no_grad(), tp.prune(near_model, strategy, SCHEDULE, positions):
         torch.testing.assert_close(near(logits), near_model(**inputs).logits, rtol=0, atol=1e-3)

@@ -5,8 +5,10 @@ Shape suffixes: B batch rows, V visual tokens alive.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +17,41 @@ from torch import Tensor, nn
 
 from tokenprune.engine import side
 from tokenprune.engine.attention import hear
-from tokenprune.engine.levels import Level
+from tokenprune.engine.levels import Level, Plan
 from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.trace import TracedStage
 from tokenprune.engine.upload import HOST
 from tokenprune.engine.views import make_view
-from tokenprune.strategy import BeforeProjector, PruningStrategy, ScoreStrategy, Selection
+from tokenprune.strategy import (
+    BeforeProjector,
+    PruningStrategy,
+    ScoreStrategy,
+    Selection,
+    TokenView,
+)
 from tokenprune.strategy.base import check_scores
-from tokenprune.tensors import ascending, single_precision, take, to_device
+from tokenprune.tensors import ascending, best, no_grad, single_precision, take, to_device
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What a strategy chose at a cut.
+
+    Attributes:
+        index: int64 (B, K), the survivors among the tokens alive, ascending, then pads.
+        num_kept: How many survive, per row.
+        counts: The same on the device, int64 (B, 1).
+        scores: float32 (B, V), the strategy's scores, or None.
+        weights: (B, K, V), how the survivors are mixed, or None.
+        space: Where they are mixed.
+    """
+
+    index: Tensor
+    num_kept: list[int]
+    counts: Tensor
+    scores: Tensor | None
+    weights: Tensor | None = None
+    space: str = "decoder"
 
 
 def begin(run: Pass, device: torch.device) -> None:
@@ -88,36 +117,18 @@ def _cut(
     """
     layer, strategy = run.settings.cuts[number - 1], run.settings.strategies[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
-    if any(level.num_visual):
-        view = make_view(run, number, device, hidden, heard)
-        with torch.no_grad(), single_precision(device):
-            selection = strategy.select(view, plan.counts[number])
-    else:  # there is nothing to choose from
-        none = torch.zeros(len(level.num_visual), 0, device=device)
-        selection = Selection(none.bool(), none if isinstance(strategy, ScoreStrategy) else None)
-    kept_BV, num_kept, counts_B1 = _checked(run, number, selection, level)
-    weights_BKV = _mixture(run, strategy, selection, num_kept, counts_B1, level)
-    after = level.after(kept_BV, num_kept, counts_B1, plan)
-    after.weights = weights_BKV
-    if weights_BKV is not None and selection.space == "vision":
+    view = make_view(run, number, device, hidden, heard)
+    choice = _choose(run, number, level, plan, view)
+    after = level.after(choice.index, choice.num_kept, choice.counts, plan)
+    after.weights = choice.weights
+    if choice.weights is not None and choice.space == "vision":
         after.source, after.project = _before_projector(run, strategy, device)
     run.levels.append(after)
-    seen = [0] * len(num_kept) if run.record is None else run.record.num_visual
-    run.stages.append(  # it must keep alive neither the model nor the call
-        partial(
-            _traced,
-            type(strategy).__name__,
-            layer,
-            home,
-            kept_BV,
-            num_kept,
-            level.numbers(run.at(0, device)),
-            seen,
-            selection.scores,
-            weights_BKV,
-            level.num_visual,
-        )
-    )
+    seen = [0] * len(choice.num_kept) if run.record is None else run.record.num_visual
+    name, numbers = type(strategy).__name__, level.numbers(run.at(0, device))
+    # It must keep alive neither the model nor the call.
+    made = partial(_traced, name, layer, home, choice, numbers, seen, level.num_visual)
+    run.stages.append(made)
 
 
 def listen(
@@ -133,24 +144,71 @@ def listen(
     """Computes what a cut's strategy asks of a layer that runs on level `number`."""
     own = side.follow(run, number, module, hidden, named)
     asked = Asked(layer, module, hidden, own, named.get("attention_mask"))
-    with torch.no_grad():
+    with no_grad():
         asked = side.asked_apart(run, number, asked)
         for request in requests:
             run.heard[cut_layer, request] = hear(run, number, asked, request)
 
 
-def _checked(
-    run: Pass, number: int, selection: Selection, level: Level
-) -> tuple[Tensor, list[int], Tensor]:
-    """The survivors that a strategy chose, and how many per row, here and on the device."""
+def _choose(run: Pass, number: int, level: Level, plan: Plan, view: TokenView) -> _Choice:
+    """What the strategy of a cut chooses, checked.
+
+    Args:
+        run: The pass.
+        number: The cut's, from 1.
+        level: The level before it.
+        plan: The pass's, where it is chosen.
+        view: What the strategy sees.
+    """
     strategy, budget = run.settings.strategies[number - 1], run.budgets[number - 1]
+    num_kept = list(map(min, level.num_visual, budget))
+    expected = len(num_kept), max(level.num_visual)
+    counts_B1, device = plan.counts[number, :, None], plan.order.device
+    if strategy.keeps_exactly and num_kept != budget:  # an earlier cut has left fewer
+        assert level.counts is not None
+        counts_B1 = torch.minimum(level.counts, counts_B1)
+    if not any(level.num_visual):  # there is nothing to choose from
+        none = torch.zeros(expected, device=device)
+        scores = none if isinstance(strategy, ScoreStrategy) else None
+        return _Choice(none.long(), num_kept, counts_B1, scores)
+    with no_grad(), single_precision(device):
+        # As it would itself, but that nothing is marked and the marks are looked for.
+        if isinstance(strategy, ScoreStrategy) and strategy.ranks and len(set(num_kept)) == 1:
+            scores = strategy.score(view)
+            check_scores(strategy, scores, expected)
+            scores = scores.float()
+            chosen = best(scores, view.valid if view.ragged else None, num_kept[0])
+            return _Choice(chosen, num_kept, counts_B1, scores)
+        selection = strategy.select(view, plan.counts[number])
+    _check(strategy, selection, expected)
+    kept = selection.kept
+    if not strategy.keeps_exactly:
+        kept = kept & level.valid(plan) if level.ragged else kept
+        counts_B1, most = kept.sum(1, keepdim=True), num_kept
+        num_kept = counts_B1[:, 0].tolist()
+        if any(map(operator.gt, num_kept, most)):
+            raise ValueError(
+                f"{type(strategy).__name__}.select: expected at most {most} "
+                f"tokens per row, got {num_kept}. Respect `keep`."
+            )
+    return _Choice(
+        ascending(kept, max(num_kept)),
+        num_kept,
+        counts_B1,
+        selection.scores,
+        _mixture(run, strategy, selection, num_kept, counts_B1, level),
+        selection.space,
+    )
+
+
+def _check(strategy: PruningStrategy, selection: Any, expected: tuple[int, int]) -> None:
+    """Refuses what is no selection of tokens (B, V)."""
     if not isinstance(selection, Selection):
         raise ValueError(
             f"{type(strategy).__name__}.select: expected a Selection, got a "
             f"{type(selection).__name__}. Return Selection(kept=mask)."
         )
     kept = selection.kept
-    expected = (len(level.num_visual), max(level.num_visual))
     if selection.scores is not None:
         check_scores(strategy, selection.scores, expected)
     if kept.dtype != torch.bool or kept.shape != expected:
@@ -159,24 +217,6 @@ def _checked(
             f"{expected}, got {kept.dtype} of shape {tuple(kept.shape)}. "
             "Return Selection(kept=mask)."
         )
-    most = [min(alive, keep) for alive, keep in zip(level.num_visual, budget, strict=True)]
-    plan = run.plan_on(kept.device)
-    if strategy.keeps_exactly:
-        counts_B1 = plan.counts[number][:, None]
-        if most != budget:  # an earlier cut has left fewer
-            assert level.counts is not None
-            counts_B1 = torch.minimum(level.counts, counts_B1)
-        return kept, most, counts_B1
-    if level.ragged:
-        kept = kept & level.valid(plan)
-    counts_B1 = kept.sum(1, keepdim=True)
-    counts: list[int] = counts_B1[:, 0].tolist()
-    if any(count > keep for count, keep in zip(counts, most, strict=True)):
-        raise ValueError(
-            f"{type(strategy).__name__}.select: expected at most {most} "
-            f"tokens per row, got {counts}. Respect `keep`."
-        )
-    return kept, counts, counts_B1
 
 
 def _mixture(
@@ -234,12 +274,9 @@ def _traced(
     name: str,
     layer: int,
     device: torch.device,
-    kept_BV: Tensor,
-    num_kept: list[int],
+    choice: _Choice,
     numbers: Callable[[], Tensor],
     seen: list[int],
-    scores_BV: Tensor | None,
-    weights_BKV: Tensor | None,
     num_visual: list[int],
 ) -> TracedStage:
     """The trace of a cut, for people.
@@ -248,19 +285,16 @@ def _traced(
         name: The class of the strategy.
         layer: The cut's.
         device: Where its tensors are to be.
-        kept_BV: What the strategy marked.
-        num_kept: How many per row.
+        choice: What the strategy chose.
         numbers: Makes the tokens' numbers within the call.
         seen: Visual tokens of each row before the call.
-        scores_BV: The strategy's scores, or None.
-        weights_BKV: How the survivors were mixed, or None.
         num_visual: Visual tokens alive before the cut, per row.
     """
-    kept = take(numbers(), ascending(kept_BV, max(num_kept))).to(device)
-    rows = zip(kept, num_kept, seen, strict=True)
-    scores = None
-    if scores_BV is not None:
-        counts = zip(scores_BV.to(device), num_visual, strict=True)
+    kept = take(numbers(), choice.index).to(device)
+    rows = zip(kept, choice.num_kept, seen, strict=True)
+    scores, weights = None, None
+    if choice.scores is not None:
+        counts = zip(choice.scores.to(device), num_visual, strict=True)
         scores = [row[:count] for row, count in counts]
         if any(len(row) and row.isnan().all() for row in scores):  # asks the device, late
             warnings.warn(
@@ -270,14 +304,12 @@ def _traced(
                 UserWarning,
                 stacklevel=2,
             )
+    if choice.weights is not None:
+        mixed = zip(choice.weights, choice.num_kept, num_visual, strict=True)
+        weights = [row[:left, :count] for row, left, count in mixed]
     return TracedStage(
         layer=layer,
         kept=[row[:count] + before for row, count, before in rows],
         scores=scores,
-        weights=None
-        if weights_BKV is None
-        else [
-            row[:left, :count]
-            for row, left, count in zip(weights_BKV, num_kept, num_visual, strict=True)
-        ],
+        weights=weights,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.tensors import ascending, single_precision, take
+from tokenprune.tensors import single_precision, take
 
 
 @dataclass(eq=False)
@@ -209,11 +209,11 @@ class Level:
             mixed = self.weights.to(dtype) @ values.flatten(2).to(dtype)
         return mixed.to(values.dtype).view(*mixed.shape[:2], *values.shape[2:])
 
-    def after(self, kept_BV: Tensor, num_kept: list[int], counts: Tensor, plan: Plan) -> Level:
-        """The level on which, of the visual tokens, only the marked ones are left.
+    def after(self, chosen: Tensor, num_kept: list[int], counts: Tensor, plan: Plan) -> Level:
+        """The level on which, of the visual tokens, only some are left.
 
         Args:
-            kept_BV: The marked ones.
+            chosen: int64 (B, V), these among those alive, ascending, then pads.
             num_kept: How many per row.
             counts: The same on the device, int64 (B, 1).
             plan: The pass's.
@@ -231,7 +231,6 @@ class Level:
                 "prune: expected at least one token to be left, got a call of visual tokens alone "
                 "that keeps none of them. Prompt and image belong into one call."
             )
-        chosen = ascending(kept_BV, most)
         visual = take(self.visual, chosen)
         survivors = visual
         if len(set(num_kept)) > 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -327,21 +326,21 @@ def plan_pass(
         )
     budgets: list[list[int]] = []
     seen = plan = None
+    attention = settings.anatomy.attention
     if prunes:
-        _check_inputs(settings, inputs, rows, offset)
+        _check_inputs(settings, attention, inputs, rows, offset)
         budgets = [_budget(settings, rows, cut) for cut in range(len(settings.cuts))]
         _check_words(settings, rows, budgets)
         if watch is not None:
             seen = match(watch, settings.anatomy, inputs, call.signals, rows)
     if prunes or rows.padded or rows.targets is not None:
         plan = _plan(settings, rows, budgets, seen)
-    find_places = _place_finder(settings, rows)
     differs = record is not None and record.cut
     shifts = differs and settings.renumbers
     hides = record is not None and (length > 1 or record.ragged or fixed)
     return Pass(
         settings=settings,
-        attention=settings.anatomy.attention,
+        attention=attention,
         call=call,
         rows=rows,
         record=record,
@@ -352,7 +351,7 @@ def plan_pass(
         levels=_levels(rows, plan, record, 0 if prunes else len(settings.cuts)),
         plan=plan,
         seen=seen,
-        places=cache(find_places) if prunes else find_places,
+        places=_place_finder(settings, rows),
     )
 
 
@@ -418,7 +417,7 @@ def _plan(settings: Settings, rows: Rows, budgets: list[list[int]], seen: Seen |
         tables["targets"] = tables["targets"].clip(0)
     if seen is not None:
         tables["seen"], tables["tiles"] = seen.index, seen.tiles
-    drawn = chance.foreseen(settings, rows, budgets)
+    drawn = chance.foreseen(settings, rows, budgets) if settings.draws else {}
     made: dict[str, Any] = {name: torch.from_numpy(table) for name, table in tables.items()}
     random = {key: torch.from_numpy(numbers) for key, numbers in drawn.items()}
     absent: dict[str, Any] = dict.fromkeys(_OPTIONAL)
@@ -437,9 +436,11 @@ def _check_window(settings: Settings, record: Record | None, prunes: bool, lengt
         )
 
 
-def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, offset: int) -> None:
+def _check_inputs(
+    settings: Settings, attention: str, inputs: Mapping[str, Any], rows: Rows, offset: int
+) -> None:
     """Refuses what cannot be honoured in a pass that prunes."""
-    if settings.anatomy.attention not in ATTENTIONS:
+    if attention not in ATTENTIONS:
         raise unsupported_attention(settings.anatomy)
     if isinstance(inputs.get("logits_to_keep"), Tensor) and not settings.full:
         raise ValueError(
@@ -453,17 +454,15 @@ def _check_inputs(settings: Settings, inputs: Mapping[str, Any], rows: Rows, off
             "the left, or on the right."
         )
     padded = rows.padded if rows.packing is None else rows.packing.padded
-    if settings.asks_router(inputs) and padded and rows.labelled:
+    if padded and rows.labelled and settings.asks_router(inputs):
         raise ValueError(
             "prune: expected a batch without padding for a loss with router terms, got a "
             "padded one. Use batches of one, or output_router_logits=False."
         )
-    if settings.anatomy.attention.startswith("flash") and scales_by_position(
-        settings.anatomy.layers[0].self_attn
-    ):
+    if attention.startswith("flash") and scales_by_position(settings.anatomy.layers[0].self_attn):
         raise ValueError(
             "prune: expected sdpa or eager attention for a model that scales queries by position, "
-            f"got {settings.anatomy.attention}, which takes the gaps between survivors for packed "
+            f"got {attention}, which takes the gaps between survivors for packed "
             'sequences. Use attn_implementation="sdpa".'
         )
     if caches.is_fixed(inputs.get("past_key_values")) and offset > 0:

@@ -110,15 +110,16 @@ class Rows:
     def asks_at_its_end(self) -> bool:
         """Whether in every row the last column asks, it alone, and is text: it stays the last."""
         return bool(
-            self.asking[:, -1].all()
-            and not self.visual[:, -1].any()
-            and max(self.num_asking, default=0) == 1
+            max(self.num_asking, default=0) == 1
+            and not any(self.ends_visual)
+            and self.asking[:, -1].all()
         )
 
     @cached_property
     def last_visual(self) -> int:
         """Latest column that is visual in some row, or -1."""
-        return int(self.visual.nonzero()[1].max(initial=-1))
+        columns: Any = self.visual.any(0)
+        return int(columns.nonzero()[0].max(initial=-1))
 
     @cached_property
     def ends_visual(self) -> list[bool]:
@@ -230,7 +231,7 @@ def read_rows(
         fetched |= {name: packing.apart(fetched[name], IGNORED) for name in tables}
         nothing = np.zeros_like(real)
     ids = fetched.get("ids")
-    of_videos = settings.anatomy.placeholders("video")
+    of_videos = settings.anatomy.video_ids
     labelled: Bools | None = None
     followed: Bools | None = None
     if "labels" in fetched:
@@ -240,8 +241,8 @@ def read_rows(
         else:  # then these are what the loss reads
             given[:, -1] &= packing is None  # which no token of the same sequence follows
             labelled, followed = np.pad(given, ((0, 0), (1, 0)))[:, :-1], given
-    asking = _asking(real, visual, labelled, followed, guesses) if visual.any() else nothing
-    mute = followed is not None and followed.any(1) & visual.any(1) & ~asking.any(1)
+    sees: Any = visual.any(1)
+    asking = _asking(real, visual, labelled, followed, guesses) if sees.any() else nothing
     return Rows(
         real=real,
         visual=visual,
@@ -252,10 +253,9 @@ def read_rows(
         targets=_targets(real, visual, labelled)
         if settings.supervised and shifted is None
         else None,
-        mute=bool(np.any(mute)),
+        mute=followed is not None and bool((followed.any(1) & sees & ~asking.any(1)).any()),
         labelled=labelled is not None,
-        goes_back="positions" in fetched
-        and _goes_back(fetched["positions"], real & visual.any(1, keepdims=True)),
+        goes_back="positions" in fetched and _goes_back(fetched["positions"], real & sees[:, None]),
         in_order=_in_order(settings, inputs, fetched.get("positions"), offset, real, packing),
         guesses=guesses,
         facts=told | {name: torch.from_numpy(fetched[f"told {name}"]) for name in few},
@@ -371,9 +371,12 @@ def _asking(
             tells &= ~(visual & (before >= 0) & np.take_along_axis(labelled, before, 1))
         asking &= tells.any(1, keepdims=True) | ~visual.any(1, keepdims=True)
         return asking
-    order = np.arange(real.shape[1])
-    last = np.where(real, order, -1).max(1, keepdims=True)
-    lone: Bools = (order == np.maximum(last - guesses, 0)) & (last >= 0)
+    lone = np.zeros_like(real)
+    if real[:, -1].all():
+        lone[:, max(real.shape[1] - 1 - guesses, 0)] = True
+        return lone
+    last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
+    lone[np.arange(len(real)), np.maximum(last - guesses, 0)] = real.any(1)
     return lone
 
 

@@ -134,6 +134,11 @@ class Settings:
         return frozenset(need for strategy in self.strategies for need in vision_needs(strategy))
 
     @cached_property
+    def draws(self) -> bool:
+        """Whether a strategy asks for numbers by chance."""
+        return any(isinstance(need, RandomNumbers) for need in self.needs)
+
+    @cached_property
     def reads_prompt(self) -> bool:
         """Whether a choice depends on which tokens of a call are the prompt's."""
         kinds = (DecoderRows, RandomNumbers)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class Trace:
         self._stages: list[TracedStage] | Callable[[], list[TracedStage]] = list(stages)
         self._lengths: list[list[int]] = []
         self._visual_lengths: list[list[int]] = []
-        self._find_places: Callable[[], list[Tensor]] = list
+        self._places: list[Tensor] | Callable[[], list[Tensor]] = []
 
     def renew(
         self,
@@ -86,7 +85,7 @@ class Trace:
         places: Callable[[], list[Tensor]],
     ) -> None:
         """Notes a call: what makes its stages and places, and tokens by layer and row."""
-        self._stages, self._find_places = stages, places
+        self._stages, self._places = stages, places
         self._lengths, self._visual_lengths = lengths, visual_lengths
 
     @property
@@ -105,13 +104,12 @@ class Trace:
 
     @property
     def places(self) -> list[Tensor]:
-        return self._find_places()
+        if callable(self._places):
+            self._places = self._places()
+        return self._places
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {
-            "_stages": self.stages,
-            "_find_places": partial(list, self.places),
-        }
+        return vars(self) | {"_stages": self.stages, "_places": self.places}
 
 
 def _table(rows: list[list[int]]) -> Tensor:

@@ -58,6 +58,11 @@ class Anatomy:
         seeing = [entry for entry in self.entries if hasattr(entry, "get_image_features")]
         return seeing[-1] if seeing else None
 
+    @cached_property
+    def video_ids(self) -> tuple[int, ...]:
+        """Placeholder ids of videos' tokens."""
+        return self.placeholders("video")
+
     def placeholders(self, kind: str) -> tuple[int, ...]:
         """Placeholder ids of one kind of visual tokens, `"image"` or `"video"`."""
         names = (name for name in self.adapter.placeholder_ids if name.startswith(kind))

@@ -121,29 +121,25 @@ def ordinary(
 def _rotated(
     attention: nn.Module, queries: Tensor, keys: Tensor, rows: Positions, pair: Any
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated at once: queries of a group's heads as more positions of its key.
+    """Queries and keys, rotated by the function of the layer's own module.
 
     Args:
         attention: The attention module.
         queries: (B, H, Q, E) of the asked rows.
         keys: (B, G, T, E).
         rows: Asked rows.
-        pair: Cosines and sines, (B|1, T, E).
+        pair: Cosines and sines, (B|1, T, E), or of fewer channels.
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    num_rows, num_groups, length, _ = keys.shape
-    per_group = queries.shape[1] // num_groups
-    own = queries.reshape(num_rows, num_groups, -1, queries.shape[3])  # (B, G, H/G * Q, E)
-
-    def lengthened(table: Tensor) -> Tensor:
-        of_rows = pick(table, rows)
-        of_rows = of_rows.repeat(1, per_group, 1) if per_group > 1 else of_rows
-        return torch.cat([table.expand(len(of_rows), -1, -1), of_rows], 1)
-
-    both = torch.cat([keys, own], 2)
+    if queries.shape[2] == 1:  # with the keys at once: to all positions, of which one is its own
+        partly = pair[0].shape[-1] < queries.shape[3]  # what stays as it is has to be as long
+        own = queries.expand(-1, -1, keys.shape[2], -1) if partly else queries
+        turned, keys = rotate(own, keys, *pair)
+        return pick(turned, rows, dim=2), keys
     # It rotates two tensors: the one that is not needed has no head.
-    both, _ = rotate(both, both[:, :0], *map(lengthened, pair))
-    return both[:, :, length:].reshape(queries.shape), both[:, :, :length]
+    queries, _ = rotate(queries, queries[:, :0], *(pick(table, rows) for table in pair))
+    keys, _ = rotate(keys, keys[:, :0], *pair)
+    return queries, keys
 
 
 def captured(
