@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenprune.tensors import (
     ascending,
     attention_rows,
+    best,
     causal,
     mark,
     mixture,
@@ -45,6 +46,18 @@ def test_top_k_takes_infinities_and_nan() -> None:
     valid = torch.tensor([[True, True, True, True, False]])
     assert top_k(values, valid, torch.tensor([2])).tolist() == [[False, False, True, True, False]]
     assert top_k(values, valid, torch.tensor([4])).tolist() == [[True] * 4 + [False]]
+
+
+@given(lists=rows, keep=st.integers(1, 12))
+def test_the_best_are_those_that_top_k_marks(lists: list[list[int]], keep: int) -> None:
+    """Of rows that keep as many, in rows of which some tokens do not exist."""
+    values, valid = ragged(lists)
+    keep = min(keep, *map(len, lists))
+    marked = top_k(values, valid, torch.full((len(lists),), keep))
+    expected = [row.nonzero()[:, 0].tolist() for row in marked]
+    assert best(values, valid, keep).tolist() == expected
+    if valid.all():
+        assert best(values, None, keep).tolist() == expected
 
 
 @given(lists=rows)

@@ -6,9 +6,18 @@ import pytest
 import torch
 from models import IMAGE, NUM_LAYERS, ROWS, Row, batch, build
 from torch import nn
+from zoo import ZOO
 
 import tokenprune as tp
+from tokenprune.families import projection
 from tokenprune.families.anatomy import examine
+
+#: Types some of whose layers do more than LLaMA's to make queries and keys: heard as they run.
+CAPTURED = {
+    *("aya_vision", "blip-2", "cohere2_vision", "exaone4_5", "fuyu", "gemma4", "gemma4_unified"),
+    *("hunyuan_vl", "instructblip", "instructblipvideo", "kimi_k25", "llama4", "mistral4"),
+    *("kosmos-2", "kosmos-2.5", "molmo2", "muse_glimmer", "muse_spark"),
+}
 
 
 def test_anatomy() -> None:
@@ -20,6 +29,25 @@ def test_anatomy() -> None:
     assert anatomy.visual_ids == (IMAGE,)
     assert examine(model.model.language_model).entries == ()
     assert examine(build("llama")).visual_ids == ()
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.share(8)
+def test_layers_like_llamas_are_not_run_to_be_heard(name: str) -> None:
+    """The cheaper way to queries and keys is right for them, partly rotated heads too."""
+    specimen = ZOO[name]
+    model = specimen.build("sdpa")
+    schedule = tp.Schedule(tuple(tp.Stage(cut, 0.5) for cut in specimen.cuts))
+    inputs = specimen.batch(model, [(3, "image", 5)])
+    mask = inputs.get("image_embeds_position_mask")  # the Kosmos types know no placeholder ids
+    mask = None if mask is None else mask.bool()
+    with (
+        torch.no_grad(),
+        tp.prune(model, tp.build_strategy("pyramiddrop"), schedule, visual_mask=mask),
+    ):
+        model(**inputs)
+    layers = [examine(model).layers[cut] for cut in specimen.cuts]
+    assert all(projection._is_ordinary[layer][0] for layer in layers) == (name not in CAPTURED)
 
 
 def test_visual_mask() -> None:

@@ -128,13 +128,11 @@ def _rotated(
         queries: (B, H, Q, E) of the asked rows.
         keys: (B, G, T, E).
         rows: Asked rows.
-        pair: Cosines and sines, (B|1, T, E), or of fewer channels.
+        pair: Cosines and sines, (B|1, T, E).
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if queries.shape[2] == 1:  # with the keys at once: to all positions, of which one is its own
-        partly = pair[0].shape[-1] < queries.shape[3]  # what stays as it is has to be as long
-        own = queries.expand(-1, -1, keys.shape[2], -1) if partly else queries
-        turned, keys = rotate(own, keys, *pair)
+        turned, keys = rotate(queries.expand(-1, -1, keys.shape[2], -1), keys, *pair)
         return pick(turned, rows, dim=2), keys
     # It rotates two tensors: the one that is not needed has no head.
     queries, _ = rotate(queries, queries[:, :0], *(pick(table, rows) for table in pair))
