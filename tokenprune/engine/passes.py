@@ -5,6 +5,7 @@ Shape suffixes: B batch rows, T columns of the call, S cuts, M marked columns of
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -397,22 +398,23 @@ def _plan(settings: Settings, rows: Rows, budgets: list[list[int]], seen: Seen |
     """What is known of a pass, on the host."""
     length = rows.real.shape[1]
     pad = -1 if rows.ends_real else length
+    num_text = list(map(operator.sub, rows.num_real, rows.num_visual))
     tables: dict[str, Ints] = {
         "order": np.arange(length),
-        "text": columns(rows.real & ~rows.visual, pad),
-        "visual": columns(rows.visual, 0),
+        "text": columns(rows.real & ~rows.visual, num_text, pad),
+        "visual": columns(rows.visual, rows.num_visual, 0),
         "counts": np.array([rows.num_visual, *budgets], dtype=np.int64),
-        "asking": columns(rows.asking, 0),
+        "asking": columns(rows.asking, rows.num_asking, 0),
         "num_asking": np.array(rows.num_asking, dtype=np.int64)[:, None],
     }
     if rows.prompt is not None:
-        tables["prompt"] = columns(rows.prompt, 0)
-        if not rows.prompt.any():  # an entry that does not exist spares all others the case
+        tables["prompt"] = columns(rows.prompt, rows.num_prompt, 0)
+        if not any(rows.num_prompt):  # an entry that does not exist spares all others the case
             tables["prompt"] = np.zeros((len(rows.prompt), 1), dtype=np.int64)
-        tables["num_prompt"] = np.array(counts(rows.prompt), dtype=np.int64)[:, None]
+        tables["num_prompt"] = np.array(rows.num_prompt, dtype=np.int64)[:, None]
         tables["num_follow"] = np.array(rows.num_follow, dtype=np.int64)[:, None]
     if rows.targets is not None:
-        tables["targets"] = columns(rows.targets, -1)
+        tables["targets"] = columns(rows.targets, counts(rows.targets), -1)
         tables["learned"] = np.flatnonzero(tables["targets"] >= 0)
         tables["targets"] = tables["targets"].clip(0)
     if seen is not None:
@@ -496,7 +498,7 @@ def _check_words(settings: Settings, rows: Rows, budgets: list[list[int]]) -> No
             found = zip(
                 rows.num_visual,
                 budget,
-                rows.num_follow if follow else counts(rows.prompt),
+                rows.num_follow if follow else rows.num_prompt,
                 strict=True,
             )
             without = [

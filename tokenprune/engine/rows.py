@@ -128,6 +128,12 @@ class Rows:
         return ends
 
     @cached_property
+    def num_prompt(self) -> list[int]:
+        """Text tokens of the prompt, per row."""
+        assert self.prompt is not None
+        return counts(self.prompt)
+
+    @cached_property
     def num_follow(self) -> list[int]:
         """Text tokens of the prompt after the last visual one, per row."""
         assert self.prompt is not None
@@ -146,10 +152,15 @@ def counts(marked: Bools) -> list[int]:
     return numbers
 
 
-def columns(marked: Bools, pad: int) -> Ints:
-    """Columns of the True entries of each row, ascending, int64 (B, most), filled with `pad`."""
-    numbers = counts(marked)
-    found = np.nonzero(marked)[1].astype(np.int64)
+def columns(marked: Bools, numbers: list[int], pad: int) -> Ints:
+    """Columns of the True entries of each row, ascending, int64 (B, most), filled with `pad`.
+
+    Args:
+        marked: Bool (B, T).
+        numbers: True entries of each row.
+        pad: What fills rows with fewer than others.
+    """
+    found = marked.nonzero()[1].astype(np.int64)
     if len(set(numbers)) == 1:
         return found.reshape(len(numbers), -1)
     table = np.full((len(numbers), max(numbers)), pad, dtype=np.int64)
@@ -221,7 +232,7 @@ def read_rows(
         times = num_rows // marks.shape[0]
         visual = (fetched.pop("visual") != 0).repeat(times, 0) & real
     packing = None
-    if settings.cuts and visual.any():
+    if settings.cuts and (begins is not None or "real" in fetched) and visual.any():
         if "real" in fetched:
             check_mask(fetched["real"])
         packing = None if begins is None else find(begins, real, visual, first)
@@ -289,7 +300,7 @@ def _text(num_rows: int, length: int) -> Rows:
     nothing = np.zeros((num_rows, length), dtype=np.bool_)
     rows = Rows(~nothing, nothing, nothing)
     for name, known in vars(Rows).items():  # a compiler that meets them finds them
-        if isinstance(known, cached_property) and name != "num_follow":
+        if isinstance(known, cached_property) and name not in ("num_prompt", "num_follow"):
             getattr(rows, name)
     return rows
 
