@@ -112,13 +112,9 @@ def follow(
         hidden: (B, N, D), what enters it.
         named: What it was handed.
     """
-    given = _handed(module, named)
-    return dict(_once(run, number, given, partial(_own, run, number, module, hidden, named)))
-
-
-def _handed(module: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]:
-    """By what layers that get the same are known: those that say where they run stand alone."""
-    return type(module), vars(module).get("_hf_hook"), *named, *named.values()
+    # By what layers that get the same are known: those that say where they run stand alone.
+    given = type(module), vars(module).get("_hf_hook"), *named, *named.values()
+    return dict(_once(run, number, given, _own, run, number, module, hidden, named))
 
 
 def _own(
@@ -131,21 +127,21 @@ def _own(
     cut = level.columns is not None
     if cut or (run.record is not None and run.record.differs(number)):
         mask = named.get("attention_mask")
-        make: Callable[[], Any] = partial(_mask, run, number, mask, hidden)
-        made["attention_mask"] = _once(run, level, ("attention_mask", mask), make)
+        given = "attention_mask", mask
+        made["attention_mask"] = _once(run, level, given, _mask, run, number, mask, hidden)
     if not cut and level.moved is None:
         return made
     pair, positions = named.get(_ROTARY), named.get("position_ids")
     if pair is not None:
         first = pair[0] if isinstance(pair, tuple) else pair
-        make = partial(_embeddings, run, level, hidden, pair)
-        made[_ROTARY] = _once(run, level, (_ROTARY, first), make)
+        given = _ROTARY, first
+        made[_ROTARY] = _once(run, level, given, _embeddings, run, level, hidden, pair)
     if positions is not None:
         # Gaps would look like several packed sequences to the flash kernel's wrapper.
         gaps = run.attention.startswith("flash") and pair is not None
-        make = partial(_positions, run, level, positions)
+        given = "position_ids", positions
         made["position_ids"] = (
-            None if gaps else _once(run, level, ("position_ids", positions), make)
+            None if gaps else _once(run, level, given, _positions, run, level, positions)
         )
     if cut and run.attention.startswith("flash"):
         made |= _ends(run, number, named, hidden.device)
@@ -154,7 +150,9 @@ def _own(
     return made
 
 
-def _once(run: Pass, where: Any, given: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+def _once(
+    run: Pass, where: Any, given: tuple[Any, ...], make: Callable[..., Any], *args: Any
+) -> Any:
     """What is made once per level, for every layer that is handed the very same things.
 
     It lives as long as the layers run. A layer that is computed anew makes its own: by what it is
@@ -163,7 +161,7 @@ def _once(run: Pass, where: Any, given: tuple[Any, ...], make: Callable[[], Any]
     for old, made in run.made.get(where, ()):
         if len(old) == len(given) and all(map(operator.is_, old, given)):
             return made
-    made = make()
+    made = make(*args)
     if run.open:
         run.made.setdefault(where, []).append((given, made))
     return made
@@ -187,8 +185,8 @@ def _others(run: Pass, level: Level, module: nn.Module, named: Mapping[str, Any]
         value = named.get(name)
         if isinstance(value, Tensor):
             value = to_device(value, level.columns.device)
-            index = partial(take, value, level.columns, dim=dim)
-            made[name] = _once(run, level, (name, value), index)
+            index = partial(take, dim=dim)
+            made[name] = _once(run, level, (name, value), index, value, level.columns)
     return made
 
 
