@@ -25,8 +25,11 @@ from tokenprune.runs.sweeps import expand, run_name, sweep_name
 def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*random_llava(checkpoint), *TINY, "data.test.num_samples=6", "hydra.run.dir=run"]
     HydraConfig.instance().cfg = None  # as in a fresh process
-    assert cli.main(["eval", *overrides, "strategy=fastv", "logger=csv"]) == 0
-    assert "fastv" in capsys.readouterr().out
+    command = ["eval", *overrides, "strategy=fastv", "logger=csv"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "fastv" in said
+    assert "complete already" not in said
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert (metrics["strategy"], metrics["schedule"]) == ("fastv", "one_shot")
     assert (metrics["layers"], metrics["keeps"], metrics["positions"]) == ([2], [0.5], "original")
@@ -34,6 +37,8 @@ def test_a_run_leaves_its_files(checkpoint: Path, capsys: pytest.CaptureFixture[
     assert metrics["model"] == str(checkpoint)
     assert "accuracy" in Path("run/csv/metrics.csv").read_text()
     assert len(Path("run/predictions.jsonl").read_text().splitlines()) == 6
+    assert cli.main(command) == 0
+    assert "complete already" in capsys.readouterr().out
 
 
 def test_a_sweep_makes_a_table_and_skips_what_is_complete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -64,7 +65,9 @@ def _tokenizer(words: str, **named: str) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
     special = ["<pad>", "<s>", "</s>", "<unk>", *named.values(), "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator([words] * 3, BpeTrainer(vocab_size=300, special_tokens=special))
+    letters = " ".join(string.printable.split()[0])
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special)
+    core.train_from_iterator([words, words, words, letters], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

@@ -275,3 +275,24 @@ def check_rows(processor: Any, numbers: tuple[int, ...]) -> None:
     assert ("pixel_values" in prompts) == (sum(numbers) > 0)
     if sum(numbers):
         torch.testing.assert_close(prompts["pixel_values"], whole["pixel_values"])
+
+
+@pytest.mark.parametrize("collator", [PromptCollator, ConversationCollator])
+def test_words_that_a_tokenizer_does_not_know_are_told_once(collator, recwarn):
+    """Whole words, where letters are unknown, of rows that are padded, too; pads are none."""
+    collate = collator(build_processor("llava", LLAVA))
+    collate(SAMPLES)
+    assert not recwarn
+    odd = Sample("odd", (RED,), (Turn("<image>\nWhich Zèbre is it?", "no"),))
+    with pytest.warns(UserWarning, match=r"got 'Zèbre': it reads all of them as <unk>"):
+        collate([*SAMPLES, odd])
+    recwarn.clear()
+    collate([odd])
+    assert not recwarn
+
+
+def test_an_end_of_sequence_that_is_called_unknown_is_none(recwarn):
+    processor = build_processor("llava", LLAVA)
+    processor.tokenizer.unk_token = processor.tokenizer.eos_token
+    ConversationCollator(processor)(SAMPLES)
+    assert not recwarn

@@ -181,6 +181,8 @@ def tell(folder: Path, metrics: Mapping[str, Any], changes: Sequence[str] | None
         changes: What differed from the complete run that was there, see `results.changes`.
     """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
+        if changes == []:
+            print("complete already:", flush=True)
         results.print_table([results.row(metrics, folder.name)], str(folder))
         return
     state = "complete already" if changes == [] else f"{metrics['accuracy']:.3f}"
@@ -305,7 +307,7 @@ def quiet() -> Iterator[None]:
 
     def formatted(message: Warning | str, *where: Any, **line: Any) -> str:
         """A warning of ours without where in the code it is; others as ever."""
-        ours = str(message).startswith("prune: ")
+        ours = str(message).startswith(("prune: ", "collate: "))
         return f"tokenprune: {message}\n" if ours else ordinary(message, *where, **line)
 
     warnings.formatwarning = formatted

@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 from tokenprune.data.chat import Writer
 from tokenprune.data.images import check_scale, shrink
 from tokenprune.data.sample import Sample
+from tokenprune.data.unknown import UnknownWords
 
 #: Labels of positions that carry no loss.
 IGNORED = -100
@@ -33,6 +34,7 @@ class PromptCollator:
     def __init__(self, processor: ProcessorMixin, image_scale: float = 1.0) -> None:
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = Writer(processor)
+        self._unknown = UnknownWords(processor.tokenizer)
 
     def check_system(self) -> None:
         """Refuses a chat template that takes no system messages.
@@ -55,6 +57,7 @@ class PromptCollator:
         """Inputs for `generate`, and the samples; of smaller images also the ids of whole ones."""
         texts = [self.text(sample) for sample in samples]
         inputs = _process(self.processor, texts, samples, "left", self.image_scale)
+        self._unknown.tell(samples, inputs)
         batch = {"inputs": inputs, "samples": list(samples)}
         if self.image_scale != 1:
             whole = _process(self.processor, texts, samples, "left", 1.0)
@@ -85,6 +88,7 @@ class ConversationCollator:
             )
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = Writer(processor)
+        self._unknown = UnknownWords(processor.tokenizer)
 
     def check_system(self) -> None:
         """As for `PromptCollator`."""
@@ -94,6 +98,7 @@ class ConversationCollator:
         """Inputs with `labels`, int64 (B, T), and the samples."""
         texts = [self._writer.conversation(sample) for sample in samples]
         inputs = _process(self.processor, texts, samples, "right", self.image_scale)
+        self._unknown.tell(samples, inputs)
         labels = torch.full_like(inputs["input_ids"], IGNORED)
         lengths = inputs["attention_mask"].sum(1).tolist()
         for row, (sample, text, length) in enumerate(zip(samples, texts, lengths, strict=True)):
