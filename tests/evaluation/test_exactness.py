@@ -73,9 +73,12 @@ def test_masks_are_the_models_own(model_type: str, dtype: str) -> None:
 def off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that keeps each token after the one that it was told to keep."""
     exact = Level.after
-    monkeypatch.setattr(
-        Level, "after", lambda level, kept, *rest: exact(level, kept.roll(1, 1), *rest)
-    )
+
+    def after(level, chosen, *rest):
+        moved = (chosen + 1) % max(level.num_visual)
+        return exact(level, moved.sort(1).values, *rest)
+
+    monkeypatch.setattr(Level, "after", after)
 
 
 @pytest.mark.usefixtures("off_by_one")
