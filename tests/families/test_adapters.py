@@ -50,6 +50,15 @@ def test_layers_like_llamas_are_not_run_to_be_heard(name: str) -> None:
     assert all(projection._is_ordinary[layer][0] for layer in layers) == (name not in CAPTURED)
 
 
+def test_whole_heads_are_rotated_with_one_query_beside_all_keys() -> None:
+    """GLM's function puts channels back that it left alone: there one query stands at each key."""
+    from transformers.models.glm4v import modeling_glm4v as glm
+    from transformers.models.llama import modeling_llama as llama
+
+    assert projection._broadcasts(llama.apply_rotary_pos_emb)
+    assert not projection._broadcasts(glm.apply_rotary_pos_emb)
+
+
 def test_visual_mask() -> None:
     model = build("llava")
     inputs = batch(model, ROWS)

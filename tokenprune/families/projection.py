@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -132,12 +133,27 @@ def _rotated(
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     if queries.shape[2] == 1:  # with the keys at once: to all positions, of which one is its own
-        turned, keys = rotate(queries.expand(-1, -1, keys.shape[2], -1), keys, *pair)
+        own = queries if _broadcasts(rotate) else queries.expand(-1, -1, keys.shape[2], -1)
+        turned, keys = rotate(own, keys, *pair)
         return pick(turned, rows, dim=2), keys
     # It rotates two tensors: the one that is not needed has no head.
     queries, _ = rotate(queries, queries[:, :0], *(pick(table, rows) for table in pair))
     keys, _ = rotate(keys, keys[:, :0], *pair)
     return queries, keys
+
+
+@cache
+def _broadcasts(rotate: Callable[..., Any]) -> bool:
+    """Whether a function that rotates takes one query beside several keys.
+
+    Those that put channels back which they left alone do not, even where there are none.
+    """
+    queries, keys, table = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, 4)
+    try:
+        turned, _ = rotate(queries, keys, table, table)
+    except RuntimeError:
+        return False
+    return bool(turned.shape == keys.shape)
 
 
 def captured(
