@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
 from tokenprune.cli.main import main
-from tokenprune.data.collate import PromptCollator
+from tokenprune.data.collate import ConversationCollator, PromptCollator
 from tokenprune.data.scenes import SceneDataset
 from tokenprune.runs.models import SHIPPED
 
@@ -74,3 +74,11 @@ def test_it_answers_and_pruning_matters(tiny) -> None:
 def test_renumbered_positions_do_not_lose_it(tiny) -> None:
     published = answers(tiny, tp.published("pyramiddrop", num_layers=8))
     assert mean(published.values()) > 0.9, published
+
+
+def test_it_knows_all_words_of_its_questions_and_answers(tiny, recwarn) -> None:
+    _, processor = tiny
+    scenes, tokenizer = SceneDataset("test", NUM_SCENES), processor.tokenizer
+    inputs = ConversationCollator(processor)([scenes[i] for i in range(NUM_SCENES)])["inputs"]
+    assert not (inputs["input_ids"] == tokenizer.unk_token_id).any()
+    assert not recwarn

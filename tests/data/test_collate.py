@@ -291,6 +291,24 @@ def test_words_that_a_tokenizer_does_not_know_are_told_once(collator, recwarn):
     assert not recwarn
 
 
+def test_an_answer_that_is_not_read_is_not_told(recwarn):
+    """Whatever the template says in words of its own; nor is that searched for ever."""
+    processor = build_processor("llava", LLAVA.replace("USER", "ÛSER"))
+    tokenizer = processor.tokenizer
+    sample = Sample("odd", (RED,), (Turn("Which is it?", "Žlutý"),))
+    collate = PromptCollator(processor)
+    inputs = collate([sample])["inputs"]
+    assert tokenizer.unk_token_id in inputs["input_ids"][0].tolist()
+    assert not recwarn
+    with pytest.warns(UserWarning, match="got 'Žlutý'"):
+        ConversationCollator(processor)([sample])
+    for _ in range(8):
+        collate([sample])
+    recwarn.clear()
+    collate([Sample("late", (RED,), (Turn("Which Žlutý is it?", "no"),))])
+    assert not recwarn
+
+
 def test_an_end_of_sequence_that_is_called_unknown_is_none(recwarn):
     processor = build_processor("llava", LLAVA)
     processor.tokenizer.unk_token = processor.tokenizer.eos_token

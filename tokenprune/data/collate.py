@@ -34,7 +34,7 @@ class PromptCollator:
     def __init__(self, processor: ProcessorMixin, image_scale: float = 1.0) -> None:
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = Writer(processor)
-        self._unknown = UnknownWords(processor.tokenizer)
+        self._unknown = UnknownWords(processor.tokenizer, answered=False)
 
     def check_system(self) -> None:
         """Refuses a chat template that takes no system messages.
@@ -88,7 +88,7 @@ class ConversationCollator:
             )
         self.processor, self.image_scale = processor, check_scale(image_scale)
         self._writer = Writer(processor)
-        self._unknown = UnknownWords(processor.tokenizer)
+        self._unknown = UnknownWords(processor.tokenizer, answered=True)
 
     def check_system(self) -> None:
         """As for `PromptCollator`."""

@@ -32,6 +32,9 @@ from tokenprune.strategy import (
 from tokenprune.strategy.base import check_scores
 from tokenprune.tensors import ascending, best, no_grad, single_precision, take, to_device
 
+#: What chooses the highest scores, unless a strategy, or whoever watches it, has its own way.
+_HIGHEST = ScoreStrategy.select
+
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
@@ -164,7 +167,7 @@ def _choose(run: Pass, number: int, level: Level, plan: Plan, view: TokenView) -
     num_kept = list(map(min, level.num_visual, budget))
     expected = len(num_kept), max(level.num_visual)
     counts_B1, device = plan.counts[number, :, None], plan.order.device
-    if strategy.keeps_exactly and num_kept != budget:  # an earlier cut has left fewer
+    if num_kept != budget:  # an earlier cut has left fewer
         assert level.counts is not None
         counts_B1 = torch.minimum(level.counts, counts_B1)
     if not any(level.num_visual):  # there is nothing to choose from
@@ -173,7 +176,7 @@ def _choose(run: Pass, number: int, level: Level, plan: Plan, view: TokenView) -
         return _Choice(none.long(), num_kept, counts_B1, scores)
     with no_grad(), single_precision(device):
         # As it would itself, but that nothing is marked and the marks are looked for.
-        if isinstance(strategy, ScoreStrategy) and strategy.ranks and len(set(num_kept)) == 1:
+        if isinstance(strategy, ScoreStrategy) and _ranks(strategy) and len(set(num_kept)) == 1:
             scores = strategy.score(view)
             check_scores(strategy, scores, expected)
             scores = scores.float()
@@ -199,6 +202,11 @@ def _choose(run: Pass, number: int, level: Level, plan: Plan, view: TokenView) -
         _mixture(run, strategy, selection, num_kept, counts_B1, level),
         selection.space,
     )
+
+
+def _ranks(strategy: ScoreStrategy) -> bool:
+    """Whether the highest scores are all there is to a choice."""
+    return type(strategy).select is _HIGHEST and "select" not in vars(strategy)
 
 
 def _check(strategy: PruningStrategy, selection: Any, expected: tuple[int, int]) -> None:

@@ -213,7 +213,7 @@ class Level:
         """The level on which, of the visual tokens, only some are left.
 
         Args:
-            chosen: int64 (B, V), these among those alive, ascending, then pads.
+            chosen: int64 (B, K), these among those alive, ascending, then pads.
             num_kept: How many per row.
             counts: The same on the device, int64 (B, 1).
             plan: The pass's.

@@ -90,9 +90,10 @@ class Trace:
 
     @property
     def stages(self) -> list[TracedStage]:
-        if callable(self._stages):
-            self._stages = self._stages()
-        return self._stages
+        stages = self._stages
+        if callable(stages):
+            stages = self._stages = stages()
+        return stages
 
     @property
     def lengths(self) -> Tensor:
@@ -104,9 +105,10 @@ class Trace:
 
     @property
     def places(self) -> list[Tensor]:
-        if callable(self._places):
-            self._places = self._places()
-        return self._places
+        places = self._places
+        if callable(places):
+            places = self._places = places()
+        return places
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_stages": self.stages, "_places": self.places}

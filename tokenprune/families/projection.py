@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,8 @@ from transformers import AttentionInterface
 from tokenprune.tensors import take
 
 _CAPTURE = "tokenprune_capture"
+#: Numbers of which as many take no longer than launching what computes them.
+_SHORT = 2**22
 #: Rows of a layer's input: int64 (B, Q), or a slice that is the same for all batch rows.
 Positions = Tensor | slice
 
@@ -81,16 +82,18 @@ def project(
     is_ordinary, seen = _is_ordinary.get(layer, (True, 0))
     # Some scale queries by position, which only long prompts show.
     if is_ordinary and hidden.shape[1] > 2 * seen:
-        whole = captured(layer, hidden, rows, named)
+        whole = captured(layer, hidden, slice(None), named)
         own = getattr(layer.self_attn, "config", None)
         is_ordinary = (
             not scales_by_position(layer.self_attn)
             and getattr(own, "clip_qkv", None) is None  # which a short prompt may not show
-            and _agrees(layer, hidden, rows, named, whole)
+            # One row and several are rotated in ways of their own.
+            and _agrees(layer, hidden, slice(-1, None), named, whole)
+            and _agrees(layer, hidden, slice(-2, None), named, whole)
         )
         _is_ordinary[layer] = is_ordinary, hidden.shape[1]
         if not is_ordinary:
-            return whole
+            return replace(whole, queries=pick(whole.queries, rows, dim=2))
     way = ordinary if is_ordinary else captured
     return way(layer, hidden, rows, named)
 
@@ -132,28 +135,14 @@ def _rotated(
         pair: Cosines and sines, (B|1, T, E).
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    if queries.shape[2] == 1:  # with the keys at once: to all positions, of which one is its own
-        own = queries if _broadcasts(rotate) else queries.expand(-1, -1, keys.shape[2], -1)
-        turned, keys = rotate(own, keys, *pair)
+    if queries.shape[2] == 1 and queries.numel() * keys.shape[2] <= _SHORT:
+        # With the keys at once, to all positions, of which one is its own: half the launches.
+        turned, keys = rotate(queries.expand(-1, -1, keys.shape[2], -1), keys, *pair)
         return pick(turned, rows, dim=2), keys
     # It rotates two tensors: the one that is not needed has no head.
     queries, _ = rotate(queries, queries[:, :0], *(pick(table, rows) for table in pair))
     keys, _ = rotate(keys, keys[:, :0], *pair)
     return queries, keys
-
-
-@cache
-def _broadcasts(rotate: Callable[..., Any]) -> bool:
-    """Whether a function that rotates takes one query beside several keys.
-
-    Those that put channels back which they left alone do not, even where there are none.
-    """
-    queries, keys, table = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, 4)
-    try:
-        turned, _ = rotate(queries, keys, table, table)
-    except RuntimeError:
-        return False
-    return bool(turned.shape == keys.shape)
 
 
 def captured(
@@ -229,7 +218,7 @@ def _agrees(
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
     return all(
         a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-        for a, b in ((ours.queries, whole.queries), (ours.keys, whole.keys))
+        for a, b in ((ours.queries, pick(whole.queries, rows, dim=2)), (ours.keys, whole.keys))
     )
 
 

@@ -114,13 +114,10 @@ class ScoreStrategy(PruningStrategy):
     """Keeps the tokens with the highest scores; ties go to the lower index."""
 
     keeps_exactly: ClassVar[bool] = True
-    #: Whether the highest scores are all there is to the choice: `select` is not overridden.
-    ranks: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         owner = next(base for base in cls.__mro__ if "select" in vars(base))
-        cls.ranks = owner is ScoreStrategy
         said = "keeps_exactly" in vars(cls) or "keeps_exactly" in vars(owner)
         if owner is not ScoreStrategy and not said:
             cls.keeps_exactly = False  # what an override keeps must be counted
