@@ -316,6 +316,29 @@ def test_whoever_looks_at_a_trace_is_told_of_scores_that_are_no_numbers(share) -
             assert trace.stages
 
 
+@pytest.mark.parametrize("where", ["its class", "the base class"])
+def test_who_chooses_is_asked_wherever_it_comes_from(where, monkeypatch) -> None:
+    """The engine ranks scores by itself only where nobody has a way of their own."""
+
+    @dataclass(frozen=True)
+    class Last(tp.ScoreStrategy):
+        def score(self, view):
+            return view.positions.float()
+
+    def first(self, view, keep):
+        return tp.Selection(view.valid & (view.valid.cumsum(1) <= keep[:, None]))
+
+    model, schedule = build("llava"), tp.Schedule.one_shot(2, 0.5)
+    with torch.no_grad(), tp.prune(model, Last(), schedule) as trace:
+        model(**batch(model, ROWS[:1]))
+        own = trace.stages[0].kept[0].tolist()
+        monkeypatch.setattr(Last if where == "its class" else tp.ScoreStrategy, "select", first)
+        model(**batch(model, ROWS[:1]))
+        theirs = trace.stages[0].kept[0].tolist()
+    assert own == list(range(len(own), 2 * len(own)))
+    assert theirs == list(range(len(own)))
+
+
 def test_attention_must_be_declared() -> None:
     @dataclass(frozen=True)
     class Undeclared(tp.ScoreStrategy):
