@@ -339,6 +339,44 @@ def test_who_chooses_is_asked_wherever_it_comes_from(where, monkeypatch) -> None
     assert theirs == list(range(len(own)))
 
 
+@pytest.mark.parametrize("name", ["pyramiddrop", "uniform", "dart", "divprune"])
+def test_a_cut_that_finds_no_image_left_changes_nothing(name) -> None:
+    """Nobody is asked: there is nothing to choose from."""
+    model, strategy = build("llava"), tp.build_strategy(name)
+    found = []
+    for cuts in ([(2, 0.0)], [(2, 0.0), (4, 0.0)]):
+        with torch.no_grad(), tp.prune(model, strategy, tp.Schedule.explicit(cuts)) as trace:
+            found.append(model(**batch(model, ROWS)).logits)
+    assert torch.equal(*found)
+    first, last = trace.stages
+    assert [len(row) for row in last.kept] == [0] * len(ROWS)
+    assert (last.scores is None) == (first.scores is None)
+    assert all(len(row) == 0 for row in last.scores or [])
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+def test_choices_are_made_in_single_precision_under_autocast(ranks) -> None:
+    kinds = []
+
+    @dataclass(frozen=True)
+    class Product(tp.ScoreStrategy):
+        def score(self, view):
+            hidden = view.hidden.float()
+            kinds.append((hidden @ hidden.mT).dtype)
+            return hidden.sum(2)
+
+    @dataclass(frozen=True)
+    class Asked(Product):
+        def select(self, view, keep):
+            return super().select(view, keep)
+
+    model, strategy = build("llava"), Product() if ranks else Asked()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), autocast, tp.prune(model, strategy, tp.Schedule.one_shot(2, 0.5)):
+        model(**batch(model, ROWS[:1]))
+    assert kinds == [torch.float32]
+
+
 def test_attention_must_be_declared() -> None:
     @dataclass(frozen=True)
     class Undeclared(tp.ScoreStrategy):
