@@ -58,6 +58,7 @@ def merges(strategy: tp.PruningStrategy) -> bool:
 
 #: Fields of methods whose own do not fit tiny models, or cuts at any layer.
 TINY = {
+    "hiprune": {"middle": 0},
     "prumerge": {"space": "decoder"},
     "prumerge_plus": {"space": "decoder"},
     "visionzip": {"space": "decoder"},

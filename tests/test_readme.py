@@ -66,7 +66,7 @@ def test_sweep_over_strategies_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     assert cli.main([*shlex.split(line), *short]) == 0
     (table,) = tmp_path.rglob("results.csv")
-    assert len(table.read_text().splitlines()) == 1 + len(tp.available()) + 1 - 4  # and none
+    assert len(table.read_text().splitlines()) == 1 + len(tp.available()) + 1 - 5  # and none
 
 
 @pytest.mark.parametrize("path", sorted(re.findall(r"\]\(([^)#:]+)\)", README.read_text())))

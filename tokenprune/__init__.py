@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         POSITIONS,
         AttentionStrategy,
         BeforeProjector,
+        Change,
         DecoderKeys,
         DecoderRows,
         Entered,
@@ -57,6 +58,7 @@ __all__ = [
     "Adapter",
     "AttentionStrategy",
     "BeforeProjector",
+    "Change",
     "DecoderKeys",
     "DecoderRows",
     "Entered",
@@ -112,8 +114,8 @@ _NAMES = {
     "schedule": ("Schedule", "Stage"),
     "strategies.published": ("published",),
     "strategy": (
-        *("LOGITS", "POSITIONS", "AttentionStrategy", "BeforeProjector", "DecoderKeys"),
-        *("DecoderRows", "Entered"),
+        *("LOGITS", "POSITIONS", "AttentionStrategy", "BeforeProjector", "Change"),
+        *("DecoderKeys", "DecoderRows", "Entered"),
         *("Need", "Normed", "PerStage", "Projected", "PruningStrategy", "Published"),
         *(
             "Question",

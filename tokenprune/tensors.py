@@ -187,6 +187,21 @@ def _sums_of_units(values_BV: Tensor, unit_BV: Tensor) -> Tensor:
     return sums_BU.scatter_add(1, unit_BV, values_BV)
 
 
+def find(keys_BV: Tensor, wanted_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Looks numbers up among those of a row.
+
+    Args:
+        keys_BV: int64; of equal ones the first is found.
+        wanted_BN: int64, what is looked for.
+
+    Returns:
+        Where each stands, int64 (B, N), anywhere if it is not there; and whether it is, bool.
+    """
+    sorted_BV, order_BV = keys_BV.sort(dim=1, stable=True)
+    at_BN = torch.searchsorted(sorted_BV, wanted_BN).clamp_max(keys_BV.shape[1] - 1)
+    return order_BV.gather(1, at_BN), sorted_BV.gather(1, at_BN) == wanted_BN
+
+
 def mark(picks: Sequence[Tensor], keep_B: Tensor, valid_BV: Tensor) -> Tensor:
     """Marks the first `keep` of each row's picks.
 

@@ -405,6 +405,9 @@ PRINTED = [
             ("vispruner", ((128, 0.2222), (64, 0.1111), (32, 0.0556))),
             ("fastervlm", ((144, 0.25), (58, 0.1), (29, 0.05))),
             ("divprune", ((56, 0.098),)),
+            ("hiprune", ((192, 0.3333), (128, 0.2222), (64, 0.1111))),
+            ("holov", ((64, 0.1111),)),
+            ("priortr", ((192, 0.3333), (128, 0.2222), (64, 0.1111))),
             # 192, 128 and 64 by name: an eighth of it for each of eight pivots, and four pivots.
             ("dart", ((196, 0.3403), (132, 0.2292), (68, 0.1181))),
             # Outliers aside: the averages that the paper prints.
@@ -421,6 +424,25 @@ PRINTED = [
         ("visionzip", "LLaVA-NeXT-7B", budget, "final_tokens", f"schedule.keep={keep}")
         for budget, keep in ((640, 0.2222), (320, 0.1111), (160, 0.0556))
     ),
+    ("priortr", "LLaVA-NeXT-7B", 320, "final_tokens", "strategy.queries=last"),
+    *(
+        (
+            "hiprune",
+            "Qwen2.5-VL-7B",
+            share,
+            "final_tokens",
+            f"strategy.middle=15 strategy.layer=-1 schedule.keep={share}",
+        )
+        for share in (0.334, 0.223, 0.112)
+    ),
+    (
+        "mmtok",
+        "Qwen2.5-VL-7B",
+        0.2,
+        "final_tokens",
+        "strategy.text_temperature=0.01 schedule.keep=0.2",
+    ),
+    ("vidcom2", "LLaVA-OneVision-7B", 0.25, "final_tokens", "schedule.keep=0.25"),
     (
         "vscan",
         "Qwen2.5-VL-7B",
@@ -441,8 +463,6 @@ PRINTED_ON = {
 #: tokens that enter the decoder, and of those the share that is left from some layer on.
 PRINTED_ELSEWHERE = [
     ("HiRED", "LLaVA-NeXT-7B", (0.2,), None),
-    ("HiPrune (2025, 2508.00553)", "Qwen2.5-VL-7B", (0.334, 0.223, 0.112), None),
-    ("MMTok (2025, 2508.18264)", "Qwen2.5-VL-7B", (0.2,), None),
     ("VisionSelector (2025, 2510.16598)", "Qwen2.5-VL-7B", (0.3, 0.2, 0.1), None),
     ("IDPruner (2026, 2602.13315)", "Qwen2.5-VL-7B", (0.25, 0.1), None),
     ("FastVID", "LLaVA-OneVision-7B", (0.1,), None),
@@ -538,7 +558,8 @@ def document() -> str:
         "",
         "Scoring is the strategy's share of the exact FLOPs: rows of queries, keys of all tokens.",
         "What a method computes besides is not in it: for n tokens of width d, the cosines of all",
-        "pairs (`divprune`, `cdpruner`) are 2n²d, those to eight pivots (`dart`) 16nd.",
+        "pairs (`divprune`, `cdpruner`; within a tile `scope`, `mmtok`) are 2n²d, those to eight",
+        "pivots (`dart`) 16nd; a pick of `scope` or `mmtok` then looks at n² numbers.",
         "At most: shares do not come out even (`dart`, `vscan`), or the image decides: PruMerge's",
         "paper 32 and, at even distances, 144 of 576 stay on average. Results and the bench count",
         "what was kept.",
@@ -559,9 +580,9 @@ def document() -> str:
         *printed_table(),
         "",
         "Methods that are not here print others, as shares of the tokens that enter the decoder;",
-        "HoliTom halves its own at layer 18. MMTok, VisionSelector and IDPruner name a Qwen-VL,",
-        "not always which. Any strategy takes their schedules. A video is 32 frames of 196 tokens",
-        "here.",
+        "HoliTom halves its own at layer 18. VisionSelector and IDPruner name a Qwen-VL, not",
+        "always which, and so does MMTok. Any strategy takes their schedules. A video is 32 frames",
+        "of 196 tokens here.",
         "",
         *elsewhere_table(),
         "",

@@ -173,13 +173,13 @@ def converse(model, calls, cache=None, trace=None):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [strategy.name for strategy in DROPPING])
+@pytest.mark.parametrize("strategy", DROPPING, ids=lambda strategy: strategy.name)
 @pytest.mark.share(3)
-def test_images_in_a_later_turn(name, attention) -> None:
+def test_images_in_a_later_turn(strategy, attention) -> None:
     model = build("llava", attention)
     calls = turns(model)
     with torch.no_grad():
-        with tp.prune(model, tp.build_strategy(name), SCHEDULE) as trace:
+        with tp.prune(model, strategy, SCHEDULE) as trace:
             ours, (first, second), _ = converse(model, calls, trace=trace)
         # Coordinates go on through the conversation.
         assert all(16 <= i < 32 for stage in second for i in stage.kept[0].tolist())

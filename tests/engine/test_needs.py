@@ -32,6 +32,7 @@ class Asking(tp.ScoreStrategy):
             tp.DecoderKeys("next"): lambda: view.keys("next"),
             tp.DecoderKeys("previous"): lambda: view.keys("previous"),
             tp.Normed(): lambda: view.normed,
+            tp.Change(): lambda: view.change,
             tp.Entered(): lambda: view.entered,
             tp.Text(): lambda: view.text,
             tp.Question(): lambda: view.question,
@@ -85,6 +86,24 @@ def test_states_are_normed_as_the_last_layer_s(side):
     # Of those alive, at a later cut.
     assert others[tp.Normed()].visual.shape == later.hidden.shape
     torch.testing.assert_close(others[tp.Normed()].visual, model.get_decoder().norm(later.hidden))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_change_is_what_the_layer_before_has_added(side, dtype):
+    """In float32, whatever the model's own: two numbers of bfloat16 are apart by less than one."""
+    model = build("llava").to(dtype)
+    inputs = batch(model, ROWS, side)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    whole = hidden[2].float() - hidden[1].float()
+    (_, answers), (later, others) = shown(model, inputs, tp.Change())
+    assert answers[tp.Change()].dtype == torch.float32
+    for row, (_, visual) in enumerate(columns(model, inputs)):
+        torch.testing.assert_close(answers[tp.Change()][row, : len(visual)], whole[row, visual])
+    # Of those alive, by the layer that has run on them.
+    assert others[tp.Change()].shape == later.hidden.shape
 
 
 def test_what_entered_is_shown_of_dropped_tokens_too():
@@ -217,10 +236,14 @@ def test_a_last_norm_that_is_not_known_is_refused():
         tp.attach(model, Asking((tp.Normed(),)), CUTS)
 
 
-def test_keys_before_the_first_layer_are_refused():
-    strategy = Asking((tp.DecoderKeys("previous"),))
+@pytest.mark.parametrize("need", [tp.DecoderKeys("previous"), tp.Change()], ids=str)
+def test_a_layer_before_the_first_is_refused(need):
+    strategy = Asking((need,))
     with pytest.raises(ValueError, match=r"expected cuts at layer 1 or later for Asking"):
         tp.attach(build("llama"), strategy, tp.Schedule.one_shot(0, 0.5))
+
+
+def test_a_source_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"DecoderKeys.source: expected one of .*, got 'own'"):
         tp.DecoderKeys("own")
 

@@ -290,13 +290,16 @@ class Row:
         """
         return not (self.case.policy == "renumbered" and number and source == "next")
 
+    def into(self, layer: int, view: int) -> Tensor:
+        """What runs through a layer, (1, T, D): after a cut there, for whoever looks past it."""
+        states = self.entered[layer][view : view + 1]
+        return self.mixed(layer, states) if layer in self.case.cuts and view == 0 else states
+
     def keys(self, layer: int, view: int) -> Tensor:
         """Rotated keys of a layer, (T, G, E)."""
         decoder = model_of(self.case.family, "eager").get_decoder()
         module = decoder.layers[layer]
-        states = self.entered[layer][view : view + 1]
-        if layer in self.case.cuts and view == 0:
-            states = self.mixed(layer, states)
+        states = self.into(layer, view)
         keys = module.self_attn.k_proj(module.input_layernorm(states))
         keys = keys.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(1, 2)
         positions = self.positions[layer].expand(self.entered[layer].shape[0], -1)[view][None]

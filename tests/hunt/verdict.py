@@ -174,7 +174,7 @@ def _check_choice(row: Row, number: int, stage: int) -> None:
     candidates = [numbers.index(column) for column in before.tolist()]
     chosen = top_k(cut.scores[None], None, torch.tensor([len(cut.kept)]))[0]
     assert [n for n, yes in zip(candidates, chosen, strict=True) if yes] == cut.kept, "top k"
-    if isinstance(strategy, Witness) or not hasattr(strategy, "source"):
+    if not isinstance(strategy, tp.AttentionStrategy):
         return
     for request in decoder_rows(strategy):
         weights = _rows(row, number, stage, request)
@@ -231,6 +231,9 @@ def _check_witness(row: Row, number: int, stage: int, strategy: Witness) -> None
             torch.testing.assert_close(seen[need][0], normed[before], **CLOSE)
             if seen[need][1] is not None:
                 torch.testing.assert_close(seen[need][1], normed[text], **CLOSE)
+        elif isinstance(need, tp.Change):
+            earlier = row.into(*row.view_at(stage, number, need.source))[0]
+            torch.testing.assert_close(seen[need], (entered - earlier)[before], **CLOSE)
         elif isinstance(need, tp.Projected):
             expected = row.followed(row.embeds[own], stage, number, ahead=True)
             torch.testing.assert_close(seen[need], expected, **CLOSE)

@@ -18,6 +18,7 @@ DECODER = (
     ),
     DecoderKeys("next"),
     DecoderKeys("previous"),
+    tp.Change(),
     tp.Projected(),
     Entered(),
     Normed(),
@@ -77,6 +78,8 @@ class Witness(tp.ScoreStrategy):
                 seen["tiles"] = view.tiles[row, :count]
             elif isinstance(need, tp.VisionStates):
                 seen[need] = view.vision_states(need.layer, need.what)[row, :count]
+        if tp.Change() in self.wants:
+            seen[tp.Change()] = view.change[row, :count]
         if tp.Projected() in self.wants:
             seen[tp.Projected()] = view.projected[row, :count]
         if Entered() in self.wants:

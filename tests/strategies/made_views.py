@@ -98,6 +98,7 @@ def made(seed: int, longest: int = 40) -> Made:
             tuple(torch.randint(0, 40, (count,), generator=own).tolist()) for count in following
         ),
         HasPatches(): has_patch,
+        tp.Change(): _changes(own, tied, rows, width),
     }
     share = draw.choice([0.0, 0.2, 0.5, 0.8, 1.0, 1.2, draw.random()])
     keep = torch.tensor([round(count * share) for count in counts])
@@ -117,15 +118,28 @@ def made(seed: int, longest: int = 40) -> Made:
     return Made(view, keep, counts, original, answers)
 
 
+def _changes(own: torch.Generator, tied: bool, rows: int, width: int) -> Tensor:
+    """What a layer has added (rows, width, 4); tied, steps along an axis, of exact lengths."""
+    if not tied:
+        return torch.randn(rows, width, 4, generator=own)
+    axis = torch.randint(0, 4, (rows, width), generator=own)
+    steps = torch.randint(-3, 4, (rows, width, 1), generator=own)
+    return (torch.nn.functional.one_hot(axis, 4) * steps).float()
+
+
 def _places(draw: random.Random, count: int, width: int) -> Tensor:
-    """Places of a row: grids, some with holes, and runs without a grid."""
+    """Places of a row: grids and videos, some with holes, and runs without a grid."""
     found: list[tuple[int, int, int, int]] = []
     while len(found) < count:
         image = len(found)
         if draw.random() < 0.3:
             found += [(image, -1, -1, -1)] * draw.randint(1, 9)
             continue
-        rows, columns = draw.randint(1, 6), draw.randint(1, 6)
-        cells = [(image, 0, r, c) for r in range(rows) for c in range(columns)]
+        is_video = draw.random() < 0.5
+        frames, most = (draw.randint(1, 4), 3) if is_video else (1, 6)
+        rows, columns = draw.randint(1, most), draw.randint(1, most)
+        cells = [
+            (image, f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)
+        ]
         found += [cell for cell in cells if draw.random() < 0.9]
     return torch.tensor([*found[:count], *[(-1, -1, -1, -1)] * (width - count)]).view(width, 4)

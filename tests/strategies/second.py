@@ -5,6 +5,7 @@ Written from the papers' rules as the strategies' docstrings have them, to be co
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,8 @@ from tokenprune.strategy import HasPatches
 
 #: Survivors of a row, and of each, in their order, how it is mixed; None where none is.
 Row = tuple[list[int], "list[dict[int, Fraction]] | None"]
+#: The least and the most that a token's score may be, where rounding decides between them.
+Range = tuple[float, float]
 
 
 def rows(made: Made, answer: object) -> list[np.ndarray]:
@@ -268,14 +271,7 @@ def outliers(
 
 def pool(made: Made, row: int) -> Row:
     places = made.view.places[row, : made.counts[row]].tolist()
-    units: list[list[int]] = []
-    previous = None
-    for i, (image, grid, line, _) in enumerate(places):
-        unit = (image, grid) if line >= 0 else None
-        if i == 0 or unit != previous:
-            units.append([])
-        units[-1].append(i)
-        previous = unit
+    units = grids(places)
     mixes: dict[int, dict[int, Fraction]] = {}
     for unit, quota in zip(units, shares(list(map(len, units)), int(made.keep[row])), strict=True):
         order = unit
@@ -299,6 +295,19 @@ def pool(made: Made, row: int) -> Row:
     return seats, [mixes[seat] for seat in seats]
 
 
+def grids(places: list[list[int]]) -> list[list[int]]:
+    """Tokens that stand in one grid, one after the other; those without any are alike."""
+    units: list[list[int]] = []
+    previous = None
+    for i, (image, grid, line, _) in enumerate(places):
+        unit = (image, grid) if line >= 0 else None
+        if i == 0 or unit != previous:
+            units.append([])
+        units[-1].append(i)
+        previous = unit
+    return units
+
+
 def shares(sizes: list[int], budget: int) -> list[int]:
     """A budget by size, the largest remainders first, the lower unit of two."""
     total = sum(sizes)
@@ -313,3 +322,105 @@ def shares(sizes: list[int], budget: int) -> list[int]:
 
 def vtw(made: Made, row: int) -> Row:
     return list(range(min(int(made.keep[row]), made.counts[row]))), None
+
+
+# ----------------------------------------------------------------------------------- what is scored
+
+
+def highest(made: Made, row: int, scores: list[float]) -> Row:
+    return sorted(best(scores, list(range(len(scores))), int(made.keep[row]))), None
+
+
+def v2drop(made: Made, row: int) -> Row:
+    changes = rows(made, made.answers[tp.Change()])[row][: made.counts[row]]
+    return highest(made, row, [math.sqrt(sum(x * x for x in own)) for own in changes.tolist()])
+
+
+def evs(made: Made, row: int) -> Row:
+    tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
+    places = made.view.places[row, : made.counts[row]].tolist()
+    scores = []
+    for i, (image, frame, line, column) in enumerate(places):
+        before = [image, frame - 1, line, column]
+        known = min(places[i]) >= 0 and frame > 0
+        if known and before in places:
+            scores.append(1 - cosine(tokens[i], tokens[places.index(before)]))
+        else:
+            scores.append(255.0)
+    return highest(made, row, scores)
+
+
+def priortr(made: Made, row: int, queries: str = "text") -> list[list[Range]]:
+    """Scores, each what it is."""
+    number = made.counts[row]
+    follows = made.answers[tp.Text()].follows[row].nonzero()[:, 0].tolist()
+    attention = rows(made, made.answers[tp.DecoderRows("text", "previous")])[row]
+    asked = []
+    for word in follows:
+        asked.append([sum(head[word, i] for head in attention) / len(attention)
+                      for i in range(number)])  # fmt: skip
+    if not asked:
+        return [[(0.0, 0.0)] * number]
+    prior, task = asked[0], asked[-1]
+    if queries == "text":
+        task = [sum(own[i] for own in asked) / len(asked) for i in range(number)]
+    prior = [own / (sum(prior) + 1e-10) for own in prior]
+    task = [own / (sum(task) + 1e-10) for own in task]
+    scores = [
+        own * math.log((own + 1e-10) / (before + 1e-10))
+        for own, before in zip(task, prior, strict=True)
+    ]
+    return [[(score, score) for score in scores]]
+
+
+def vidcom2(
+    made: Made, row: int, channels: float = 0.5, temperature: float = 0.01
+) -> list[list[Range]]:
+    """Scores by each choice of channels that vary alike, but for rounding."""
+    tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
+    if not len(tokens):
+        return [[]]
+    vary = []
+    for channel in tokens.T.tolist():
+        mean = sum(channel) / len(channel)
+        vary.append(sum((x - mean) ** 2 for x in channel) / len(channel))
+    every = list(range(len(vary)))
+    number = int(channels * len(vary))
+    last = sorted(vary)[number - 1] if number else -1.0
+    sure = [c for c in every if vary[c] < last - 1e-6]
+    alike = [c for c in every if abs(vary[c] - last) <= 1e-6]
+    frames = grids(made.view.places[row, : made.counts[row]].tolist())
+    return [
+        vidcom2_scores(tokens[:, sorted([*sure, *chosen])].tolist(), frames, temperature)
+        for chosen in itertools.combinations(alike, number - len(sure))
+    ]
+
+
+def vidcom2_scores(
+    tokens: list[list[float]], frames: list[list[int]], temperature: float
+) -> list[Range]:
+    def mean(of: list[list[float]]) -> list[float]:
+        return [sum(channel) / len(of) for channel in zip(*of, strict=True)]
+
+    def closeness(a: list[float], b: list[float]) -> float:
+        square = sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+        return sum(math.exp(-square / (2 * width)) for width in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+
+    units = []
+    for token in tokens:
+        length = math.sqrt(sum(x * x for x in token))
+        units.append([x / length if length else 0.0 for x in token])
+    center = mean(units)
+    of_video = [closeness(unit, center) for unit in units]
+    unique = [-sum(of_video[i] for i in frame) / len(frame) for frame in frames]
+    weights = [math.exp((own - max(unique)) / temperature) for own in unique]
+    scores: list[Range] = [(0.0, 0.0)] * len(units)
+    for frame, weight in zip(frames, weights, strict=True):
+        share = len(frame) * (1 + weight / sum(weights) - 1 / len(frames))
+        center = mean([units[i] for i in frame])
+        close = {i: of_video[i] + closeness(units[i], center) for i in frame}
+        for i in frame:
+            first = sum(close[j] < close[i] - 1e-5 for j in frame)
+            last = sum(close[j] <= close[i] + 1e-5 for j in frame) - 1
+            scores[i] = (-(last + 0.5) / share, -(first + 0.5) / share)
+    return scores

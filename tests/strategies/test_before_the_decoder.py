@@ -10,80 +10,14 @@ import second
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_tiles import Row, budgets, cases, ranked, row_of, signals, view_of
 from models import ROWS, batch, build
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.strategy import HasPatches, Tiles, TileShape
-
-#: Of one row: tiles by their tokens' numbers, and tokens without patches.
-Row = tuple[list[list[int]], list[int]]
-
-
-def row_of(sizes: list[int], newlines: int, order: list[int]) -> Row:
-    """Tokens of a row, dealt out to tiles in a given order."""
-    left, tiles = list(order), []
-    for size in sizes:
-        tiles.append(sorted(left[:size]))
-        left = left[size:]
-    return tiles, sorted(left[:newlines])
-
-
-def view_of(rows: list[Row], attention: Tensor, states: Tensor, max_keep: int = 0) -> tp.TokenView:
-    """A view of made-up signals (B, H, V) and (B, V, C)."""
-    width = attention.shape[2]
-    tiles_BV = torch.full((len(rows), width), -1)
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, (tiles, newlines) in enumerate(rows):
-        for tile, tokens in enumerate(tiles):
-            tiles_BV[number, tokens] = tile
-            valid[number, tokens] = True
-        valid[number, newlines] = True
-    shape = (
-        max(len(tiles) for tiles, _ in rows),
-        max(len(tile) for tiles, _ in rows for tile in tiles),
-    )
-
-    def signal(need: Any) -> Any:
-        if isinstance(need, tp.VisionRows):
-            return attention
-        if isinstance(need, tp.VisionStates):
-            return states
-        return {Tiles(): tiles_BV, TileShape(): shape}[need]
-
-    return tp.TokenView(
-        layer=0,
-        num_layers=8,
-        num_original=valid.sum(1),
-        max_keep=max_keep,
-        ragged=not bool(valid.all()),
-        _valid=lambda: valid,
-        _positions=lambda: torch.arange(width).expand(len(rows), -1),
-        _hidden=lambda: states,
-        _places=lambda: torch.full((len(rows), width, 4), -1),
-        _signal=signal,
-    )
-
+from tokenprune.strategy import HasPatches, Tiles
 
 # ------------------------------------------------------------------------- the methods, once again
-
-
-def budgets(row: Row, keep: int) -> tuple[list[int], int]:
-    """What each tile may keep, by size, largest remainder first; and how many newlines."""
-    sizes = [len(tile) for tile in row[0]]
-    total = sum(sizes)
-    budget = min(keep, total)
-    exact = [budget * size / total if total else 0.0 for size in sizes]
-    parts = [budget * size // total if total else 0 for size in sizes]
-    by_rest = sorted(range(len(sizes)), key=lambda n: (-(budget * sizes[n] % total), n))
-    for number in by_rest[: budget - sum(parts)]:
-        parts[number] += 1
-    assert all(abs(a - b) < 1 for a, b in zip(parts, exact, strict=True))
-    return parts, min(keep - budget, len(row[1]))
-
-
-def ranked(tokens: list[int], scores: list[float]) -> list[int]:
-    return sorted(tokens, key=lambda token: (-scores[token], token))
 
 
 def fastervlm(row: Row, scores: list[float], keep: int) -> list[int]:
@@ -207,26 +141,6 @@ def visionzip(
         for target, own in members.items():
             mixed[target] = {target: 1.0} | {token: 1 / len(own) for token in own}
     return mixed
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[list[Row], int, list[int], int]:
-    sizes = st.lists(st.integers(1, 40), min_size=1, max_size=3)
-    shapes = draw(st.lists(st.tuples(sizes, st.integers(0, 4)), min_size=1, max_size=3))
-    rows = []
-    for tiles, newlines in shapes:
-        order = list(range(sum(tiles) + newlines))
-        rows.append(row_of(tiles, newlines, draw(st.permutations(order))))
-    counts = [sum(tiles) + newlines for tiles, newlines in shapes]
-    keep = [draw(st.integers(0, count + 2)) for count in counts]
-    return rows, max(counts), keep, draw(st.integers(0, 2**31))
-
-
-def signals(rows: list[Row], width: int, seed: int) -> tuple[Tensor, Tensor]:
-    own = torch.Generator().manual_seed(seed)
-    attention = torch.rand(len(rows), 2, width, generator=own, dtype=torch.float64)
-    states = torch.randn(len(rows), width, 5, generator=own, dtype=torch.float64)
-    return attention, states
 
 
 @pytest.mark.matrix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ class Outside:
         after: Columns of the text after them.
         patch: Of each visual token, its tile and its patch there, or None.
         tower: Of each tile, what the tower gives out, by name.
+        grids: Of each image, its whole and then the mosaic of its tiles, if it has one: the visual
+            tokens there, newlines with them.
     """
 
     features: Tensor
@@ -51,6 +54,7 @@ class Outside:
     after: list[int]
     patch: list[tuple[int, int] | None]
     tower: list[dict[str, Tensor]]
+    grids: list[list[int]]
 
 
 def made(name: str, attention: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
@@ -78,6 +82,7 @@ def outside(model: Any, inputs: dict[str, Tensor], name: str) -> list[Outside]:
     norm, found, start = model.get_decoder().norm, [], 0
     tiles = [] if name == "qwen2_5_vl" else towers(model, inputs)
     table = {}
+    sizes = iter([len(part.reshape(-1, part.shape[-1])) for part in made])
     for number, tile in enumerate(tiles):
         for patch, value in enumerate(tile["projected"]):
             table[tuple(value.tolist())] = number, patch
@@ -91,6 +96,12 @@ def outside(model: Any, inputs: dict[str, Tensor], name: str) -> list[Outside]:
         states = [hidden[row, real] for hidden in told.hidden_states]
         mine = features[start : start + count]
         start += count
+        grids: list[list[int]] = []
+        while (begun := sum(map(len, grids))) < count:
+            end = begun + next(sizes)
+            middle = begun + len(tiles[0]["class"]) if name == "llava_next" else end
+            grids += [list(range(begun, middle)), list(range(middle, end))]
+            grids = [grid for grid in grids if grid]
         found.append(
             Outside(
                 features=mine.double(),
@@ -103,6 +114,7 @@ def outside(model: Any, inputs: dict[str, Tensor], name: str) -> list[Outside]:
                 after=after,
                 patch=[table.get(tuple(value.tolist())) for value in mine],
                 tower=tiles,
+                grids=grids,
             )
         )
     return found
@@ -119,12 +131,24 @@ def towers(model: Any, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             lambda module, args, output, key=(part, layer): heard.update({key: output})
         )
         for part in ("q_proj", "k_proj")
-        for layer in (-1, -2)
+        for layer in (-1, -2, 0, 1)
     ]
     told = tower(pixels, output_attentions=True, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
     found = []
+
+    def received(number: int, layer: int) -> Tensor:
+        """Attention of a layer that each patch gets from the mean patch, by the mean head."""
+        width = tower.config.hidden_size // tower.config.num_attention_heads
+        asks, keys = (heard[part, layer][number].double() for part in ("q_proj", "k_proj"))
+        total = torch.zeros(len(keys)).double()
+        for head in range(tower.config.num_attention_heads):
+            own = slice(head * width, (head + 1) * width)
+            for asking in asks[1:, own]:  # the class token is asked, and does not ask
+                total += (keys[:, own] @ asking / math.sqrt(width)).softmax(0)
+        return total[1:] / (len(asks) - 1) / tower.config.num_attention_heads
+
     for number in range(len(pixels)):
         query = heard["q_proj", -1][number, 0].double()
         keys = heard["k_proj", -1][number].double()
@@ -141,6 +165,9 @@ def towers(model: Any, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
                 "metric": near.view(len(near), heads, -1).mean(1)[1:],
                 "one": (keys @ query / math.sqrt(channels)).softmax(0)[1:],
                 "keys": keys[1:],
+                "received, late": received(number, -2),
+                "received, 0": received(number, 0),
+                "received, 1": received(number, 1),
                 "projected": model.model.multi_modal_projector(
                     told.hidden_states[model.config.vision_feature_layer][number, 1:]
                 ),
@@ -171,6 +198,51 @@ def fastv(row: Outside, keep: int, layer: int) -> list[int]:
 
 def pyramiddrop(row: Outside, keep: int, layer: int) -> list[int]:
     return sorted(best(row.attentions[layer].mean(0)[-1, row.visual], keep))
+
+
+def v2drop(row: Outside, keep: int, layer: int) -> list[int]:
+    after, before = (row.states[own][row.visual].tolist() for own in (layer, layer - 1))
+    return sorted(best([math.dist(*own) for own in zip(after, before, strict=True)], keep))
+
+
+def priortr(row: Outside, keep: int, layer: int, last: bool = False) -> list[int]:
+    table = row.attentions[layer - 1].mean(0)[row.after][:, row.visual].tolist()
+    shown = [sum(column) / len(table) for column in zip(*table, strict=True)]
+    if last:
+        shown = table[-1]
+    told = [own / (sum(shown) + 1e-10) for own in shown]
+    prior = [own / (sum(table[0]) + 1e-10) for own in table[0]]
+    pairs = zip(told, prior, strict=True)
+    return sorted(best([p * math.log((p + 1e-10) / (q + 1e-10)) for p, q in pairs], keep))
+
+
+def vidcom2(row: Outside, keep: int, layer: int) -> list[int]:
+    """The row's images are one video: each a frame, or its whole and its mosaic a frame each."""
+    width = row.features.shape[1]
+    still = best(-row.features.var(0), width // 2)
+    states = [[own[channel] for channel in still] for own in row.features.tolist()]
+    states = [[value / math.hypot(*own) for value in own] for own in states]
+
+    def closeness(members: list[int]) -> list[float]:
+        """Of each of these tokens to their mean."""
+        centre = [
+            sum(states[own][channel] for own in members) / len(members)
+            for channel in range(width // 2)
+        ]
+        far = [math.dist(states[own], centre) ** 2 for own in members]
+        return [sum(math.exp(-own / (2 * a)) for a in (1 / 8, 1 / 4, 1 / 2, 1, 2)) for own in far]
+
+    to_video = closeness(list(range(len(states))))
+    unlike = [-sum(to_video[own] for own in grid) / len(grid) for grid in row.grids]
+    parts = [math.exp((own - max(unlike)) / 0.01) for own in unlike]
+    scores = [0.0] * len(states)
+    for grid, part in zip(row.grids, parts, strict=True):
+        share = len(grid) * (1 + part / sum(parts) - 1 / len(parts))
+        to_frame = closeness(grid)
+        common = [to_video[own] + close for own, close in zip(grid, to_frame, strict=True)]
+        for rank, own in enumerate(best([-value for value in common], len(grid))):
+            scores[grid[own]] = -(rank + 0.5) / share
+    return sorted(best(scores, keep))
 
 
 def divprune(row: Outside, keep: int, layer: int) -> list[int]:
@@ -343,6 +415,89 @@ def vscan(row: Outside, keep: int, layer: int) -> list[int]:
     return sorted(kept)
 
 
+def holov(row: Outside, keep: int, layer: int, parts: int = 16, exact: bool = False) -> list[int]:
+    kept = []
+    for tokens, quota in zip(of_tiles(row), shares(row, keep), strict=True):
+        if quota >= len(tokens):
+            kept += tokens
+            continue
+        paid = signal(row, "class", tokens).tolist()
+        rest, stretches = list(range(len(tokens))), []
+        for part in range(parts):
+            length = len(tokens) // parts + (part < len(tokens) % parts)
+            stretches += [rest[:length]] if length else []
+            rest = rest[length:]
+        means = [sum(paid[own] for own in stretch) / len(stretch) for stretch in stretches]
+        gets = [math.floor(mean / sum(means) * quota) for mean in means]
+        for part in best(means, quota - sum(gets)):
+            gets[part] += 1
+        chosen = []
+        for stretch, count in zip(stretches, gets, strict=True):
+            chosen += [stretch[own] for own in best([paid[own] for own in stretch], count)]
+        others = [own for own in range(len(tokens)) if own not in chosen]
+        if exact:
+            missing = quota - len(chosen)
+            chosen += [others[own] for own in best([paid[own] for own in others], missing)]
+        kept += [tokens[own] for own in chosen]
+    return sorted(kept)
+
+
+def hiprune(
+    row: Outside, keep: int, layer: int, anchors: float = 0.1, middle: int = 0
+) -> list[int]:
+    kept = []
+    for tokens, quota in zip(of_tiles(row), shares(row, keep), strict=True):
+        side = math.isqrt(len(row.tower[0]["class"]))
+        spots = [divmod(row.patch[token][1], side) for token in tokens]  # type: ignore[index]
+        late = signal(row, "received, late", tokens).tolist()
+        first = best(signal(row, f"received, {middle}", tokens), round(quota * anchors / 5))
+        classes = []
+        for r, c in spots:
+            steps = [abs(r - spots[anchor][0]) + abs(c - spots[anchor][1]) for anchor in first]
+            classes.append(min(min(steps, default=2), 2))
+        order = sorted(range(len(tokens)), key=lambda own: (classes[own], -late[own], own))
+        kept += [tokens[own] for own in order[:quota]]
+    return sorted(kept)
+
+
+def scope(row: Outside, keep: int, layer: int) -> list[int]:
+    kept = []
+    for tokens, quota in zip(of_tiles(row), shares(row, keep), strict=True):
+        paid = signal(row, "class", tokens).tolist()  # a sum over heads has the same order
+        states = signal(row, "hidden", tokens)
+        kept += [tokens[own] for own in covering(cosines(states, states), quota, paid)]
+    return sorted(kept)
+
+
+def mmtok(row: Outside, keep: int, layer: int, weight: float = 0.5) -> list[int]:
+    kept = []
+    for tokens, quota in zip(of_tiles(row), shares(row, keep), strict=True):
+        states = signal(row, "hidden", tokens)
+        table = []
+        for like in cosines(row.words, row.features[tokens]):
+            total = sum(math.exp(own / 0.02) for own in like)
+            table.append([math.exp(own / 0.02) / total / len(row.words) for own in like])
+        for like in cosines(states, states):
+            total = sum(math.exp(own / 0.2) for own in like)
+            table.append([weight * math.exp(own / 0.2) / total / len(tokens) for own in like])
+        kept += [tokens[own] for own in covering(table, quota, [1.0] * len(tokens))]
+    return sorted(kept)
+
+
+def covering(table: list[list[float]], count: int, worth: list[float]) -> list[int]:
+    """Columns, one by one, that add the most to the largest of each row, times their worth."""
+    reached = [0.0] * len(table)
+    picked: list[int] = []
+    while len(picked) < count:
+        gains = []
+        for column, own in enumerate(worth):
+            added = [max(0.0, line[column] - had) for line, had in zip(table, reached, strict=True)]
+            gains.append(-1.0 if column in picked else own * sum(added))
+        picked += best(gains, 1)
+        reached = [max(line[picked[-1]], had) for line, had in zip(table, reached, strict=True)]
+    return picked
+
+
 DECODER: dict[str, tuple[Any, Any, int]] = {
     "fastv": (tp.build_strategy("fastv"), fastv, 2),
     "pyramiddrop": (tp.build_strategy("pyramiddrop"), pyramiddrop, 2),
@@ -355,20 +510,55 @@ DECODER: dict[str, tuple[Any, Any, int]] = {
         sparsevlm_2,
         3,
     ),
+    "v2drop": (tp.build_strategy("v2drop"), v2drop, 2),
+    "priortr": (tp.build_strategy("priortr"), priortr, 3),
+    "priortr-last": (tp.build_strategy("priortr", queries="last"), partial(priortr, last=True), 3),
+    "vidcom2": (tp.build_strategy("vidcom2"), vidcom2, 0),
 }
-SPARSE = ("sparsevlm", "sparsevlm-2")
+#: Read the decoder's attention.
+ATTENTIVE = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm-2", "priortr", "priortr-last")
 TOWER: dict[str, tuple[Any, Any, int]] = {
     "fastervlm": (tp.build_strategy("fastervlm"), fastervlm, 0),
     "vispruner": (tp.build_strategy("vispruner"), vispruner, 0),
     "visionzip": (tp.build_strategy("visionzip"), visionzip, 0),
     "prumerge": (tp.build_strategy("prumerge"), prumerge, 0),
     "vscan": (tp.build_strategy("vscan", shallow=0, window=2), vscan, 0),
+    "holov": (tp.build_strategy("holov"), holov, 0),
+    "holov-exact": (tp.build_strategy("holov", exact_budget=True), partial(holov, exact=True), 0),
+    # Stretches of several tokens, among which attention chooses.
+    "holov-parts": (tp.build_strategy("holov", parts=3), partial(holov, parts=3), 0),
+    # A tile of these models has no anchor; then one; then two, of another layer than the rest.
+    "hiprune": (tp.build_strategy("hiprune", middle=0), hiprune, 0),
+    "hiprune-anchors": (
+        tp.build_strategy("hiprune", middle=0, anchors=0.5),
+        partial(hiprune, anchors=0.5),
+        0,
+    ),
+    "hiprune-middle": (
+        tp.build_strategy("hiprune", middle=1, anchors=1.0),
+        partial(hiprune, anchors=1.0, middle=1),
+        0,
+    ),
+    "scope": (tp.build_strategy("scope"), scope, 0),
+    "mmtok": (tp.build_strategy("mmtok"), mmtok, 0),
+    "mmtok-weight": (tp.build_strategy("mmtok", weight=4.0), partial(mmtok, weight=4.0), 0),
 }
 CASES = [(model, method) for method in DECODER for model in MODELS] + [
     (model, method) for method in TOWER for model in MODELS[:2]
 ]
-#: PruMerge's outliers are few; CDPruner's picks no more than there are dimensions.
-KEEP = {"prumerge": 0.9, "cdpruner": 0.15}
+#: PruMerge's outliers are few; CDPruner's picks no more than there are dimensions. A stretch of
+#: HoloV has fewer tokens than it gets where most are kept; words and patches of MMTok contend where
+#: few are; at VidCom2's, no two newlines, which are alike, stand on both sides of the last kept.
+KEEP = {
+    "prumerge": 0.9,
+    "cdpruner": 0.15,
+    "vidcom2": 0.6,
+    "holov": 0.85,
+    "holov-exact": 0.85,
+    "holov-parts": 0.85,
+    "mmtok": 0.15,
+    "mmtok-weight": 0.25,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -392,8 +582,7 @@ def test_what_is_kept_is_what_the_description_says(name: str, method: str, dtype
         keep = round(count * schedule.stages[0].keep)
         expected = again(row, keep, layer) if count else []
         # Eager attention in bfloat16 is rounded to it, which may turn two tokens round.
-        rounded = dtype == torch.bfloat16 and method in ("fastv", "pyramiddrop", *SPARSE)
-        if rounded:
+        if dtype == torch.bfloat16 and method in ATTENTIVE:
             assert len(kept) == len(expected)
             assert len(set(kept) - set(expected)) <= 1
         else:

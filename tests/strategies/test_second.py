@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +26,7 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
         tp.build_strategy("divprune", exact_reference=True),
         partial(second.divprune, again=True),
     ),
+    "evs": (tp.build_strategy("evs"), second.evs),
     "pool": (tp.build_strategy("pool"), second.pool),
     "sparsevlm": (tp.build_strategy("sparsevlm"), second.sparsevlm),
     "sparsevlm-1": (
@@ -36,7 +38,21 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
         second.sparsevlm_1,
     ),
     "sparsevlm-2": (tp.build_strategy("sparsevlm", version="2.0"), second.sparsevlm_2),
+    "v2drop": (tp.build_strategy("v2drop"), second.v2drop),
     "vtw": (tp.build_strategy("vtw"), second.vtw),
+}
+#: Those whose scores are exponentials and logarithms, which float32 rounds.
+ROUNDED: dict[str, tuple[tp.PruningStrategy, Callable[..., list[list[second.Range]]]]] = {
+    "priortr": (tp.build_strategy("priortr"), second.priortr),
+    "priortr-last": (
+        tp.build_strategy("priortr", queries="last"),
+        partial(second.priortr, queries="last"),
+    ),
+    "vidcom2": (tp.build_strategy("vidcom2"), second.vidcom2),
+    "vidcom2-all-channels": (
+        tp.build_strategy("vidcom2", channels=1.0, temperature=0.1),
+        partial(second.vidcom2, channels=1.0, temperature=0.1),
+    ),
 }
 
 
@@ -45,11 +61,11 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
     [range(FEW), pytest.param(range(FEW, CASES), marks=pytest.mark.matrix)],
     ids=["few", "many"],
 )
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *ROUNDED])
 @pytest.mark.share(3)
 def test_the_same_picks_and_the_same_mixes(name: str, seeds: range) -> None:
     for seed in seeds:
-        compare(name, made(seed))
+        (compare if name in METHODS else compare_rounded)(name, made(seed))
 
 
 def test_the_same_mixes_of_many_clusters() -> None:
@@ -79,10 +95,35 @@ def compare(name: str, batch: Made) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def compare_rounded(name: str, batch: Made) -> None:
+    """The same scores; the same picks but for tokens whose scores rounding does not tell apart."""
+    strategy, slow = ROUNDED[name]
+    selection = strategy.select(batch.view, batch.keep)
+    assert selection.scores is not None
+    for row, count in enumerate(batch.counts):
+        kept = selection.kept[row].nonzero()[:, 0].tolist()
+        scores = selection.scores[row, :count].tolist()
+        keep = min(count, int(batch.keep[row]))
+        assert kept == sorted(second.best(scores, list(range(count)), keep))
+        assert any(fit(scores, kept, ranges) for ranges in slow(batch, row))
+
+
+def fit(scores: list[float], kept: list[int], ranges: list[second.Range]) -> bool:
+    """Whether scores are as they may be, and no token was kept for one that is better."""
+    spare = [1e-5 * max(map(abs, own)) + 1e-7 for own in ranges]
+    same = all(
+        least - own <= score <= most + own
+        for score, (least, most), own in zip(scores, ranges, spare, strict=True)
+    )
+    weakest = min((ranges[i][1] + spare[i] for i in kept), default=0.0)
+    dropped = [i for i in range(len(scores)) if i not in kept]
+    return same and all(not kept or ranges[i][0] - spare[i] <= weakest for i in dropped)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *ROUNDED])
 @pytest.mark.share(3)
 def test_who_keeps_all_changes_nothing(name: str) -> None:
-    strategy, _ = METHODS[name]
+    strategy, _ = (METHODS | ROUNDED)[name]
     for seed in range(60):
         batch = made(seed)
         # What may be fewer is fewer, unless all that there ever was may stay.
@@ -127,6 +168,106 @@ def question(number: int = 2, after: int = 2, length: int = 0) -> tp.TextView:
         follows=torch.arange(number)[None] >= number - after,
         positions=torch.arange(number)[None] + length,
     )
+
+
+def padded(view: tp.TokenView, number: int) -> tp.TokenView:
+    """The view, as if but the first tokens were none of the row's."""
+    valid = torch.arange(view.valid.shape[1])[None] < number
+    return dataclasses.replace(
+        view, ragged=True, num_original=valid.sum(1), max_keep=number, _valid=lambda: valid
+    )
+
+
+def scores_of(strategy: tp.PruningStrategy, view: tp.TokenView) -> Tensor:
+    scores = strategy.select(view, view.num_original).scores
+    assert scores is not None
+    return scores[0, : int(view.num_original)]
+
+
+@pytest.mark.parametrize("number", [2, 3], ids=["alone", "padded"])
+def test_priortr_by_hand(number: int) -> None:
+    """Of 2 tokens, beside which one may be that does not exist."""
+    rows = torch.tensor([[5.0, 1.0, 8.0], [1.0, 1.0, 4.0], [3.0, 0.0, 2.0]])[:, :number]
+    # Two heads that pay the mean of what they pay.
+    attention = torch.stack([rows / 2, rows * 3 / 2])[None]
+    for queries, after, expected in (
+        ("text", 2, [0.8 * math.log(1.6), 0.2 * math.log(0.4)]),
+        ("last", 2, [math.log(2), 0.0]),
+        ("last", 1, [0.0, 0.0]),
+        ("text", 0, [0.0, 0.0]),
+        ("last", 0, [0.0, 0.0]),
+    ):
+        answers = {
+            tp.Text(): question(3, after),
+            tp.DecoderRows("text", "previous"): attention,
+        }
+        view = padded(one_row(answers, number, 2), 2)
+        scores = scores_of(tp.build_strategy("priortr", queries=queries), view)
+        torch.testing.assert_close(scores, torch.tensor(expected))
+
+
+def test_evs_by_hand() -> None:
+    cells = [
+        (0, 0, 0, 0),  # of equal cells the first counts
+        (0, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 1, 0, 1),  # nothing there before
+        (0, 2, 0, 0),
+        (-1, -1, -1, -1),
+        (1, 1, 0, 0),  # another video
+        (0, 1, -1, -1),
+        (0, 2, -1, -1),
+        (0, 3, 0, 0),
+        (0, 5, 0, 0),  # the frame before is gone
+    ]
+    axes = torch.eye(4)
+    tokens = axes[[0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1]]
+    tokens[9] = -tokens[9]
+    view = one_row({tp.Projected(): tokens[None]}, len(cells), len(cells))
+    view = dataclasses.replace(view, _places=lambda: torch.tensor([cells]))
+    scores = scores_of(tp.build_strategy("evs"), view).tolist()
+    assert scores == [255, 255, 0, 255, 1, 255, 255, 255, 255, 2, 255]
+    # A token that does not exist is nobody's earlier one.
+    view = dataclasses.replace(view, _valid=lambda: torch.tensor([[False] + [True] * 10]))
+    scores = tp.build_strategy("evs").score(dataclasses.replace(view, ragged=True))[0, 1:].tolist()
+    assert scores == [255, 1, 255, 1, 255, 255, 255, 255, 2, 255]
+
+
+@pytest.mark.parametrize("number", [4, 5, 6], ids=["alone", "padded", "padded-more"])
+def test_vidcom2_by_hand(number: int) -> None:
+    """Two frames of two tokens, one of which is unlike all others; what pads say is nothing."""
+    tokens = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [-1, 0], [-1, 0]])
+    cells = torch.tensor([[0, frame, 0, column] for frame in range(3) for column in range(2)])
+    view = one_row({tp.Projected(): tokens[None, :number]}, number, 4)
+    view = dataclasses.replace(view, _places=lambda: cells[None, :number])
+    view = padded(view, 4) if number > 4 else view
+    # The second frame, which is less like the video, gets all that is shared out: 3, and 1.
+    scores = scores_of(tp.build_strategy("vidcom2", channels=1.0), view)
+    torch.testing.assert_close(scores, torch.tensor([-0.5 / 1, -1.5 / 1, -1.5 / 3, -0.5 / 3]))
+    for keep, expected in ((1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3])):
+        assert kept(tp.build_strategy("vidcom2", channels=1.0), view, keep) == expected
+
+
+@pytest.mark.parametrize("pads", [0, 1, 2, 9])
+def test_vidcom2_of_equal_tokens_in_one_frame(pads: int) -> None:
+    """Ranks 0, 1 and 2 of a share of 3, however unlike them pads are."""
+    tokens = torch.tensor([[1.0, 0]] * 3 + [[-1.0, 0]] * pads)
+    view = padded(one_row({tp.Projected(): tokens[None]}, 3 + pads, 3), 3)
+    scores = scores_of(tp.build_strategy("vidcom2", channels=1.0), view)
+    torch.testing.assert_close(scores, torch.tensor([-0.5 / 3, -1.5 / 3, -2.5 / 3]))
+
+
+def test_of_channels_that_vary_alike_vidcom2_reads_the_first() -> None:
+    """Three channels, of which half are one: in the first one the last token is unlike the rest."""
+    first, second, third = [1.0, 1, 1, -1], [-1.0, 1, 1, 1], [1.0, 1, -1, 1]
+    for channels, expected, and_next in (
+        ((first, second, [9.0, -9, 9, -9]), [3], [0, 3]),
+        ((second, first, [9.0, -9, 9, -9]), [0], [0, 1]),
+        ((first, second, [x / 2 for x in third]), [2], [0, 2]),
+    ):
+        view = one_row({tp.Projected(): torch.tensor(channels).T[None]}, 4, 4)
+        assert kept(tp.build_strategy("vidcom2"), view, 1) == expected
+        assert kept(tp.build_strategy("vidcom2"), view, 2) == and_next
 
 
 def test_duplicates_are_picked_again_by_the_released_divprune_alone() -> None:
@@ -311,6 +452,11 @@ def test_version_2_refuses_prompts_that_its_divisor_does_not_reach() -> None:
         ("sparsevlm", {"scale": -1.0}, r"SparseVLM.scale, bias: .* got -1.0 and 0.0"),
         ("dart", {"image_pivots": 0}, "DART.image_pivots: expected an integer >= 1, got 0"),
         ("dart", {"text_pivots": "4"}, "DART.text_pivots: expected an integer >= 1, got '4'"),
+        ("priortr", {"queries": "all"}, "PriorTR.queries: expected one of"),
+        ("vidcom2", {"channels": 1.5}, "VidCom2.channels: expected a fraction"),
+        ("vidcom2", {"channels": -0.1}, "VidCom2.channels: expected a fraction"),
+        ("vidcom2", {"temperature": 0}, "VidCom2.temperature: expected a number above 0"),
+        ("vidcom2", {"temperature": -1.0}, "VidCom2.temperature: expected a number above 0"),
     ],
 )
 def test_fields_that_cannot_be(name: str, fields: dict[str, object], message: str) -> None:

@@ -73,8 +73,8 @@ def train(
 
 
 def told(said: str) -> str:
-    """The one line that the command says."""
-    lines = re.findall(r"tokenprune: .*", said)
+    """The one line that the command says; whom the launcher stops, too, adds how to go on."""
+    lines = re.findall(r"tokenprune: (?!what is done is kept).*", said)
     assert len(lines) == 1, said
     return str(lines[0])
 

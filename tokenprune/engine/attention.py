@@ -1,4 +1,4 @@
-"""Attention that a layer pays the visual tokens, for the rows that a strategy asks for; its keys.
+"""What a layer says to a strategy: attention it pays the visual tokens, its keys, what enters it.
 
 Shape suffixes: B batch rows, V visual tokens alive, N positions at a level, Q query rows, K keys,
 H heads.
@@ -16,7 +16,7 @@ from tokenprune.engine.passes import Asked, Pass
 from tokenprune.engine.side import allowed_keys, known_keys
 from tokenprune.families.anatomy import has_device
 from tokenprune.families.projection import Positions, QueriesAndKeys
-from tokenprune.strategy import DecoderKeys, DecoderRows
+from tokenprune.strategy import Change, DecoderKeys, DecoderRows
 from tokenprune.tensors import attention_rows, hide_pads, single_precision, take, to_device
 
 #: Bytes of float32 attention weights that one chunk of query rows may take.
@@ -24,11 +24,13 @@ CHUNK_BYTES = 2**27
 
 
 def hear(
-    run: Pass, number: int, asked: Asked, request: DecoderRows | DecoderKeys
+    run: Pass, number: int, asked: Asked, request: DecoderRows | DecoderKeys | Change
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What a strategy asks of a layer: its attention, or its keys of visual tokens and of text."""
+    """What a strategy asks of a layer: attention, keys of visual tokens and text, what enters."""
     if isinstance(request, DecoderRows):
         return attend(run, number, asked, request)
+    if isinstance(request, Change):
+        return take(asked.hidden, run.at(number, asked.hidden.device).seats()).detach()
     return keys(run, number, asked)
 
 

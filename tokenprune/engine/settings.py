@@ -18,6 +18,7 @@ from tokenprune.strategy import (
     LOGITS,
     POSITIONS,
     BeforeProjector,
+    Change,
     DecoderKeys,
     DecoderRows,
     Entered,
@@ -101,9 +102,9 @@ class Settings:
         return tuple(strategy.needs() for strategy in self.strategies)
 
     @cached_property
-    def requests(self) -> tuple[tuple[DecoderRows | DecoderKeys, ...], ...]:
-        """What the strategy of each cut asks of a layer: attention and keys."""
-        kinds = (DecoderRows, DecoderKeys)
+    def requests(self) -> tuple[tuple[DecoderRows | DecoderKeys | Change, ...], ...]:
+        """What the strategy of each cut asks of a layer: attention, keys, what enters it."""
+        kinds = (DecoderRows, DecoderKeys, Change)
         return tuple(
             tuple(dict.fromkeys(need for need in needs if isinstance(need, kinds)))
             for needs in self.declared
@@ -197,8 +198,8 @@ class Settings:
                 f"got {type(self.anatomy.decoder).__name__} in {name}. Choose another strategy."
             )
         known = (
-            *(DecoderRows, DecoderKeys, Entered, Normed, Projected, Question, RandomNumbers, Text),
-            *(VisionNeed, BeforeProjector, Words),
+            *(Change, DecoderRows, DecoderKeys, Entered, Normed, Projected, Question, Text),
+            *(RandomNumbers, VisionNeed, BeforeProjector, Words),
         )
         for need in self.needs:
             if not isinstance(need, known):

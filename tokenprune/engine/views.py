@@ -16,6 +16,7 @@ from tokenprune.engine.passes import Pass
 from tokenprune.families.anatomy import device_of, final_norm
 from tokenprune.strategy import (
     BESIDE,
+    Change,
     DecoderKeys,
     DecoderRows,
     Entered,
@@ -44,7 +45,7 @@ def make_view(
     number: int,
     device: torch.device,
     hidden: Tensor | None,
-    heard: Mapping[DecoderRows | DecoderKeys, Any],
+    heard: Mapping[Need, Any],
 ) -> TokenView:
     """What the strategy sees at cut `number`.
 
@@ -54,7 +55,7 @@ def make_view(
         device: Where it chooses.
         hidden: (B, N, D), what enters the layer after the cut; None for one that is blind.
         heard: What layers answered to each request that the strategy declared: attention
-            (B, H, V), or keys of visual tokens and of text.
+            (B, H, V), keys of visual tokens and of text, or what had entered it (B, V, D).
     """
     layer, strategy = run.settings.cuts[number - 1], run.settings.strategies[number - 1]
     level, plan = run.at(number - 1, device), run.plan_on(device)
@@ -88,6 +89,9 @@ def make_view(
             return known
         if isinstance(need, DecoderKeys):
             return TokensAndText(*heard[need])
+        if isinstance(need, Change):
+            entering: Tensor = take(content("hidden states"), level.seats()).detach()
+            return entering.float() - heard[need].float()
         if isinstance(need, Question):
             return _question(run, strategy)
         if isinstance(need, Normed):

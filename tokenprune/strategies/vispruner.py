@@ -56,7 +56,8 @@ class VisPruner(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         import torch
 
-        from tokenprune.tensors import rank_in_units, share_out, sizes_of_units, take
+        from tokenprune.strategies._tiles import lay_out
+        from tokenprune.tensors import rank_in_units, share_out
 
         attention_BV = view.vision_rows(self.layer, self.queries).mean(1)  # over heads
         states = torch.nn.functional.normalize(view.vision_states(self.layer), dim=-1)
@@ -65,20 +66,16 @@ class VisPruner(PruningStrategy):
         first_BU[:, -1] = quota_BU[:, -1]
         first_BV = first_BU.gather(1, unit_BV)
         rank_BV = rank_in_units(attention_BV, unit_BV, view.valid)
-        most, length = view.tile_shape
+        most, _ = view.tile_shape
         # The others of each tile, from the most to the least attended.
         is_rest = (rank_BV >= first_BV) & (unit_BV < most) & view.valid
-        seat_BV = (unit_BV * length + rank_BV - first_BV).where(is_rest, most * length)
-        place_BV = torch.arange(rank_BV.shape[1], device=keep.device).expand_as(rank_BV)
-        table = place_BV.new_zeros(len(keep), most * length + 1).scatter(1, seat_BV, place_BV)
-        rest_ULC = take(states, table[:, :-1]).reshape(-1, length, states.shape[2])
-        count_BU = (sizes_of_units(unit_BV) - first_BU)[:, :most]
+        tiles = lay_out(view, unit_BV, rank_BV - first_BV, is_rest)
+        rest_ULC = tiles.of(states)
         target_BU = (quota_BU - first_BU)[:, :most]
         left_UL = _thin(
-            rest_ULC @ rest_ULC.transpose(1, 2), count_BU.reshape(-1), target_BU.reshape(-1)
+            rest_ULC @ rest_ULC.transpose(1, 2), tiles.exists.sum(1), target_BU.reshape(-1)
         )
-        left = torch.nn.functional.pad(left_UL.reshape(len(keep), -1), (0, 1))
-        kept_BV = (rank_BV < first_BV) | left.gather(1, seat_BV)
+        kept_BV = (rank_BV < first_BV) | tiles.back(left_UL)
         return Selection(kept=kept_BV & view.valid)
 
     @classmethod

@@ -6,6 +6,7 @@ The engine computes what is declared, in time, and nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
@@ -54,6 +55,14 @@ class DecoderKeys(Need):
 
     def __post_init__(self) -> None:
         check_choice("DecoderKeys.source", self.source, SOURCES)
+
+
+@dataclass(frozen=True)
+class Change(Need):
+    """What the layer before the cut has added to the hidden state of each visual token."""
+
+    #: The layer that is heard.
+    source: ClassVar[str] = "previous"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.strategy.needs import (
+    Change,
     DecoderKeys,
     DecoderRows,
     Entered,
@@ -126,6 +127,16 @@ class TokenView:
             ValueError: If the strategy did not declare these rows in `needs`.
         """
         signal: Tensor = self._signal(DecoderRows(queries, source))
+        return signal
+
+    @property
+    def change(self) -> Tensor:
+        """What the layer before has added to each token's hidden state; `Change` in `needs`.
+
+        Returns:
+            float32 (B, V, D), what enters this layer less what entered the one before, detached.
+        """
+        signal: Tensor = self._signal(Change())
         return signal
 
     @property
