@@ -5,13 +5,14 @@ Shape suffixes: B batch rows, V visual tokens alive, S seats, U tiles of all row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenprune.strategy import TokenView
-from tokenprune.tensors import take
+from tokenprune.strategy import Selection, TokenView
+from tokenprune.tensors import rank_in_units, share_out, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +54,24 @@ def lay_out(view: TokenView, unit_BV: Tensor, rank_BV: Tensor, inside_BV: Tensor
     token_BS = token_BV.new_zeros(rows, size + 1).scatter(1, seat_BV, token_BV)[:, :-1]
     taken_BS = inside_BV.new_zeros(rows, size + 1).scatter(1, seat_BV, inside_BV)[:, :-1]
     return Tiles(taken_BS.reshape(rows * most, length), seat_BV, token_BS)
+
+
+def choose_by_tile(
+    view: TokenView, keep: Tensor, pick: Callable[[Tiles, Tensor, int], Tensor]
+) -> Selection:
+    """Chooses from each tile by itself; tokens in none, newlines, get what tiles leave over.
+
+    Args:
+        view: What the strategy sees.
+        keep: int64 (B,), budgets, which tiles share by how many tokens they have.
+        pick: Marks, bool (U, L), so many of each tile's tokens, in their order, int64 (U,); the
+            last is the most of any, known without asking the device.
+    """
+    valid_BV, (most, length) = view.valid, view.tile_shape
+    unit_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
+    order_BV = rank_in_units(torch.zeros_like(unit_BV), unit_BV, valid_BV)
+    is_patch_BV = valid_BV & (unit_BV < valid_BV.shape[1])
+    tiles = lay_out(view, unit_BV, order_BV, is_patch_BV)
+    marked_UL = pick(tiles, quota_BU[:, :most].reshape(-1), min(view.max_keep, length))
+    newlines_BV = valid_BV & ~is_patch_BV & (order_BV < quota_BU[:, -1:])
+    return Selection(kept=tiles.back(marked_UL) | newlines_BV)

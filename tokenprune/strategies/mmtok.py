@@ -75,37 +75,29 @@ class MMTok(PruningStrategy):
         import torch
 
         from tokenprune.strategies._coverage import cover, directions
-        from tokenprune.strategies._tiles import lay_out
-        from tokenprune.tensors import rank_in_units, share_out
+        from tokenprune.strategies._tiles import Tiles, choose_by_tile
 
-        valid_BV, text = view.valid, view.text
+        text, (most, _) = view.text, view.tile_shape
         asks_BS = torch.where(text.follows.any(1, keepdim=True), text.follows, text.valid)
         words_BSD = directions(text.embeddings.float()) * asks_BS[..., None]
         like_BVS = directions(view.projected.float()) @ words_BSD.mT
         states = directions(view.vision_states(self.layer))
-        unit_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
-        order_BV = rank_in_units(like_BVS[..., 0] * 0, unit_BV, valid_BV)
-        is_patch_BV = valid_BV & (unit_BV < valid_BV.shape[1])
-        tiles = lay_out(view, unit_BV, order_BV, is_patch_BV)
-        most, length = view.tile_shape
-        # Rows of what is covered: words, then patches.
         asks_US1 = asks_BS.repeat_interleave(most, 0)[..., None]
-        words_USL = _softmax(tiles.of(like_BVS).mT / self.text_temperature, tiles.exists)
-        words_USL = words_USL * asks_US1 / asks_US1.sum(1, keepdim=True).clamp_min(1)
-        states_ULC = tiles.of(states)
-        alike_ULL = states_ULC @ states_ULC.mT / self.vision_temperature
-        patches_ULL = _softmax(alike_ULL, tiles.exists) * tiles.exists[..., None]
-        count_U11 = tiles.exists.sum(1).clamp_min(1)[:, None, None]
-        patches_ULL = patches_ULL * (self.weight / count_U11)
-        picked_UL = cover(
-            torch.cat([words_USL.to(patches_ULL.dtype), patches_ULL], 1),
-            None,
-            tiles.exists,
-            quota_BU[:, :most].reshape(-1),
-            min(view.max_keep, length),
-        )
-        newlines_BV = valid_BV & ~is_patch_BV & (order_BV < quota_BU[:, -1:])
-        return Selection(kept=tiles.back(picked_UL) | newlines_BV)
+        part_US1 = asks_US1 / asks_US1.sum(1, keepdim=True).clamp_min(1)
+
+        def pick(tiles: Tiles, target_U: Tensor, rounds: int) -> Tensor:
+            own_ULC = tiles.of(states)
+            words_USL = tiles.of(like_BVS).mT / self.text_temperature
+            patches_ULL = own_ULC @ own_ULC.mT / self.vision_temperature
+            count_U11 = tiles.exists.sum(1).clamp_min(1)[:, None, None]
+            part_UL1 = tiles.exists[..., None] * (self.weight / count_U11)
+            covers = (
+                _softmax(logits, tiles.exists) * part
+                for logits, part in ((words_USL, part_US1), (patches_ULL, part_UL1))
+            )
+            return cover(torch.cat(tuple(covers), 1), None, tiles.exists, target_U, rounds)
+
+        return choose_by_tile(view, keep, pick)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

@@ -69,28 +69,19 @@ class SCOPE(PruningStrategy):
 
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         from tokenprune.strategies._coverage import cover, directions
-        from tokenprune.strategies._tiles import lay_out
-        from tokenprune.tensors import rank_in_units, share_out
+        from tokenprune.strategies._tiles import Tiles, choose_by_tile
 
         salient_BV = view.vision_rows(self.layer, self.queries).sum(1)  # over heads
+        worth_BV = salient_BV.nan_to_num(0) ** self.power
         tower = self.features == "tower"
-        states = view.vision_states(self.layer) if tower else view.projected.float()
-        valid_BV = view.valid
-        unit_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
-        order_BV = rank_in_units(salient_BV * 0, unit_BV, valid_BV)
-        is_patch_BV = valid_BV & (unit_BV < valid_BV.shape[1])
-        tiles = lay_out(view, unit_BV, order_BV, is_patch_BV)
-        unit_ULC = tiles.of(directions(states)) * tiles.exists[..., None]
-        most, length = view.tile_shape
-        picked_UL = cover(
-            unit_ULC @ unit_ULC.mT,
-            tiles.of(salient_BV.nan_to_num(0)) ** self.power,
-            tiles.exists,
-            quota_BU[:, :most].reshape(-1),
-            min(view.max_keep, length),
-        )
-        newlines_BV = valid_BV & ~is_patch_BV & (order_BV < quota_BU[:, -1:])
-        return Selection(kept=tiles.back(picked_UL) | newlines_BV)
+        states = directions(view.vision_states(self.layer) if tower else view.projected.float())
+
+        def pick(tiles: Tiles, target_U: Tensor, rounds: int) -> Tensor:
+            own_ULC = tiles.of(states) * tiles.exists[..., None]
+            alike_ULL = own_ULC @ own_ULC.mT
+            return cover(alike_ULL, tiles.of(worth_BV), tiles.exists, target_U, rounds)
+
+        return choose_by_tile(view, keep, pick)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
