@@ -380,6 +380,9 @@ def vidcom2(
     tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
     if not len(tokens):
         return [[]]
+    places = made.view.places[row, : made.counts[row]].tolist()
+    placed = [i for i, place in enumerate(places) if place[2] >= 0] or list(range(len(tokens)))
+    tokens, count = tokens[placed], len(tokens)
     vary = []
     for channel in tokens.T.tolist():
         mean = sum(channel) / len(channel)
@@ -389,11 +392,14 @@ def vidcom2(
     last = sorted(vary)[number - 1] if number else -1.0
     sure = [c for c in every if vary[c] < last - 1e-6]
     alike = [c for c in every if abs(vary[c] - last) <= 1e-6]
-    frames = grids(made.view.places[row, : made.counts[row]].tolist())
-    return [
-        vidcom2_scores(tokens[:, sorted([*sure, *chosen])].tolist(), frames, temperature)
-        for chosen in itertools.combinations(alike, number - len(sure))
-    ]
+    frames = [[placed.index(i) for i in frame if i in placed] for frame in grids(places)]
+    found = []
+    for chosen in itertools.combinations(alike, number - len(sure)):
+        own = tokens[:, sorted([*sure, *chosen])].tolist()
+        scores = vidcom2_scores(own, [frame for frame in frames if frame], temperature)
+        known = dict(zip(placed, scores, strict=True))
+        found.append([known.get(i, (1.0, 1.0)) for i in range(count)])
+    return found
 
 
 def vidcom2_scores(

@@ -3,9 +3,10 @@
 A token is worth what has changed at its place since the frame before: 1 - cosine of what enters
 the decoder (the paper compares pixels). A video's first frame is worth more than any change, and
 so is all else that has no frame before it: an image, a token whose place is unknown, or whose
-forerunner an earlier cut has dropped. It looks at no text. Departures: the served code keeps at
-least a frame's worth of tokens, whatever the budget; the visual tokens of a row, several videos
-too, are one pool here.
+forerunner an earlier cut has dropped. It looks at no text. Some models (InternVL, SmolVLM) are
+given a video's frames as images: `frames="images"` compares each with the one before. Departures:
+the served code keeps at least a frame's worth of tokens, whatever the budget; the visual tokens of
+a row, several videos too, are one pool here.
 
 Shape suffixes: B batch rows, V visual tokens alive.
 """
@@ -15,11 +16,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokenprune.strategy import Need, Projected, Published, ScoreStrategy, TokenView, register
+from tokenprune.strategy import (
+    Need,
+    Projected,
+    Published,
+    ScoreStrategy,
+    TokenView,
+    check_choice,
+    register,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FRAMES = ("grids", "images")
 _SIDE = 2**14  # no video has as many frames, no frame as many rows or columns
 _NEW = 255.0  # of what has no frame before it; a cosine's distance is 2 at most
 
@@ -27,7 +37,16 @@ _NEW = 255.0  # of what has no frame before it; a cosine's distance is 2 at most
 @register("evs")
 @dataclass(frozen=True)
 class EVS(ScoreStrategy):
-    """Keeps a video's first frame, and then what differs from the frame before."""
+    """Keeps a video's first frame, and then what differs from the frame before.
+
+    Args:
+        frames: What the frames of a video are: its `"grids"`, or the row's `"images"`.
+    """
+
+    frames: str = "grids"
+
+    def __post_init__(self) -> None:
+        check_choice("EVS.frames", self.frames, FRAMES)
 
     def needs(self) -> tuple[Need, ...]:
         return (Projected(),)
@@ -38,8 +57,10 @@ class EVS(ScoreStrategy):
         from tokenprune.tensors import find, take
 
         places = view.places
-        image_BV, frame_BV, row_BV, column_BV = places.unbind(-1)
-        cell_BV = ((image_BV * _SIDE + frame_BV) * _SIDE + row_BV) * _SIDE + column_BV
+        video_BV, frame_BV, row_BV, column_BV = places.unbind(-1)
+        if self.frames == "images":
+            video_BV, frame_BV = frame_BV, video_BV
+        cell_BV = ((video_BV * _SIDE + frame_BV) * _SIDE + row_BV) * _SIDE + column_BV
         is_known_BV = view.valid & (places >= 0).all(-1)
         wanted_BV = torch.where(is_known_BV & (frame_BV > 0), cell_BV - _SIDE**2, -2)
         before_BV, there_BV = find(cell_BV.where(is_known_BV, -1), wanted_BV)

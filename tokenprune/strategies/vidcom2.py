@@ -11,7 +11,9 @@ The released code rounds each frame's share, to one token at least, so that its 
 budget. Here the budget is met: seats go to frames by the divisor method with rounding
 (Sainte-Lague), which rounds the same shares, scaled so that they sum to it. That is one order of
 all tokens, by (rank in the frame + 1/2) / share. Departures besides: a row's visual tokens are one
-video, its frames the grids of `places`; newlines of a frame count as its tokens.
+video, its frames the grids of `places`, an image each where a model is given frames as images;
+newlines within a frame count as its tokens. A token of no frame, as LLaVA-OneVision's newline after
+the last, stays first and counts in no mean, as released.
 
 Shape suffixes: B batch rows, V visual tokens alive, F frames, D channels.
 """
@@ -66,8 +68,11 @@ class VidCom2(ScoreStrategy):
 
         from tokenprune.tensors import grid_units, rank_in_units
 
-        valid_BV, tokens = view.valid, view.projected.float()
-        frame_BV, sizes_BF = grid_units(view.places, valid_BV)
+        places, tokens = view.places, view.projected.float()
+        # Where no grid is known, a row is one frame.
+        is_known_BV = view.valid & (places[..., 2] >= 0)
+        valid_BV = torch.where(is_known_BV.any(1, keepdim=True), is_known_BV, view.valid)
+        frame_BV, sizes_BF = grid_units(places, valid_BV)
         steady_BD = _varies_least(tokens, valid_BV, self.channels)
         tokens = torch.nn.functional.normalize(tokens * steady_BD[:, None], dim=-1)
         tokens = tokens * valid_BV[..., None]
@@ -85,7 +90,8 @@ class VidCom2(ScoreStrategy):
         number_frames_B1 = first_BV.sum(1, keepdim=True).clamp_min(1)
         share_BV = 1 + power_BV / total_B1 - 1 / number_frames_B1
         share_BV = share_BV * sizes_BF.gather(1, frame_BV)
-        return -(rank_in_units(-alike_BV, frame_BV, valid_BV) + 0.5) / share_BV
+        order_BV = -(rank_in_units(-alike_BV, frame_BV, valid_BV) + 0.5) / share_BV
+        return order_BV.where(valid_BV, 1)  # all others are below 0
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
