@@ -198,7 +198,7 @@ def find(keys_BV: Tensor, wanted_BN: Tensor) -> tuple[Tensor, Tensor]:
         Where each stands, int64 (B, N), anywhere if it is not there; and whether it is, bool.
     """
     sorted_BV, order_BV = keys_BV.sort(dim=1, stable=True)
-    at_BN = torch.searchsorted(sorted_BV, wanted_BN).clamp_max(keys_BV.shape[1] - 1)
+    at_BN = torch.searchsorted(sorted_BV, wanted_BN.contiguous()).clamp_max(keys_BV.shape[1] - 1)
     return order_BV.gather(1, at_BN), sorted_BV.gather(1, at_BN) == wanted_BN
 
 

@@ -440,7 +440,7 @@ PRINTED = [
         "Qwen2.5-VL-7B",
         0.2,
         "final_tokens",
-        "strategy.text_temperature=0.01 schedule.keep=0.2",
+        "strategy.text_temperature=0.01 strategy.layer=-1 schedule.keep=0.2",
     ),
     ("vidcom2", "LLaVA-OneVision-7B", 0.25, "final_tokens", "schedule.keep=0.25"),
     (

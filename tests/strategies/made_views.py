@@ -102,7 +102,9 @@ def made(seed: int, longest: int = 40) -> Made:
     }
     share = draw.choice([0.0, 0.2, 0.5, 0.8, 1.0, 1.2, draw.random()])
     keep = torch.tensor([round(count * share) for count in counts])
-    places = torch.stack([_places(draw, count, width) for count in counts])
+    tables = [_places(draw, count, width) for count in counts]
+    places = torch.stack([own for own, _ in tables])
+    answers[tp.Videos()] = torch.stack([own for _, own in tables])
     view = tp.TokenView(
         layer=2,
         num_layers=8,
@@ -127,19 +129,29 @@ def _changes(own: torch.Generator, tied: bool, rows: int, width: int) -> Tensor:
     return (torch.nn.functional.one_hot(axis, 4) * steps).float()
 
 
-def _places(draw: random.Random, count: int, width: int) -> Tensor:
-    """Places of a row: grids and videos, some with holes, and runs without a grid."""
+def _places(draw: random.Random, count: int, width: int) -> tuple[Tensor, Tensor]:
+    """Places of a row, and which tokens are of videos.
+
+    Grids, several of a size as frames or tiles, some with holes and newlines of no grid, and runs
+    without any.
+    """
     found: list[tuple[int, int, int, int]] = []
+    videos: list[bool] = []
+    image = 0
     while len(found) < count:
-        image = len(found)
         if draw.random() < 0.3:
             found += [(image, -1, -1, -1)] * draw.randint(1, 9)
-            continue
-        is_video = draw.random() < 0.5
-        frames, most = (draw.randint(1, 4), 3) if is_video else (1, 6)
-        rows, columns = draw.randint(1, most), draw.randint(1, most)
-        cells = [
-            (image, f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)
-        ]
-        found += [cell for cell in cells if draw.random() < 0.9]
-    return torch.tensor([*found[:count], *[(-1, -1, -1, -1)] * (width - count)]).view(width, 4)
+        else:
+            several = draw.random() < 0.5
+            frames, most = (draw.randint(1, 4), 3) if several else (1, 6)
+            rows, columns = draw.randint(1, most), draw.randint(1, most)
+            cells = [
+                (image, f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)
+            ]
+            found += [cell for cell in cells if draw.random() < 0.9]
+            found += [(image, -1, -1, -1)] * (draw.random() < 0.3)
+        videos += [draw.random() < 0.7] * (len(found) - len(videos))
+        image += 1
+    missing = width - count
+    table = torch.tensor([*found[:count], *[(-1, -1, -1, -1)] * missing]).view(width, 4)
+    return table, torch.tensor([*videos[:count], *[False] * missing])

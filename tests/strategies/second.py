@@ -336,13 +336,16 @@ def v2drop(made: Made, row: int) -> Row:
     return highest(made, row, [math.sqrt(sum(x * x for x in own)) for own in changes.tolist()])
 
 
-def evs(made: Made, row: int) -> Row:
+def evs(made: Made, row: int, images: bool = False) -> Row:
+    videos = made.answers[tp.Videos()][row].tolist()  # type: ignore[index]
     tokens = rows(made, made.answers[tp.Projected()])[row][: made.counts[row]]
     places = made.view.places[row, : made.counts[row]].tolist()
     scores = []
     for i, (image, frame, line, column) in enumerate(places):
         before = [image, frame - 1, line, column]
-        known = min(places[i]) >= 0 and frame > 0
+        known = min(places[i]) >= 0 and frame > 0 and videos[i]
+        if images:
+            before, known = [image - 1, frame, line, column], min(places[i]) >= 0
         if known and before in places:
             scores.append(1 - cosine(tokens[i], tokens[places.index(before)]))
         else:
@@ -381,7 +384,8 @@ def vidcom2(
     if not len(tokens):
         return [[]]
     places = made.view.places[row, : made.counts[row]].tolist()
-    placed = [i for i, place in enumerate(places) if place[2] >= 0] or list(range(len(tokens)))
+    gridded = {place[0] for place in places if place[2] >= 0}
+    placed = [i for i, p in enumerate(places) if p[2] >= 0 or p[0] not in gridded]
     tokens, count = tokens[placed], len(tokens)
     vary = []
     for channel in tokens.T.tolist():

@@ -27,6 +27,10 @@ METHODS: dict[str, tuple[tp.PruningStrategy, Callable[..., second.Row]]] = {
         partial(second.divprune, again=True),
     ),
     "evs": (tp.build_strategy("evs"), second.evs),
+    "evs-images": (
+        tp.build_strategy("evs", frames="images"),
+        partial(second.evs, images=True),
+    ),
     "pool": (tp.build_strategy("pool"), second.pool),
     "sparsevlm": (tp.build_strategy("sparsevlm"), second.sparsevlm),
     "sparsevlm-1": (
@@ -223,7 +227,8 @@ def test_evs_by_hand() -> None:
     axes = torch.eye(4)
     tokens = axes[[0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1]]
     tokens[9] = -tokens[9]
-    view = one_row({tp.Projected(): tokens[None]}, len(cells), len(cells))
+    answers = {tp.Projected(): tokens[None], tp.Videos(): torch.ones(1, len(cells)).bool()}
+    view = one_row(answers, len(cells), len(cells))
     view = dataclasses.replace(view, _places=lambda: torch.tensor([cells]))
     scores = scores_of(tp.build_strategy("evs"), view).tolist()
     assert scores == [255, 255, 0, 255, 1, 255, 255, 255, 255, 2, 255]
@@ -231,6 +236,58 @@ def test_evs_by_hand() -> None:
     view = dataclasses.replace(view, _valid=lambda: torch.tensor([[False] + [True] * 10]))
     scores = tp.build_strategy("evs").score(dataclasses.replace(view, ragged=True))[0, 1:].tolist()
     assert scores == [255, 1, 255, 1, 255, 255, 255, 255, 2, 255]
+    # Tiles of an image do not follow one another.
+    answers[tp.Videos()] = torch.zeros(1, len(cells)).bool()
+    assert set(scores_of(tp.build_strategy("evs"), view).tolist()) == {255}
+
+
+def test_evs_sees_no_change_in_rounding() -> None:
+    """Of a still video the first tokens stay, whatever products come to."""
+    for seed in range(20):
+        own = torch.Generator().manual_seed(seed)
+        frame = torch.randn(1, 9, 48, generator=own)
+        cells = [(0, f, 0, c) for f in range(4) for c in range(9)]
+        answers = {tp.Projected(): frame.repeat(1, 4, 1), tp.Videos(): torch.ones(1, 36).bool()}
+        view = dataclasses.replace(
+            one_row(answers, 36, 20), _places=lambda c=cells: torch.tensor([c])
+        )
+        assert kept(tp.build_strategy("evs"), view, 20) == list(range(20))
+
+
+def test_vidcom2_counts_what_is_of_no_frame_in_none() -> None:
+    """A newline after the last frame stays, and shares among frames are as without it."""
+    own = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 8 * 16, 64, generator=own) * 0.2 + torch.randn(64, generator=own)
+    tokens[:, 5 * 16 : 6 * 16] += torch.randn(64, generator=own)
+    cells = [(0, f, 0, c) for f in range(8) for c in range(16)]
+    strategy = tp.build_strategy("vidcom2")
+
+    def picked(more: list[tuple[int, ...]], keep: int) -> list[int]:
+        given = torch.cat([tokens, 5 * torch.randn(1, len(more), 64, generator=own)], 1)
+        view = one_row({tp.Projected(): given}, 128 + len(more), keep)
+        view = dataclasses.replace(view, _places=lambda: torch.tensor([[*cells, *more]]))
+        return kept(strategy, view, keep)
+
+    alone = picked([], 32)
+    counts = torch.tensor(alone).div(16, rounding_mode="floor").bincount(minlength=8)
+    assert counts[5] == counts.max() > counts.median()
+    assert picked([(0, -1, -1, -1)], 33) == [*alone, 128]
+    # A picture whose grid is unknown is a frame, and no newline.
+    assert len(set(picked([(1, -1, -1, -1)] * 16, 32)) & set(range(128))) > 16
+
+
+def test_what_is_no_number_comes_last_of_a_video() -> None:
+    own = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 32, 8, generator=own)
+    cells = torch.tensor([[(0, f, 0, c) for f in range(4) for c in range(8)]])
+    clean = dataclasses.replace(one_row({tp.Projected(): tokens}, 32, 12), _places=lambda: cells)
+    frames = {place // 8 for place in kept(tp.build_strategy("vidcom2"), clean, 12)}
+    broken = tokens.clone()
+    broken[0, 3, 2] = torch.inf
+    view = dataclasses.replace(one_row({tp.Projected(): broken}, 32, 31), _places=lambda: cells)
+    assert kept(tp.build_strategy("vidcom2"), view, 31) == [i for i in range(32) if i != 3]
+    assert len(frames) > 1
+    assert {place // 8 for place in kept(tp.build_strategy("vidcom2"), view, 12)} == frames
 
 
 @pytest.mark.parametrize("number", [4, 5, 6], ids=["alone", "padded", "padded-more"])

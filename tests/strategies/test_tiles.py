@@ -449,3 +449,55 @@ def test_rows_without_tiles_keep_nothing_or_newlines(name: str) -> None:
 def test_fields_that_cannot_be(name: str, fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tp.build_strategy(name, **fields)
+
+
+@pytest.mark.parametrize("name", ["mmtok", "scope"])
+def test_of_equal_tokens_the_first_is_picked(name: str) -> None:
+    """In a batch as alone: products that ought to be equal differ in the last digit."""
+    for seed in range(30):
+        own = torch.Generator().manual_seed(seed)
+        states = torch.randn(3, 37, 24, generator=own)
+        equal = [7, 15, 23, 31, 36]
+        states[:, equal] = states[:, [7]]
+        attention = torch.ones(3, 2, 37) / 37
+        rows = [row_of([37], 0, list(range(37)))] * 3
+        text = tp.TextView(
+            embeddings=torch.randn(3, 4, 24, generator=own),
+            valid=torch.ones(3, 4).bool(),
+            follows=torch.ones(3, 4).bool(),
+            positions=torch.arange(4).expand(3, 4) + 37,
+        )
+
+        def picked(number: int | slice, rows=rows, attention=attention, states=states, text=text):
+            own = slice(number, number + 1) if isinstance(number, int) else number
+            more = {
+                tp.Text(): tp.TextView(
+                    *(getattr(text, f.name)[own] for f in dataclasses.fields(text))
+                ),
+                tp.Projected(): states[own],
+            }
+            seen = view_of(rows[own], attention[own], states[own], 20, more=more)
+            kept = tp.build_strategy(name).select(seen, torch.tensor([20] * len(rows[own]))).kept
+            return [line.nonzero()[:, 0].tolist() for line in kept]
+
+        together = picked(slice(None))
+        assert together == [picked(row)[0] for row in range(3)]
+        for kept in together:
+            found = [token for token in equal if token in kept]
+            assert found == equal[: len(found)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_holov_takes_what_is_no_number_for_none(exact: bool) -> None:
+    attention = torch.rand(1, 2, 64, generator=torch.Generator().manual_seed(0))
+    strategy = tp.build_strategy("holov", exact_budget=exact)
+    row = row_of([64], 0, list(range(64)))
+    attention[0, 0, 5] = torch.nan
+    kept = strategy.select(
+        view_of([row], attention, torch.zeros(1, 64, 5)), torch.tensor([20])
+    ).kept
+    attention[0, :, 5] = 0
+    clean = strategy.select(view_of([row], attention, torch.zeros(1, 64, 5)), torch.tensor([20]))
+    assert torch.equal(kept, clean.kept)
+    assert kept.sum() > 10
+    assert not kept[0, 5]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
+import torch
 from torch import Tensor
 from zoo import ZOO
 from zoo.checks import forward
+from zoo.specimen import VIDEO
 
 import tokenprune as tp
 from tokenprune.families.adapter import adapter_of
@@ -50,3 +54,54 @@ def test_evs_keeps_the_first_frame_and_then_what_has_changed(model_type: str) ->
     pixels.view(-1)[-pixels.numel() // (4 * (last + 1)) :] = -0.9  # at the end of the last frame
     more = kept(model, inputs, strategy, (size + no_frame + 1) / len(frames))
     assert set(more[:, 0 if images else 1].tolist()) - {-1} == {0, last}
+
+
+@dataclass(frozen=True)
+class Told(tp.ScoreStrategy):
+    """Notes which tokens are said to be of videos."""
+
+    seen: list[Tensor] = field(default_factory=list, compare=False)
+
+    def needs(self) -> tuple[tp.Need, ...]:
+        return (tp.Videos(),)
+
+    def score(self, view: tp.TokenView) -> Tensor:
+        self.seen.append(view.of_videos)
+        return -view.positions.float()
+
+
+@pytest.mark.parametrize("model_type", WITH_FRAMES)
+@pytest.mark.share(6)
+def test_tokens_of_videos_are_told_from_those_of_images(model_type: str) -> None:
+    """At the first cut and at a later one, which has dropped the last tokens."""
+    specimen = ZOO[model_type]
+    model = specimen.build("sdpa")
+    prompts = ((1, "video", 2, "image", 3), (4, "image", 1), (5,), (3, "video", 1))
+    inputs, strategy = specimen.batch(model, prompts), Told()
+    with tp.prune(model, strategy, tp.Schedule.pyramid(layers=[3, 5], lam=0.6)) as trace:
+        forward(model, inputs)
+    expected = []
+    marks = tp.visual_mask(model, inputs["input_ids"])
+    for ids, visual in zip(inputs["input_ids"], marks, strict=True):
+        expected.append((ids == VIDEO)[visual])
+    assert any(own.any() for own in expected)
+    first, later = strategy.seen
+    for row, own in enumerate(expected):
+        assert torch.equal(first[row, : len(own)], own)
+        kept = trace.stages[0].kept[row]
+        assert torch.equal(later[row, : len(kept)], own[kept])
+
+
+def test_a_call_of_videos_alone_says_so_by_their_sizes() -> None:
+    """Where ids cannot tell them: embeddings are given."""
+    specimen = ZOO["qwen2_vl"]
+    model = specimen.build("sdpa")
+    for prompt, is_video in (((2, "video", 4), True), ((2, "image", 4), False)):
+        inputs = specimen.batch(model, (prompt,))
+        ids = inputs.pop("input_ids")
+        inputs["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+        strategy = Told()
+        mask = tp.visual_mask(model, ids)
+        with tp.prune(model, strategy, tp.Schedule.one_shot(2, 0.5), visual_mask=mask):
+            forward(model, inputs)
+        assert strategy.seen[0].all() if is_video else not strategy.seen[0].any()

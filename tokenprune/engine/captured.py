@@ -27,7 +27,7 @@ from tokenprune.engine.modules import Modules, walk
 from tokenprune.engine.passes import Pass
 from tokenprune.engine.rows import Rows
 from tokenprune.engine.trees import form, tensors
-from tokenprune.strategy import Question
+from tokenprune.strategy import Question, Videos
 
 _CACHE = "past_key_values"
 #: Of scaled_dot_product_attention.
@@ -207,13 +207,18 @@ def _host(run: Pass) -> tuple[Any, ...]:
 
 
 def _fixed(run: Pass) -> dict[tuple[str, torch.device], Tensor]:
-    """What all calls of a kind share: the places of their visual tokens.
+    """What all calls of a kind share: the places of their visual tokens, and which are of videos.
 
     Unless something says where these are that the host does not know.
     """
     device = next(run.settings.anatomy.decoder.parameters()).device
     known = all(value.device.type == "cpu" for value in tensors(run.rows.facts))
-    return {("places", device): run.places_on(device)} if known else {}
+    if not known:
+        return {}
+    shared = {("places", device): run.places_on(device)}
+    if Videos() in run.settings.needs:
+        shared["videos", device] = run.videos_on(device)
+    return shared
 
 
 def _told(value: Tensor) -> Any:

@@ -248,6 +248,13 @@ class Pass:
             self.copies["places", device] = table.to(device)
         return self.copies["places", device]  # type: ignore[no-any-return]
 
+    def videos_on(self, device: torch.device) -> Tensor:
+        """Which of the call's visual tokens are of videos, bool (B, V)."""
+        if ("videos", device) not in self.copies:  # the same at all cuts
+            table = nn.utils.rnn.pad_sequence(self.rows.of_videos(), batch_first=True)
+            self.copies["videos", device] = table.to(device)
+        return self.copies["videos", device]  # type: ignore[no-any-return]
+
     def plan_on(self, device: torch.device) -> Plan:
         """The plan on the device of the layer that runs."""
         assert self.plan is not None

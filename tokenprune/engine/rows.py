@@ -74,6 +74,18 @@ class Rows:
     facts: dict[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
 
+    def of_videos(self) -> list[Tensor]:
+        """Of each row, which visual tokens are of videos, bool (V,).
+
+        None where images and videos have the same placeholders, or no ids say which they are,
+        unless the call shows videos alone.
+        """
+        shown = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in self.facts}
+        alone = np.full_like(self.visual, shown == {"video"})
+        video = alone if self.video is None else self.video
+        rows = zip(video, self.visual, strict=True)
+        return [torch.from_numpy(own[seen]) for own, seen in rows]
+
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the call."""

@@ -30,6 +30,7 @@ from tokenprune.strategy import (
     Question,
     RandomNumbers,
     Text,
+    Videos,
     VisionNeed,
     VisionRows,
     Words,
@@ -199,7 +200,7 @@ class Settings:
             )
         known = (
             *(Change, DecoderRows, DecoderKeys, Entered, Normed, Projected, Question, Text),
-            *(RandomNumbers, VisionNeed, BeforeProjector, Words),
+            *(RandomNumbers, Videos, VisionNeed, BeforeProjector, Words),
         )
         for need in self.needs:
             if not isinstance(need, known):
@@ -253,9 +254,10 @@ class Settings:
                 "register_adapter."
             )
         if not -len(parts.layers) <= need.layer < len(parts.layers):
+            last = len(parts.layers) - 1
             raise ValueError(
-                f"prune: expected one of the {len(parts.layers)} layers of {name}'s vision tower, "
-                f"got {need}. Name another."
+                f"prune: expected a layer from {-last - 1} to {last} of {name}'s vision tower, got "
+                f"{need.layer} ({need}). Give another to the strategy's field that names it."
             )
         if isinstance(need, VisionRows) and need.queries == "class" and not parts.num_class:
             raise ValueError(

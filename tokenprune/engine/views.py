@@ -33,6 +33,7 @@ from tokenprune.strategy import (
     TileShape,
     TokensAndText,
     TokenView,
+    Videos,
     VisionNeed,
     VisionRows,
     vision_needs,
@@ -96,6 +97,8 @@ def make_view(
             return _question(run, strategy)
         if isinstance(need, Normed):
             return _normed(run, number, content("hidden states"))
+        if isinstance(need, Videos):
+            return _seated(run, number, run.videos_on(device))
         makers = {Projected(): _projected, Entered(): _entered, Text(): _text}
         return makers[need](run, number, device)
 

@@ -13,7 +13,12 @@ from tokenprune.tensors import mark, take
 
 
 def cover(
-    covers_URL: Tensor, worth_UL: Tensor | None, exists_UL: Tensor, target_U: Tensor, rounds: int
+    covers_URL: Tensor,
+    worth_UL: Tensor | None,
+    alike_UL: Tensor,
+    exists_UL: Tensor,
+    target_U: Tensor,
+    rounds: int,
 ) -> Tensor:
     """Picks the token that adds most, again and again; the first of equal ones.
 
@@ -23,6 +28,7 @@ def cover(
     Args:
         covers_URL: How well a token covers each of R things, from 0 on; at most that counts less.
         worth_UL: From 0 on, or None where all are worth the same.
+        alike_UL: int64, the first token that is equal to each, whose sum counts for all of them.
         exists_UL: Bool, which tokens there are.
         target_U: int64, how many to pick.
         rounds: The most of any tile, known without asking the device.
@@ -33,7 +39,7 @@ def cover(
     reached_UR = covers_URL.new_zeros(covers_URL.shape[:2])
     open_UL, picks = exists_UL, []
     for _ in range(rounds):
-        gain_UL = (covers_URL - reached_UR[..., None]).clamp_min(0).sum(1)
+        gain_UL = (covers_URL - reached_UR[..., None]).clamp_min(0).sum(1).gather(1, alike_UL)
         gain_UL = gain_UL if worth_UL is None else gain_UL * worth_UL
         pick_U1 = gain_UL.masked_fill(~open_UL, -torch.inf).argmax(1, keepdim=True)
         picks.append(pick_U1)

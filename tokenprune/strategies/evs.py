@@ -3,10 +3,13 @@
 A token is worth what has changed at its place since the frame before: 1 - cosine of what enters
 the decoder (the paper compares pixels). A video's first frame is worth more than any change, and
 so is all else that has no frame before it: an image, a token whose place is unknown, or whose
-forerunner an earlier cut has dropped. It looks at no text. Some models (InternVL, SmolVLM) are
-given a video's frames as images: `frames="images"` compares each with the one before. Departures:
-the served code keeps at least a frame's worth of tokens, whatever the budget; the visual tokens of
-a row, several videos too, are one pool here.
+forerunner an earlier cut has dropped. Of those, as of any equal ones, the first stay: where images
+are all there is, their first rows do, and another method is wanted. It looks at no text.
+
+Some models (InternVL, SmolVLM) are given a video's frames as images: `frames="images"` takes all
+images of a row for one video. Departures: the served code keeps at least a frame's worth of tokens,
+whatever the budget; the visual tokens of a row, several videos too, are one pool here; a change
+below a millionth is none.
 
 Shape suffixes: B batch rows, V visual tokens alive.
 """
@@ -22,6 +25,7 @@ from tokenprune.strategy import (
     Published,
     ScoreStrategy,
     TokenView,
+    Videos,
     check_choice,
     register,
 )
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 FRAMES = ("grids", "images")
 _SIDE = 2**14  # no video has as many frames, no frame as many rows or columns
+_LEAST = 1e-6
 _NEW = 255.0  # of what has no frame before it; a cosine's distance is 2 at most
 
 
@@ -49,7 +54,7 @@ class EVS(ScoreStrategy):
         check_choice("EVS.frames", self.frames, FRAMES)
 
     def needs(self) -> tuple[Need, ...]:
-        return (Projected(),)
+        return (Projected(), Videos()) if self.frames == "grids" else (Projected(),)
 
     def score(self, view: TokenView) -> Tensor:
         import torch
@@ -58,14 +63,18 @@ class EVS(ScoreStrategy):
 
         places = view.places
         video_BV, frame_BV, row_BV, column_BV = places.unbind(-1)
-        if self.frames == "images":
-            video_BV, frame_BV = frame_BV, video_BV
-        cell_BV = ((video_BV * _SIDE + frame_BV) * _SIDE + row_BV) * _SIDE + column_BV
         is_known_BV = view.valid & (places >= 0).all(-1)
+        if self.frames == "images":
+            video_BV, frame_BV = frame_BV, video_BV  # tiles are apart
+        else:
+            is_known_BV = is_known_BV & view.of_videos
+        cell_BV = ((video_BV * _SIDE + frame_BV) * _SIDE + row_BV) * _SIDE + column_BV
         wanted_BV = torch.where(is_known_BV & (frame_BV > 0), cell_BV - _SIDE**2, -2)
         before_BV, there_BV = find(cell_BV.where(is_known_BV, -1), wanted_BV)
         unit = torch.nn.functional.normalize(view.projected.float(), dim=-1)
         change_BV = 1 - (unit * take(unit, before_BV)).sum(-1)
+        # Equal tokens are told apart by rounding otherwise.
+        change_BV = change_BV.masked_fill(change_BV.abs() < _LEAST, 0)
         return change_BV.where(there_BV, _NEW)
 
     @classmethod

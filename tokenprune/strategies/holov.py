@@ -69,7 +69,9 @@ class HoloV(PruningStrategy):
 
         from tokenprune.tensors import rank_in_units, share_out, sizes_of_units
 
-        attention_BV = view.vision_rows(self.layer, self.queries).mean(1)  # over heads
+        attention_BV = (
+            view.vision_rows(self.layer, self.queries).mean(1).nan_to_num(0)
+        )  # over heads
         valid_BV, parts = view.valid, self.parts
         last = valid_BV.shape[1]
         unit_BV, quota_BU = share_out(keep, view.tiles, valid_BV)
@@ -85,9 +87,10 @@ class HoloV(PruningStrategy):
         most, _ = view.tile_shape
         inside_BV = valid_BV & (unit_BV < last)
         cell_BV = (unit_BV * parts + number_BV).where(inside_BV, most * parts)
-        none_BC = attention_BV.new_zeros(len(keep), most * parts + 1)
-        count_BC = none_BC.scatter_add(1, cell_BV, inside_BV.to(none_BC.dtype))
-        mean_BC = none_BC.scatter_add(1, cell_BV, attention_BV) / count_BC.clamp_min(1)
+        # In double precision: a GPU adds in any order.
+        none_BC = attention_BV.new_zeros(len(keep), most * parts + 1).double()
+        count_BC = none_BC.scatter_add(1, cell_BV, inside_BV.double())
+        mean_BC = none_BC.scatter_add(1, cell_BV, attention_BV.double()) / count_BC.clamp_min(1)
         count_BUP, mean_BUP = (
             values[:, :-1].reshape(len(keep), most, parts) for values in (count_BC, mean_BC)
         )

@@ -4,12 +4,14 @@ Tokens that cover the question and the picture: of each tile that token is picke
 which adds most to how well both are covered. A word is covered by each visual token as a softmax of
 cosines over the tile says, sharp (temperature .02), between the decoder's embeddings; so is each
 patch by the others (temperature .2), between the vision tower's states in the last layer but one.
-Words count 1 together, patches `weight`. For Qwen2.5-VL the released temperature of words is .01.
+Words count 1 together, patches `weight`. Released for Qwen2.5-VL, words have the temperature .01,
+states are what the merger is given, and all images are one pool (`text_temperature=.01, layer=-1`;
+pools stay apart here).
 
-Departures: the released code leaves out stop words and the benchmark's own phrase; here the whole
-text after the row's last image asks, or all of it if none follows. It gives every tile the same
-budget; here tiles share the budget by how many tokens they have, and newlines stay only when all
-else does.
+Departures: for LLaVA the released code leaves out stop words and the benchmark's own phrase; here
+the whole text after the row's last image asks, or all of it if none follows. It gives every tile
+the same budget; here tiles share the budget by how many tokens they have, and newlines stay only
+when all else does.
 
 Shape suffixes: B batch rows, V visual tokens alive, S tokens of text, U tiles of all rows, L tokens
 of one.
@@ -30,6 +32,7 @@ from tokenprune.strategy import (
     TokenView,
     VisionStates,
     Words,
+    check_number,
     register,
 )
 
@@ -57,16 +60,9 @@ class MMTok(PruningStrategy):
     weight: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("text_temperature", "vision_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"MMTok.{name}: expected a number above 0, got {getattr(self, name)!r}. "
-                    "The paper has .02 and .2."
-                )
-        if not self.weight >= 0:
-            raise ValueError(
-                f"MMTok.weight: expected a number from 0 on, got {self.weight!r}. The paper has .5."
-            )
+        check_number("MMTok.text_temperature", self.text_temperature, above=0, paper=".02")
+        check_number("MMTok.vision_temperature", self.vision_temperature, above=0, paper=".2")
+        check_number("MMTok.weight", self.weight, least=0, paper=".5")
 
     def needs(self) -> tuple[Need, ...]:
         return (Projected(), VisionStates(self.layer), Text(), Words())
@@ -76,26 +72,31 @@ class MMTok(PruningStrategy):
 
         from tokenprune.strategies._coverage import cover, directions
         from tokenprune.strategies._tiles import Tiles, choose_by_tile
+        from tokenprune.tensors import first_alike
 
         text, (most, _) = view.text, view.tile_shape
         asks_BS = torch.where(text.follows.any(1, keepdim=True), text.follows, text.valid)
         words_BSD = directions(text.embeddings.float()) * asks_BS[..., None]
-        like_BVS = directions(view.projected.float()) @ words_BSD.mT
-        states = directions(view.vision_states(self.layer))
+        projected, states = directions(view.projected.float()), view.vision_states(self.layer)
+        like_BVS, states = projected @ words_BSD.mT, directions(states)
         asks_US1 = asks_BS.repeat_interleave(most, 0)[..., None]
         part_US1 = asks_US1 / asks_US1.sum(1, keepdim=True).clamp_min(1)
 
         def pick(tiles: Tiles, target_U: Tensor, rounds: int) -> Tensor:
-            own_ULC = tiles.of(states)
+            exists_UL = tiles.exists
+            own_ULC, both_ULC = (
+                tiles.of(own) * exists_UL[..., None]
+                for own in (states, torch.cat([states, projected], 2) * 0.5**0.5)
+            )
+            count_U11 = exists_UL.sum(1).clamp_min(1)[:, None, None]
             words_USL = tiles.of(like_BVS).mT / self.text_temperature
             patches_ULL = own_ULC @ own_ULC.mT / self.vision_temperature
-            count_U11 = tiles.exists.sum(1).clamp_min(1)[:, None, None]
-            part_UL1 = tiles.exists[..., None] * (self.weight / count_U11)
             covers = (
-                _softmax(logits, tiles.exists) * part
-                for logits, part in ((words_USL, part_US1), (patches_ULL, part_UL1))
+                _softmax(words_USL, exists_UL) * part_US1,
+                _softmax(patches_ULL, exists_UL) * exists_UL[..., None] * (self.weight / count_U11),
             )
-            return cover(torch.cat(tuple(covers), 1), None, tiles.exists, target_U, rounds)
+            alike_UL = first_alike(both_ULC, both_ULC @ both_ULC.mT)
+            return cover(torch.cat(covers, 1), None, alike_UL, exists_UL, target_U, rounds)
 
         return choose_by_tile(view, keep, pick)
 

@@ -8,7 +8,9 @@ the visual tokens; a token is worth its part of the divergence between them, P l
 
 Departures: the released code drops the same tokens from the cache of the layers before the cut,
 where here they stay; text between images does not ask. Of several images the prior is the first
-token after the last.
+token after the last; what closes an image (InternVL) counts as that. A question that stands before
+the image is in the prior, too; where one token alone follows, it is both, and the first tokens
+stay.
 
 Shape suffixes: B batch rows, V visual tokens alive, S tokens of the prompt's text.
 """

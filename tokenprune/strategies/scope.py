@@ -27,6 +27,7 @@ from tokenprune.strategy import (
     VisionRows,
     VisionStates,
     check_choice,
+    check_number,
     register,
 )
 
@@ -58,10 +59,7 @@ class SCOPE(PruningStrategy):
 
     def __post_init__(self) -> None:
         check_choice("SCOPE.features", self.features, FEATURES)
-        if not self.power >= 0:
-            raise ValueError(
-                f"SCOPE.power: expected a number from 0 on, got {self.power!r}. The paper has 1."
-            )
+        check_number("SCOPE.power", self.power, least=0, paper="1")
 
     def needs(self) -> tuple[Need, ...]:
         compared = VisionStates(self.layer) if self.features == "tower" else Projected()
@@ -70,6 +68,7 @@ class SCOPE(PruningStrategy):
     def select(self, view: TokenView, keep: Tensor) -> Selection:
         from tokenprune.strategies._coverage import cover, directions
         from tokenprune.strategies._tiles import Tiles, choose_by_tile
+        from tokenprune.tensors import first_alike
 
         salient_BV = view.vision_rows(self.layer, self.queries).sum(1)  # over heads
         worth_BV = salient_BV.nan_to_num(0) ** self.power
@@ -78,8 +77,10 @@ class SCOPE(PruningStrategy):
 
         def pick(tiles: Tiles, target_U: Tensor, rounds: int) -> Tensor:
             own_ULC = tiles.of(states) * tiles.exists[..., None]
-            alike_ULL = own_ULC @ own_ULC.mT
-            return cover(alike_ULL, tiles.of(worth_BV), tiles.exists, target_U, rounds)
+            cosine_ULL = own_ULC @ own_ULC.mT
+            alike_UL = first_alike(own_ULC, cosine_ULL)
+            worth_UL = tiles.of(worth_BV)
+            return cover(cosine_ULL, worth_UL, alike_UL, tiles.exists, target_U, rounds)
 
         return choose_by_tile(view, keep, pick)
 

@@ -12,8 +12,9 @@ budget. Here the budget is met: seats go to frames by the divisor method with ro
 (Sainte-Lague), which rounds the same shares, scaled so that they sum to it. That is one order of
 all tokens, by (rank in the frame + 1/2) / share. Departures besides: a row's visual tokens are one
 video, its frames the grids of `places`, an image each where a model is given frames as images;
-newlines within a frame count as its tokens. A token of no frame, as LLaVA-OneVision's newline after
-the last, stays first and counts in no mean, as released.
+newlines within a frame count as its tokens, and a picture whose grid is unknown as a frame. A token
+of no frame, as LLaVA-OneVision's newline after the last, stays first and counts in no mean, as
+released. LLaVA's survivors are renumbered, Qwen-VL's keep their positions (`positions=original`).
 
 Shape suffixes: B batch rows, V visual tokens alive, F frames, D channels.
 """
@@ -30,6 +31,7 @@ from tokenprune.strategy import (
     ScoreStrategy,
     TokenView,
     check_fraction,
+    check_number,
     register,
 )
 
@@ -54,11 +56,7 @@ class VidCom2(ScoreStrategy):
 
     def __post_init__(self) -> None:
         check_fraction("VidCom2.channels", self.channels, "part of the channels is compared")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"VidCom2.temperature: expected a number above 0, got {self.temperature!r}. "
-                "The paper has .01."
-            )
+        check_number("VidCom2.temperature", self.temperature, above=0, paper=".01")
 
     def needs(self) -> tuple[Need, ...]:
         return (Projected(),)
@@ -66,12 +64,15 @@ class VidCom2(ScoreStrategy):
     def score(self, view: TokenView) -> Tensor:
         import torch
 
-        from tokenprune.tensors import grid_units, rank_in_units
+        from tokenprune.tensors import find, grid_units, rank_in_units
 
         places, tokens = view.places, view.projected.float()
-        # Where no grid is known, a row is one frame.
-        is_known_BV = view.valid & (places[..., 2] >= 0)
-        valid_BV = torch.where(is_known_BV.any(1, keepdim=True), is_known_BV, view.valid)
+        sound_BV = tokens.isfinite().all(-1)
+        tokens = tokens.masked_fill(~sound_BV[..., None], 0)
+        # What has no place in a picture that has a grid is in no frame.
+        image_BV, is_placed_BV = places[..., 0], places[..., 2] >= 0
+        _, has_grid_BV = find(image_BV.where(view.valid & is_placed_BV, -2), image_BV)
+        valid_BV = view.valid & sound_BV & (is_placed_BV | ~has_grid_BV)
         frame_BV, sizes_BF = grid_units(places, valid_BV)
         steady_BD = _varies_least(tokens, valid_BV, self.channels)
         tokens = torch.nn.functional.normalize(tokens * steady_BD[:, None], dim=-1)
@@ -91,7 +92,8 @@ class VidCom2(ScoreStrategy):
         share_BV = 1 + power_BV / total_B1 - 1 / number_frames_B1
         share_BV = share_BV * sizes_BF.gather(1, frame_BV)
         order_BV = -(rank_in_units(-alike_BV, frame_BV, valid_BV) + 0.5) / share_BV
-        return order_BV.where(valid_BV, 1)  # all others are below 0
+        # All of frames are below 0; what is no number comes last.
+        return order_BV.where(valid_BV, torch.where(sound_BV, 1.0, torch.nan))
 
     @classmethod
     def published(cls, num_layers: int) -> Published:
@@ -110,10 +112,14 @@ def _varies_least(tokens: Tensor, valid_BV: Tensor, part: float) -> Tensor:
 
 
 def _means(values: Tensor, unit_BV: Tensor, sizes_BF: Tensor) -> Tensor:
-    """Of each token the mean over its frame, (B, V, D)."""
+    """Of each token the mean over its frame, (B, V, D).
+
+    In double precision: a GPU adds in any order.
+    """
     index = unit_BV[..., None].expand_as(values)
-    sums = values.new_zeros(*sizes_BF.shape, values.shape[-1]).scatter_add(1, index, values)
-    return (sums / sizes_BF.clamp_min(1)[..., None]).gather(1, index)
+    none = values.new_zeros(*sizes_BF.shape, values.shape[-1]).double()
+    means = none.scatter_add(1, index, values.double()) / sizes_BF.clamp_min(1)[..., None]
+    return means.to(values.dtype).gather(1, index)
 
 
 def _closeness(tokens: Tensor, centre: Tensor) -> Tensor:

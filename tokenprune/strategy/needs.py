@@ -5,6 +5,7 @@ The engine computes what is declared, in time, and nothing else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,7 +60,11 @@ class DecoderKeys(Need):
 
 @dataclass(frozen=True)
 class Change(Need):
-    """What the layer before the cut has added to the hidden state of each visual token."""
+    """How the hidden state of each visual token has changed from one layer's input to the next's.
+
+    That is what the layer before the cut has added, and what a model adds between the two besides:
+    features of its vision tower (DeepStack).
+    """
 
     #: The layer that is heard.
     source: ClassVar[str] = "previous"
@@ -78,6 +83,11 @@ class Entered(Need):
 @dataclass(frozen=True)
 class Normed(Need):
     """Hidden states of visual tokens and prompt's text at the cut, after the model's last norm."""
+
+
+@dataclass(frozen=True)
+class Videos(Need):
+    """Which visual tokens are of videos, whose grids are frames; an image's are tiles."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class VisionRows(VisionNeed):
     heads: str = "own"
 
     def __post_init__(self) -> None:
+        check_layer("VisionRows.layer", self.layer)
         check_choice("VisionRows.queries", self.queries, VISION_QUERIES)
         check_choice("VisionRows.heads", self.heads, VISION_HEADS)
 
@@ -155,6 +166,7 @@ class VisionStates(VisionNeed):
     what: str = "hidden"
 
     def __post_init__(self) -> None:
+        check_layer("VisionStates.layer", self.layer)
         check_choice("VisionStates.what", self.what, VISION_STATES)
 
 
@@ -187,8 +199,32 @@ BESIDE = (HasPatches(), Tiles(), TileShape())
 
 def check_fraction(name: str, value: float, part: str) -> None:
     """Refuses a value outside [0, 1]; `name` says whose, `part` what it is a part of."""
-    if not 0 <= value <= 1:
+    if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a fraction in [0, 1], got {value!r}. Say which {part}.")
+
+
+def check_number(
+    name: str, value: float, *, least: float | None = None, above: float | None = None, paper: str
+) -> None:
+    """Refuses what is no finite number, or too small a one; `name` says whose, `paper` has one."""
+    floor = f"from {least} on" if above is None else f"above {above}"
+    fits = _is_number(value) and math.isfinite(value)
+    if not (fits and (least is None or value >= least) and (above is None or value > above)):
+        raise ValueError(
+            f"{name}: expected a number {floor}, got {value!r}. The paper has {paper}."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_layer(name: str, value: int) -> None:
+    """Refuses what is no layer's number; `name` says whose."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"{name}: expected an integer, got {value!r}. Count from 0, or from -1 backwards."
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

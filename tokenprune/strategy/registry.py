@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenprune.imports import locate
@@ -141,14 +142,19 @@ def build_strategy(name: str, **fields: Any) -> PruningStrategy:
         ValueError: If a field is unknown or its value is refused by the strategy.
     """
     cls = strategy_class(name)
-    known = list(getattr(cls, "__dataclass_fields__", {}))
+    own: Iterable[dataclasses.Field[Any]] = (
+        dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    )
+    known = [field.name for field in own if field.init]
     for key in fields:
         if key not in known:
             raise ValueError(
                 f"build_strategy({name!r}): expected fields among {known}, got {key!r}. "
                 "See the strategy's docstring."
             )
-    return cls(**fields)
+    strategy = cls(**fields)
+    strategy.needs()  # refuses here, not at the first call, what it could not ask for
+    return strategy
 
 
 def unknown_name(what: str, name: object, choices: list[str]) -> KeyError:

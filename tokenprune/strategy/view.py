@@ -23,6 +23,7 @@ from tokenprune.strategy.needs import (
     Text,
     Tiles,
     TileShape,
+    Videos,
     VisionRows,
     VisionStates,
 )
@@ -131,7 +132,7 @@ class TokenView:
 
     @property
     def change(self) -> Tensor:
-        """What the layer before has added to each token's hidden state; `Change` in `needs`.
+        """How each token's hidden state has changed over the layer before; `Change` in `needs`.
 
         Returns:
             float32 (B, V, D), what enters this layer less what entered the one before, detached.
@@ -169,6 +170,16 @@ class TokenView:
     def normed(self) -> TokensAndText:
         """Hidden states (B, ..., D) after the model's last norm, detached; `Normed` in `needs`."""
         signal: TokensAndText = self._signal(Normed())
+        return signal
+
+    @property
+    def of_videos(self) -> Tensor:
+        """Which tokens are of videos, bool (B, V); `Videos` in `needs`.
+
+        None, where a model has the same placeholder for images and videos, unless the call shows
+        videos alone.
+        """
+        signal: Tensor = self._signal(Videos())
         return signal
 
     @property
