@@ -79,7 +79,7 @@ DROPPING = [strategy for strategy in EVERY if strategy not in MERGING]
 
 
 #: Where rounding could choose a token to say or to keep, another model and batch.
-SEEDS = {"dart": 7, "sparsevlm": 7, "vtw": 7}
+SEEDS = {"dart": 7, "evs": 7, "sparsevlm": 7, "vtw": 7}
 
 
 def seed_of(strategy: tp.PruningStrategy) -> int:

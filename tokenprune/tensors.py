@@ -187,6 +187,18 @@ def _sums_of_units(values_BV: Tensor, unit_BV: Tensor) -> Tensor:
     return sums_BU.scatter_add(1, unit_BV, values_BV)
 
 
+def snap(values_BV: Tensor, tolerance: float) -> Tensor:
+    """Makes numbers of a row equal that rounding alone holds apart, so that ties go by the index.
+
+    Sorted, each is as the one before if that is no further than `tolerance`.
+    """
+    sorted_BV, order_BV = values_BV.sort(dim=1)
+    place_V = torch.arange(values_BV.shape[1], device=values_BV.device)
+    is_new_BV = torch.nn.functional.pad(sorted_BV.diff(dim=1) > tolerance, (1, 0))
+    first_BV = (place_V * is_new_BV).cummax(1).values
+    return torch.empty_like(values_BV).scatter(1, order_BV, sorted_BV.gather(1, first_BV))
+
+
 def find(keys_BV: Tensor, wanted_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Looks numbers up among those of a row.
 

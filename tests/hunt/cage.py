@@ -166,7 +166,7 @@ def _check_scores(
 ) -> None:
     """Of the first cut, attention scores are those of the model's own attention."""
     strategy, real = case.strategies[0], inputs["attention_mask"].bool()
-    if not hasattr(strategy, "source") or "scores" in case.specimen.unable:
+    if not isinstance(strategy, tp.AttentionStrategy) or "scores" in case.specimen.unable:
         return
     if case.attention != "eager":  # its model has the same weights
         model = model_of(case.model_type, "eager")

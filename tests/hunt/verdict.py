@@ -28,7 +28,7 @@ SCORES = {"atol": 2e-5, "rtol": 2e-3}
 #: Of what a row alone is refused for: text of another row, or a pad between, spares a batch that.
 SPARED = ("expected at least one token to be left", "expected an image in one call")
 #: Two ways to the same in bfloat16: norm of what differs, as a share of the whole's.
-ROUGH = 0.35
+ROUGH = 0.5
 
 
 def check(case: Case, often: float = 1.0) -> list[str]:

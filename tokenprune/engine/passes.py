@@ -252,7 +252,8 @@ class Pass:
         """Which of the call's visual tokens are of videos, bool (B, V)."""
         if ("videos", device) not in self.copies:  # the same at all cuts
             table = nn.utils.rnn.pad_sequence(self.rows.of_videos(), batch_first=True)
-            self.copies["videos", device] = table.to(device)
+            none = torch.zeros(table.shape, dtype=torch.bool, device=device)
+            self.copies["videos", device] = table.to(device) if table.any() else none
         return self.copies["videos", device]  # type: ignore[no-any-return]
 
     def plan_on(self, device: torch.device) -> Plan:

@@ -8,8 +8,7 @@ are all there is, their first rows do, and another method is wanted. It looks at
 
 Some models (InternVL, SmolVLM) are given a video's frames as images: `frames="images"` takes all
 images of a row for one video. Departures: the served code keeps at least a frame's worth of tokens,
-whatever the budget; the visual tokens of a row, several videos too, are one pool here; a change
-below a millionth is none.
+whatever the budget; the visual tokens of a row, several videos too, are one pool here.
 
 Shape suffixes: B batch rows, V visual tokens alive.
 """
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 FRAMES = ("grids", "images")
 _SIDE = 2**14  # no video has as many frames, no frame as many rows or columns
-_LEAST = 1e-6
+_ALIKE = 2e-6
 _NEW = 255.0  # of what has no frame before it; a cosine's distance is 2 at most
 
 
@@ -59,7 +58,7 @@ class EVS(ScoreStrategy):
     def score(self, view: TokenView) -> Tensor:
         import torch
 
-        from tokenprune.tensors import find, take
+        from tokenprune.tensors import find, snap, take
 
         places = view.places
         video_BV, frame_BV, row_BV, column_BV = places.unbind(-1)
@@ -73,9 +72,7 @@ class EVS(ScoreStrategy):
         before_BV, there_BV = find(cell_BV.where(is_known_BV, -1), wanted_BV)
         unit = torch.nn.functional.normalize(view.projected.float(), dim=-1)
         change_BV = 1 - (unit * take(unit, before_BV)).sum(-1)
-        # Equal tokens are told apart by rounding otherwise.
-        change_BV = change_BV.masked_fill(change_BV.abs() < _LEAST, 0)
-        return change_BV.where(there_BV, _NEW)
+        return snap(change_BV.where(there_BV, _NEW), _ALIKE)
 
     @classmethod
     def published(cls, num_layers: int) -> Published:

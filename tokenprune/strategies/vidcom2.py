@@ -38,6 +38,7 @@ from tokenprune.strategy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+_ALIKE = 2e-6
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
@@ -64,7 +65,7 @@ class VidCom2(ScoreStrategy):
     def score(self, view: TokenView) -> Tensor:
         import torch
 
-        from tokenprune.tensors import find, grid_units, rank_in_units
+        from tokenprune.tensors import find, grid_units, rank_in_units, snap
 
         places, tokens = view.places, view.projected.float()
         sound_BV = tokens.isfinite().all(-1)
@@ -81,7 +82,7 @@ class VidCom2(ScoreStrategy):
         of_video_B1D = (tokens.sum(1) / number_B1)[:, None]
         of_frame_BVD = _means(tokens, frame_BV, sizes_BF)
         to_video_BV = _closeness(tokens, of_video_B1D)
-        alike_BV = to_video_BV + _closeness(tokens, of_frame_BVD)
+        alike_BV = snap(to_video_BV + _closeness(tokens, of_frame_BVD), _ALIKE)
         # A frame's share of the budget, by how far its tokens are from the video's mean.
         apart_BV = -_means(to_video_BV[..., None], frame_BV, sizes_BF)[..., 0]
         first_BV = valid_BV & (rank_in_units(alike_BV * 0, frame_BV, valid_BV) == 0)
