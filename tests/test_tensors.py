@@ -11,9 +11,11 @@ from tokenprune.tensors import (
     attention_rows,
     best,
     causal,
+    find,
     mark,
     mixture,
     number_grids,
+    snap,
     split_budget,
     take,
     top_k,
@@ -167,3 +169,31 @@ def test_a_softcap_squeezes_the_logits_before_the_mask() -> None:
     torch.testing.assert_close(attention_rows(queries, keys, allowed, 1.0, 0.5), expected)
     everything = attention_rows(queries, keys, None, 1.0, 0.5)
     torch.testing.assert_close(everything, logits.softmax(-1))
+
+
+@given(lists=rows, wanted=st.lists(st.integers(-5, 5), min_size=1, max_size=6))
+def test_find(lists: list[list[int]], wanted: list[int]) -> None:
+    width = min(map(len, lists))
+    keys = torch.tensor([row[:width] for row in lists])
+    index, there = find(keys, torch.tensor([wanted] * len(lists)))
+    for row, own in enumerate(keys.tolist()):
+        assert there[row].tolist() == [number in own for number in wanted]
+        for place, number in zip(index[row].tolist(), wanted, strict=True):
+            assert 0 <= place < width
+            assert number not in own or place == own.index(number)
+
+
+@given(lists=rows)
+def test_snap(lists: list[list[int]]) -> None:
+    """What is a millionth apart is as the least of it; the rest stays, and what is no number."""
+    width = min(map(len, lists))
+    own = torch.Generator().manual_seed(width)
+    numbers = torch.tensor([row[:width] for row in lists]).double()
+    noisy = numbers + 1e-9 * torch.rand(numbers.shape, generator=own)
+    noisy = noisy.masked_fill(numbers == 3, torch.nan).masked_fill(numbers == -3, -torch.inf)
+    for row, snapped in zip(noisy, snap(noisy, 1e-6), strict=True):
+        for value, found in zip(row, snapped, strict=True):
+            alike = row[(row - value).abs() < 0.5]
+            torch.testing.assert_close(
+                found, alike.min() if len(alike) else value, rtol=0, atol=0, equal_nan=True
+            )

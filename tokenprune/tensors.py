@@ -194,7 +194,7 @@ def snap(values_BV: Tensor, tolerance: float) -> Tensor:
     """
     sorted_BV, order_BV = values_BV.sort(dim=1)
     place_V = torch.arange(values_BV.shape[1], device=values_BV.device)
-    is_new_BV = torch.nn.functional.pad(sorted_BV.diff(dim=1) > tolerance, (1, 0))
+    is_new_BV = torch.nn.functional.pad(~(sorted_BV.diff(dim=1) <= tolerance), (1, 0))  # NaN, too
     first_BV = (place_V * is_new_BV).cummax(1).values
     return torch.empty_like(values_BV).scatter(1, order_BV, sorted_BV.gather(1, first_BV))
 
