@@ -240,9 +240,16 @@ def told(folder: Path) -> Iterator[None]:
             raise
         if not here():
             raise BadInput(message) from None  # goes to the sweep, which tells it
-        print(f"tokenprune: {message}", file=sys.stderr)
+        print(f"tokenprune: {_run_of_sweep(folder)}{message}", file=sys.stderr)
         # Not an exception: Hydra would tell it once more.
         raise SystemExit(2) from error
+
+
+def _run_of_sweep(folder: Path) -> str:
+    """Which run of a sweep it is, if it is one's."""
+    if not HydraConfig.initialized() or (hydra := HydraConfig.get()).mode != RunMode.MULTIRUN:
+        return ""
+    return f"[{hydra.job.num}] {folder.name}: "
 
 
 @contextlib.contextmanager
