@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 SOURCES = ("next", "previous")
 QUERIES = ("last", "all", "text")
@@ -197,14 +198,14 @@ class TileShape(VisionNeed):
 BESIDE = (HasPatches(), Tiles(), TileShape())
 
 
-def check_fraction(name: str, value: float, part: str) -> None:
+def check_fraction(name: str, value: Any, part: str) -> None:
     """Refuses a value outside [0, 1]; `name` says whose, `part` what it is a part of."""
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a fraction in [0, 1], got {value!r}. Say which {part}.")
 
 
 def check_number(
-    name: str, value: float, *, least: float | None = None, above: float | None = None, paper: str
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, paper: str
 ) -> None:
     """Refuses what is no finite number, or too small a one; `name` says whose, `paper` has one."""
     floor = f"from {least} on" if above is None else f"above {above}"
@@ -216,12 +217,12 @@ def check_number(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_layer(name: str, value: int) -> None:
+def check_layer(name: str, value: Any) -> None:
     """Refuses what is no layer's number; `name` says whose."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(
             f"{name}: expected an integer, got {value!r}. Count from 0, or from -1 backwards."
         )
