@@ -460,7 +460,9 @@ def test_a_model_without_a_tower_is_refused() -> None:
 
 def test_a_layer_that_the_tower_lacks_is_refused() -> None:
     specimen, model, _, _ = image_inputs()
-    with pytest.raises(ValueError, match=r"expected one of the 2 layers of Llava.*got VisionRows"):
+    with pytest.raises(
+        ValueError, match=r"expected a layer from -2 to 1 of Llava.*got 5 .VisionRows"
+    ):
         tp.attach(model, Listening((tp.VisionRows(5),)), schedule(specimen))
 
 
