@@ -185,7 +185,7 @@ def test_f1_something_in_the_way_of_a_file(
 #: Commands, bytes at which their files end, and which file is the first to be longer.
 SIZES = [
     ("eval", 4096, "images/"),
-    ("eval", 16, "images/"),
+    ("eval", 16, "parts/"),
     ("train", 1024, "config.yaml"),
     ("train", 16384, "checkpoints/last.ckpt"),
     ("bench", 512, "config.yaml"),
@@ -213,12 +213,11 @@ def test_f1_a_full_disk(
 
 @pytest.mark.matrix
 def test_f1_models_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """safetensors has words of its own for that; the model before stays."""
+    """safetensors has words of its own for that; a training that begins anew removes the old one."""
     own = [*command("train", checkpoint), "parts=[projector]"]
     assert cli.main(own) == 0
-    before = contents("run/model")
     assert "run/model" in refusal(own, capsys, 2**17)
-    assert contents("run/model") == before
+    assert not Path("run/model").exists()
     assert not list(Path().rglob("*.draft"))
 
 
@@ -280,8 +279,10 @@ def test_f1_as_a_process(logger: str, size: int, checkpoint: Path) -> None:
     start = [*COMMAND[:2], limit + COMMAND[2]]
     done = run([*start, *command("eval", checkpoint), f"logger={logger}"], 2)
     assert done.stderr.startswith("tokenprune: files: expected to read and write what a run needs")
-    assert done.stderr.count("\n") == 1
-    assert list(Path().iterdir()) == []
+    more = done.stderr.splitlines()[1:]
+    # Answers may have been noted by then, to go on from.
+    assert all("what is done is kept" in line for line in more), done.stderr
+    assert more or list(Path().iterdir()) == []
 
 
 def test_f1_no_module_is_cut_off(tmp_path: Path) -> None:
