@@ -213,7 +213,7 @@ def test_f1_a_full_disk(
 
 @pytest.mark.matrix
 def test_f1_models_that_do_not_fit(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """safetensors has words of its own for that; a training that begins anew removes the old one."""
+    """safetensors has words of its own for that; a training that begins anew removes the old."""
     own = [*command("train", checkpoint), "parts=[projector]"]
     assert cli.main(own) == 0
     assert "run/model" in refusal(own, capsys, 2**17)
