@@ -252,8 +252,11 @@ class Pass:
         """Which of the call's visual tokens are of videos, bool (B, V)."""
         if ("videos", device) not in self.copies:  # the same at all cuts
             table = nn.utils.rnn.pad_sequence(self.rows.of_videos(), batch_first=True)
-            none = torch.zeros(table.shape, dtype=torch.bool, device=device)
-            self.copies["videos", device] = table.to(device) if table.any() else none
+            if table.any():
+                table = table.to(device)
+            else:  # none need not go up
+                table = torch.zeros(table.shape, dtype=torch.bool, device=device)
+            self.copies["videos", device] = table
         return self.copies["videos", device]  # type: ignore[no-any-return]
 
     def plan_on(self, device: torch.device) -> Plan:

@@ -85,14 +85,15 @@ class VidCom2(ScoreStrategy):
         alike_BV = snap(to_video_BV + _closeness(tokens, of_frame_BVD), _ALIKE)
         # A frame's share of the budget, by how far its tokens are from the video's mean.
         apart_BV = -_means(to_video_BV[..., None], frame_BV, sizes_BF)[..., 0]
-        first_BV = valid_BV & (rank_in_units(alike_BV * 0, frame_BV, valid_BV) == 0)
+        rank_BV = rank_in_units(-alike_BV, frame_BV, valid_BV)
+        first_BV = valid_BV & (rank_BV == 0)  # one of each frame
         power_BV = (apart_BV / self.temperature).masked_fill(~valid_BV, -torch.inf)
         power_BV = (power_BV - power_BV.amax(1, keepdim=True)).exp()
         total_B1 = (power_BV * first_BV).sum(1, keepdim=True)
         number_frames_B1 = first_BV.sum(1, keepdim=True).clamp_min(1)
         share_BV = 1 + power_BV / total_B1 - 1 / number_frames_B1
         share_BV = share_BV * sizes_BF.gather(1, frame_BV)
-        order_BV = -(rank_in_units(-alike_BV, frame_BV, valid_BV) + 0.5) / share_BV
+        order_BV = -(rank_BV + 0.5) / share_BV
         # All of frames are below 0; what is no number comes last.
         return order_BV.where(valid_BV, torch.where(sound_BV, 1.0, torch.nan))
 
